@@ -1,0 +1,1 @@
+"""Collegium's shared library: what two services, or a user, need. Imports point down only: client | link | fabric | model -> v1."""

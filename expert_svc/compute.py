@@ -1,0 +1,171 @@
+"""The worker's data loop: poll the port, join, make experts resident, run them, reply.
+
+Owned by one thread, which alone touches the port's buffers. The sum of all that it did is in Counters, read by others
+without a lock: single numbers, only ever added to by this thread.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from collegium.link.base import Arrival, WorkerPort
+from collegium.link.frame import LinkClosed, Reply, Status
+from collegium.model.architectures import CheckpointError, ExpertForm
+from collegium.model.experts import run_experts
+from expert_svc.joining import DispatchQueue, join
+from expert_svc.store import ExpertStore
+
+_IDLE_POLL_S = 1.0
+_MAX_JOINED_ROWS = 16_384  # bounds the activations of one call
+
+SpanSink = Callable[[Sequence[Arrival], int, int], None]  # (dispatches, began ns, ended ns)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    num_dispatches: int = 0
+    num_batches: int = 0
+    num_joined_batches: int = 0  # batches with dispatches of more than one router
+    num_joined_dispatches: int = 0  # dispatches that shared a batch with another router's
+    num_rows: int = 0
+    num_pairs: int = 0
+    num_expert_calls: int = 0
+    num_failed: int = 0
+    compute_us: int = 0
+    wait_us: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """The counters by name."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+
+class ComputeLoop:
+    """Serves dispatches until stopped."""
+
+    def __init__(
+        self,
+        port: WorkerPort,
+        store: ExpertStore,
+        form: ExpertForm,
+        *,
+        num_experts: Sequence[int],
+        num_threads: int,
+        on_traced: SpanSink | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ):
+        """`num_experts[layer]` bounds what a dispatch may ask for. `on_traced` is told of batches with sampled
+        dispatches.
+        """
+        self.counters = Counters()
+        self._port, self._store, self._form = port, store, form
+        self._num_experts, self._num_threads, self._on_traced = num_experts, num_threads, on_traced
+        self._on_end = on_end
+        self._queue = DispatchQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Finish the batch at hand, close the port and end the thread."""
+        self._stopping.set()
+        self._port.wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        self._port.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loop can serve."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        try:
+            with torch.inference_mode():
+                while not self._stopping.is_set():
+                    self._turn()
+        except LinkClosed:
+            pass  # the port was closed: nothing more can arrive
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self._on_end()
+
+    def _turn(self) -> None:
+        self._queue.add(self._port.poll(0.0 if len(self._queue) else _IDLE_POLL_S))
+        if not len(self._queue):
+            return
+        taken = self._queue.take(_MAX_JOINED_ROWS)
+        began_ns = time.time_ns()
+        self._serve(taken)
+        if self._on_traced is not None and any(a.dispatch.traceparent for a in taken):
+            self._on_traced(taken, began_ns, time.time_ns())
+
+    def _serve(self, arrivals: Sequence[Arrival]) -> None:
+        now = time.monotonic()
+        live: list[Arrival] = []
+        for arrival in arrivals:
+            if arrival.dispatch.deadline_s < now:  # it expired in the queue
+                self._port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, status=Status.EXPIRED))
+            elif problem := self._problem_of(arrival):
+                self._fail(arrival, Status.BAD_FRAME, problem)
+            else:
+                live.append(arrival)
+        if not live:
+            return
+        try:
+            self._compute(live, now)
+        except CheckpointError as error:
+            if len(live) == 1:
+                self._fail(live[0], Status.FAILED, str(error))
+            else:  # one dispatch's expert cannot be read: the others must not pay for it
+                for arrival in live:
+                    self._serve([arrival])
+
+    def _problem_of(self, arrival: Arrival) -> str:
+        dispatch = arrival.dispatch
+        if dispatch.layer >= len(self._num_experts):
+            return f"layer {dispatch.layer} of a model with {len(self._num_experts)} MoE layers"
+        largest = int(dispatch.experts.max(initial=0))
+        if largest >= self._num_experts[dispatch.layer]:
+            return f"expert {largest} of layer {dispatch.layer}, which has {self._num_experts[dispatch.layer]}"
+        return ""
+
+    def _compute(self, arrivals: Sequence[Arrival], now: float) -> None:
+        batch = join([a.dispatch for a in arrivals])
+        misses = self._store.num_misses
+        experts = [self._store.get(batch.layer, e) for e in batch.experts]
+        misses = self._store.num_misses - misses
+        y = run_experts(batch.x, experts, batch.counts, batch.pair_rows, batch.pair_weights, self._form)
+        compute_us = round((time.monotonic() - now) * 1e6)
+        counters = self.counters
+        for arrival, rows in zip(arrivals, y.split(batch.row_counts), strict=True):
+            wait_us = round((now - arrival.received_s) * 1e6)
+            counters.wait_us += wait_us
+            self._port.reply(
+                arrival.link_id,
+                Reply(seq=arrival.dispatch.seq, y=rows, compute_us=compute_us, wait_us=wait_us, num_misses=misses),
+            )
+        counters.num_batches += 1
+        counters.num_dispatches += len(arrivals)
+        counters.num_rows += batch.x.shape[0]
+        counters.num_pairs += len(batch.pair_rows)
+        counters.num_expert_calls += len(batch.experts)
+        counters.compute_us += compute_us
+        if len({a.router_id for a in arrivals}) > 1:
+            counters.num_joined_batches += 1
+            counters.num_joined_dispatches += len(arrivals)
+
+    def _fail(self, arrival: Arrival, status: Status, message: str) -> None:
+        self.counters.num_failed += 1
+        self._port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, status=status, message=message))

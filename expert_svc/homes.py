@@ -1,0 +1,70 @@
+"""Keep the worker's homes resident: load what a plan gives it, report, and let go of what it no longer is home to.
+
+Owned by the event loop; loading runs in a thread of its own. Make before break: the homes of the plan in force and of
+the coming one are kept together until the coming one is published.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from collegium.fabric import logs
+from collegium.fabric.leases import Membership
+from collegium.fabric.views import from_proto
+from collegium.model.architectures import CheckpointError
+from collegium.v1 import balancer_pb2
+from expert_svc.store import ExpertId, ExpertStore
+
+_log = logs.get("homes")
+_SAY_EVERY = 0.25  # share of a load between two lines of progress
+_RETRY_S = 5.0
+
+
+class HomeKeeper:
+    """Follows the cluster's view for one worker."""
+
+    def __init__(self, store: ExpertStore, membership: Membership, on_ready: Callable[[], None]):
+        """`on_ready` is called once the worker's homes are resident, or known to be none."""
+        self._store, self._membership, self._on_ready = store, membership, on_ready
+        self._ready_plan = 0
+
+    async def follow(self) -> None:
+        """Take every view until cancelled."""
+        async for view in self._membership.views():
+            await self.take(view)
+
+    async def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
+        """Load what the coming plan gives this worker, then drop what no plan does."""
+        worker_id = self._membership.member_id
+        placement, planned = from_proto(view.placement), from_proto(view.planned)
+        current, coming = placement.experts_of(worker_id), planned.experts_of(worker_id)
+        if planned.epoch > self._ready_plan and worker_id in planned.worker_ids:
+            if not await self._warm(coming, planned.epoch):
+                return
+            self._ready_plan = planned.epoch
+            self._membership.set_ready_plan(planned.epoch)
+        elif placement.epoch and not planned.epoch:
+            await self._warm(current, placement.epoch)
+            if gone := self._store.release_others(current):
+                _log.info("experts released", num_experts=gone, epoch=placement.epoch)
+        self._on_ready()
+
+    async def _warm(self, experts: Iterable[ExpertId], epoch: int) -> bool:
+        wanted = list(experts)
+        said = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            if done == total or done / total >= said + _SAY_EVERY:
+                said = done / total
+                _log.info("loading experts", done=done, total=total, epoch=epoch)
+
+        missing = [e for e in wanted if not self._store.is_resident(e)]
+        if not missing:
+            return True
+        try:
+            await asyncio.to_thread(self._store.warm, missing, progress)
+        except CheckpointError as error:
+            _log.error("an expert cannot be loaded; the worker stays out of the plan", why=str(error), epoch=epoch)
+            await asyncio.sleep(_RETRY_S)
+            return False
+        return True

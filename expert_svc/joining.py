@@ -1,0 +1,97 @@
+"""Join the dispatches that wait for the same layer into one batch, whichever router sent them.
+
+Owns the order in which a worker serves dispatches: the oldest first, and with it all that wait for its layer. Pure: no
+I/O. R rows, P pairs, G experts with rows, D model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collegium.link.base import Arrival
+from collegium.link.frame import Dispatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedBatch:
+    """One expert call: rows of one or several dispatches of one layer.
+
+    x: [R, D]; experts, counts: [G]; pair_rows, pair_weights: [P] ordered by expert; row_counts: rows of each dispatch,
+    in order.
+    """
+
+    layer: int
+    x: Tensor
+    experts: list[int]
+    counts: list[int]
+    pair_rows: NDArray[np.int64]
+    pair_weights: NDArray[np.float32]
+    row_counts: list[int]
+
+
+class DispatchQueue:
+    """Dispatches that have arrived and were not served yet, oldest first."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Arrival] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, arrivals: Iterable[Arrival]) -> None:
+        """Queue dispatches."""
+        self._waiting.extend(arrivals)
+
+    def take(self, max_rows: int) -> list[Arrival]:
+        """Take the oldest and every other that waits for its layer, up to `max_rows` rows together (the oldest always
+        goes).
+        """
+        if not self._waiting:
+            return []
+        layer, num_rows = self._waiting[0].dispatch.layer, 0
+        taken: list[Arrival] = []
+        kept: list[Arrival] = []
+        for arrival in self._waiting:
+            rows = arrival.dispatch.x.shape[0]
+            if arrival.dispatch.layer == layer and (not taken or num_rows + rows <= max_rows):
+                taken.append(arrival)
+                num_rows += rows
+            else:
+                kept.append(arrival)
+        self._waiting = kept
+        return taken
+
+
+def join(dispatches: Sequence[Dispatch]) -> JoinedBatch:
+    """Make one batch of dispatches of one layer, so that each expert runs once on the rows of all of them."""
+    first = dispatches[0]
+    if len(dispatches) == 1:
+        return JoinedBatch(
+            layer=first.layer,
+            x=first.x,
+            experts=first.experts.tolist(),
+            counts=first.counts.tolist(),
+            pair_rows=first.pair_rows.astype(np.int64),
+            pair_weights=first.pair_weights,
+            row_counts=[first.x.shape[0]],
+        )
+    row_counts = [d.x.shape[0] for d in dispatches]
+    starts = np.cumsum([0, *row_counts[:-1]])
+    expert_of = np.concatenate([np.repeat(d.experts, d.counts) for d in dispatches])
+    rows = np.concatenate([d.pair_rows.astype(np.int64) + start for d, start in zip(dispatches, starts, strict=True)])
+    weights = np.concatenate([d.pair_weights for d in dispatches])
+    order = np.argsort(expert_of, kind="stable")
+    experts, counts = np.unique(expert_of, return_counts=True)
+    return JoinedBatch(
+        layer=first.layer,
+        x=torch.cat([d.x for d in dispatches]),
+        experts=experts.tolist(),
+        counts=counts.tolist(),
+        pair_rows=rows[order],
+        pair_weights=weights[order],
+        row_counts=row_counts,
+    )

@@ -1,0 +1,126 @@
+"""The worker's gRPC service: promise links to routers, describe what is resident.
+
+Owns the promises: ids and one-time secrets. Rows never pass here.
+"""
+
+import itertools
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+import grpc
+import torch
+
+from collegium.fabric import logs
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable
+from collegium.link.base import ExpectedLink, WorkerPort
+from collegium.link.frame import SECRET_BYTES
+from collegium.model.manifest import Manifest
+from collegium.v1 import expert_pb2, expert_pb2_grpc
+from expert_svc.store import ExpertStore
+
+_log = logs.get("worker")
+_SECRET_LIFE_S = 10.0
+_NUM_CREDITS = 4  # micro-batches of one router that may be under way at once
+
+Context = grpc.aio.ServicerContext
+
+
+class ExpertService(expert_pb2_grpc.ExpertServicer):
+    """Implements collegium.v1.Expert."""
+
+    def __init__(
+        self,
+        port: WorkerPort,
+        store: ExpertStore,
+        manifest: Manifest,
+        dtype: torch.dtype,
+        *,
+        data_address: str,
+        worker_id: Callable[[], str],
+        counters: Callable[[], Mapping[str, float]],
+    ):
+        """`data_address` is what routers are told for transport "tcp"."""
+        self._port, self._store, self._manifest, self._dtype = port, store, manifest, dtype
+        self._data_address, self._worker_id, self._counters = data_address, worker_id, counters
+        self._ids = itertools.count(1)
+        self.is_draining = False
+
+    async def OpenLink(self, request: expert_pb2.OpenLinkRequest, context: Context) -> expert_pb2.OpenLinkResponse:
+        """Promise a link and say how to connect."""
+        if self.is_draining:
+            raise Unavailable("the worker is draining", reason="DRAINING", retry_after_s=1.0)
+        self._check(request)
+        transport, address = self._choose(request)
+        link_id, secret = next(self._ids), secrets.token_bytes(SECRET_BYTES)
+        try:
+            self._port.expect(
+                ExpectedLink(
+                    link_id=link_id,
+                    secret=secret,
+                    router_id=request.router_id,
+                    dtype=self._dtype,
+                    reply_dtype=self._dtype,
+                    d_model=self._manifest.d_model,
+                    max_rows=request.max_rows,
+                    num_credits=_NUM_CREDITS,
+                    expires_s=time.monotonic() + _SECRET_LIFE_S,
+                    max_pairs=request.max_rows * self._manifest.top_k,
+                )
+            )
+        except ValueError as error:
+            raise InvalidArgument(str(error), reason="BAD_LINK", field="max_rows") from error
+        _log.info("link promised", link_id=link_id, router_id=request.router_id, transport=transport)
+        return expert_pb2.OpenLinkResponse(
+            link_id=link_id,
+            secret=secret,
+            transport=transport,
+            address=address,
+            num_credits=_NUM_CREDITS,
+            worker_id=self._worker_id(),
+        )
+
+    async def GetWorker(self, request: expert_pb2.GetWorkerRequest, context: Context) -> expert_pb2.GetWorkerResponse:
+        """Describe this worker."""
+        resident = [
+            expert_pb2.ResidentLayer(layer=layer, experts=experts) for layer, experts in self._store.residency().items()
+        ]
+        return expert_pb2.GetWorkerResponse(
+            worker_id=self._worker_id(),
+            resident=resident,
+            resident_bytes=self._store.resident_bytes,
+            counters=self._counters(),
+        )
+
+    def _check(self, request: expert_pb2.OpenLinkRequest) -> None:
+        dtype = str(self._dtype).removeprefix("torch.")
+        if request.model_digest != self._manifest.digest:
+            raise FailedPrecondition(
+                f"the router serves another checkpoint (digest {request.model_digest}, worker {self._manifest.digest})",
+                reason="MODEL_DIFFERS",
+                field="model_digest",
+                remedy="start routers and workers on the same checkpoint",
+            )
+        if request.dtype != dtype:
+            raise FailedPrecondition(
+                f"the router sends {request.dtype} rows, the worker computes in {dtype}",
+                reason="DTYPE_DIFFERS",
+                field="dtype",
+                remedy="start both with the same --dtype",
+            )
+
+    def _choose(self, request: expert_pb2.OpenLinkRequest) -> tuple[str, str]:
+        offered = dict(self._port.addresses)
+        for transport in request.transports:
+            if transport == "unix" and "unix" in offered and request.host == socket.gethostname():
+                return "unix", offered["unix"]
+            if transport == "tcp" and "tcp" in offered:
+                return "tcp", self._data_address or offered["tcp"]
+        raise FailedPrecondition(
+            f"no common transport: the router takes {', '.join(request.transports)}, "
+            f"the worker offers {', '.join(offered)}",
+            reason="NO_TRANSPORT",
+            field="transports",
+            remedy="choose another --link-transport",
+        )

@@ -1,0 +1,1 @@
+"""The router: attention and gate without experts, the KV cache, continuous batching, sampling."""

@@ -1,0 +1,52 @@
+"""The router's counters by series name, for its metrics page and its lease. Owns no number: reads those of others."""
+
+from collegium.fabric.metrics import series
+from collegium.link.base import LinkStats
+from router_svc.engine import Engine
+from router_svc.expert_calls import ExpertCalls
+
+
+def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
+    """Collect everything that a router counts."""
+    load, totals, stats = engine.load(), engine.totals, calls.link_stats()
+    both = list(stats.values())
+    counters: dict[str, float] = {
+        series("collegium_num_requests_running"): load.num_running,
+        series("collegium_num_requests_waiting"): load.num_waiting,
+        series("collegium_kv_cache_usage_ratio"): 1.0 - load.free_blocks / load.total_blocks,
+        series("collegium_preemptions_total"): engine.num_preemptions,
+        series("collegium_prefix_cache_queries_total"): totals.prompt_tokens,
+        series("collegium_prefix_cache_hits_total"): engine.num_cached_tokens,
+        series("collegium_prefilled_tokens_total"): totals.prefilled_tokens,
+        series("collegium_generation_tokens_total"): totals.generated_tokens,
+        series("collegium_step_seconds_total"): totals.step_seconds,
+        series("collegium_dispatches_total"): sum(s.dispatches for s in both),
+        series("collegium_dispatch_retries_total"): calls.totals.retries,
+        series("collegium_link_rows_total", direction="out"): sum(s.rows_out for s in both),
+        series("collegium_link_rows_total", direction="back"): sum(s.rows_back for s in both),
+        series("collegium_link_pairs_total", direction="out"): sum(s.pairs_out for s in both),
+        series("collegium_link_bytes_total", direction="out"): sum(s.bytes_out for s in both),
+        series("collegium_link_bytes_total", direction="back"): sum(s.bytes_back for s in both),
+        series("collegium_link_late_replies_total"): sum(s.late_replies for s in both),
+        series("collegium_links"): len(calls.worker_ids),
+        series("collegium_placement_epoch"): calls.epoch,
+        # Beside the metrics page, in `collegium status`:
+        "needed_bytes": calls.totals.needed_bytes,
+        "free_kv_blocks": load.free_blocks,
+        "total_kv_blocks": load.total_blocks,
+        "sequences": engine.num_sequences,
+    }
+    counters |= {series("collegium_steps_total", kind=kind): count for kind, count in totals.steps.items()}
+    for worker_id, link in stats.items():
+        counters |= _by_worker(worker_id, link)
+    return counters
+
+
+def _by_worker(worker_id: str, link: LinkStats) -> dict[str, float]:
+    return {
+        f"rows_out/{worker_id}": link.rows_out,
+        f"rows_back/{worker_id}": link.rows_back,
+        f"bytes_out/{worker_id}": link.bytes_out,
+        f"bytes_back/{worker_id}": link.bytes_back,
+        f"dispatches/{worker_id}": link.dispatches,
+    }

@@ -1,0 +1,455 @@
+"""The engine: one thread that forms steps, computes them, samples, and reports what is new.
+
+Owns the scheduler, the KV cache and every sequence; others reach it through a queue of commands and a callback. A step
+is pure until it is committed, so a step whose experts could not be had is computed again, and one that a request spoils
+is computed
+for the others alone.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from collegium.fabric import logs, tracing
+from collegium.model.sampling import SampleRow, TokenCounts, TokenLogprobs, UnusableLogitsError, sample, token_logprobs
+from router_svc.expert_calls import ExpertCalls, ExpertFailedError, ExpertsUnavailableError
+from router_svc.kv_blocks import BlockPool
+from router_svc.model_loader import RouterModel
+from router_svc.paged_attention import PagedCache, StepIndex
+from router_svc.scheduler import Scheduler, Step
+from router_svc.sequence import Finish, Sequence
+
+_log = logs.get("engine")
+
+_RETRY_S = 0.05  # pause before a step is computed again that found no worker
+_IDLE_S = 1.0
+_TRACED_DECODES = 16  # of a sampled request's decode steps, one in so many gets spans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a sequence could not go on: a canonical status name, a reason and a message."""
+
+    code: str
+    reason: str
+    message: str
+
+
+@dataclass(slots=True, kw_only=True)
+class News:
+    """What happened to a sequence."""
+
+    sequence: Sequence
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy the engine is."""
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    free_blocks: int
+    total_blocks: int
+
+
+@dataclass(slots=True)
+class EngineTotals:
+    """Counters since the start; written by the engine's thread alone."""
+
+    steps: dict[str, int] = field(default_factory=lambda: {"decode": 0, "prefill": 0, "mixed": 0})
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    repeated_steps: int = 0
+    step_seconds: float = 0.0
+
+
+Deliver = Callable[[int, list[News], Load, int], None]  # (owner, news, load, step)
+
+
+class Engine:
+    """Grows sequences until told to stop."""
+
+    def __init__(
+        self,
+        model: RouterModel,
+        calls: ExpertCalls,
+        deliver: Deliver,
+        *,
+        num_blocks: int,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        num_threads: int,
+        expert_wait_s: float = 30.0,
+        on_end: Callable[[], None] = lambda: None,
+    ):
+        """Make an engine; `start` starts it.
+
+        `deliver` is called from the engine's thread, once per owner and step; `on_end` when the thread ends.
+        `expert_wait_s`: how long a step waits for any worker before its sequences fail.
+        """
+        self._model, self._calls, self._deliver = model, calls, deliver
+        self._pool = BlockPool(num_blocks)
+        self._cache = PagedCache(model.cache_shapes, num_blocks, model.dtype, model.device)
+        self._scheduler = Scheduler(self._pool, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self._num_threads, self._expert_wait_s = num_threads, expert_wait_s
+        self._on_end = on_end
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        self._by_key: dict[tuple[int, str, int], Sequence] = {}
+        self._counts: dict[Sequence, TokenCounts] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wakeup = threading.Condition()
+        self._is_stopping = False
+        self._stalled_since: float | None = None
+        self._news: dict[int, dict[Sequence, News]] = {}  # by owner
+        self._owners: set[int] = set()
+        self.totals = EngineTotals()
+        self.num_step = 0
+        self.error: BaseException | None = None
+        model.set_expert_call(calls.compute)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- from any thread ---
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End after the step at hand."""
+        self._is_stopping = True
+        self._post(lambda: None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Block until no sequence is left, or the time is over. Returns whether it is idle."""
+        return self._is_idle.wait(timeout_s)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def attach(self, owner: int) -> None:
+        """Begin to report to an owner; the first report, empty but for the load, comes at once."""
+        self._post(lambda: self._attach(owner))
+
+    def detach(self, owner: int) -> None:
+        """End all of an owner's sequences and report to it no more."""
+        self._post(lambda: self._detach(owner))
+
+    def submit(self, sequences: Seq[Sequence]) -> None:
+        """Take the choices of one request."""
+        self._post(lambda: self._submit(sequences))
+
+    def cancel(self, owner: int, request_id: str, choice_index: int | None = None) -> None:
+        """End a request, or one choice, with Finish.CANCELLED; its blocks are free before the next step."""
+        self._post(lambda: [self._end(s, Finish.CANCELLED) for s in self._of(owner, request_id, choice_index)])
+
+    def pause(self, owner: int, request_id: str, choice_index: int | None, is_paused: bool) -> None:
+        """Hold a request's state and compute nothing, or go on."""
+        self._post(lambda: [setattr(s, "is_paused", is_paused) for s in self._of(owner, request_id, choice_index)])
+
+    def load(self) -> Load:
+        """How busy it is; exact from the engine's thread, approximate from others."""
+        scheduler = self._scheduler
+        return Load(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            waiting_tokens=scheduler.num_waiting_tokens,
+            free_blocks=self._pool.num_free,
+            total_blocks=self._pool.num_blocks,
+        )
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that gave up their blocks to others."""
+        return self._scheduler.num_preemptions
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the cache."""
+        return self._scheduler.num_cached_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences known."""
+        return len(self._by_key)
+
+    def _post(self, command: Callable[[], object]) -> None:
+        with self._wakeup:
+            self._commands.append(command)  # type: ignore[arg-type]
+            self._wakeup.notify()
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        try:
+            with torch.inference_mode():
+                while not self._is_stopping:
+                    self._turn()
+        except BaseException as error:
+            self.error = error
+            _log.exception("the engine has died")
+            raise
+        finally:
+            self._on_end()
+
+    def _turn(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+        self._expire(time.monotonic())
+        step = self._scheduler.schedule()
+        if step is None:
+            self._flush()
+            with self._wakeup:
+                if not self._commands and not self._is_stopping:
+                    self._wakeup.wait(self._idle_s())
+            return
+        self.num_step += 1
+        began = time.monotonic()
+        self._compute_or_wait(step)
+        self.totals.step_seconds += time.monotonic() - began
+        self._flush()
+
+    def _compute_or_wait(self, step: Step) -> None:
+        try:
+            self._compute(step)
+            self._stalled_since = None
+        except ExpertsUnavailableError as error:
+            now = time.monotonic()
+            self._stalled_since = self._stalled_since or now
+            self.totals.repeated_steps += 1
+            if now - self._stalled_since > self._expert_wait_s:
+                message = (
+                    f"{error} (waited {self._expert_wait_s:g} s); see that expert workers run and reach the balancer"
+                )
+                self._fail_all(step, Failure(code="UNAVAILABLE", reason="NO_EXPERT_WORKER", message=message))
+                self._stalled_since = None
+            else:
+                with self._wakeup:
+                    self._wakeup.wait(_RETRY_S)
+        except ExpertFailedError as error:
+            if len(step.rows) == 1:
+                failure = Failure(
+                    code="INTERNAL", reason="EXPERT_FAILED", message=f"an expert could not be computed: {error}"
+                )
+                self._fail_all(step, failure)
+            else:  # find out whose rows spoil it: each sequence alone
+                for row in step.rows:
+                    is_decode = row in step.decodes
+                    self._compute_or_wait(Step(decodes=(row,) if is_decode else (), chunks=() if is_decode else (row,)))
+        except Exception as error:
+            _log.exception("a step failed", num_rows=step.num_rows)
+            message = f"the router failed in a step ({type(error).__name__}); its log has the details"
+            self._fail_all(step, Failure(code="INTERNAL", reason="STEP_FAILED", message=message))
+
+    def _compute(self, step: Step) -> None:
+        index = StepIndex(step, self._model.device)
+        self._cache.begin(index)
+        ids = [token for row in step.rows for token in row.sequence.tokens(row.begin, row.end)]
+        keep, spans = _kept_rows(step)
+        span = self._trace(step)
+        self._calls.step = self.num_step
+        input_ids = torch.tensor([ids], device=self._model.device)
+        kept = torch.tensor(keep or [0], device=self._model.device)
+        try:
+            logits = self._model.forward(input_ids, index.positions, self._cache, kept)
+        finally:
+            self._calls.traceparent = ""
+            if span is not None:
+                span.end()
+        self._scheduler.commit(step)
+        self.totals.steps[step.kind] += 1
+        self.totals.prefilled_tokens += sum(row.num_rows for row in step.chunks)
+        self._score(step, logits, spans)
+        self._sample(step, logits, spans)
+
+    def _sample(self, step: Step, logits: Tensor, spans: dict[Sequence, tuple[int, int]]) -> None:
+        rows = [row for row in step.rows if row.reaches_end and not row.sequence.is_score]
+        while rows:
+            sequences = [row.sequence for row in rows]
+            at = [spans[sequence][0] for sequence in sequences]
+            chosen = logits if at == list(range(logits.shape[0])) else logits[at]
+            try:
+                sampled = sample(chosen, [self._sample_row(sequence) for sequence in sequences])
+            except UnusableLogitsError as error:
+                failure = Failure(
+                    code="INTERNAL",
+                    reason="UNUSABLE_LOGITS",
+                    message="the model gave no usable scores (NaN or infinite)",
+                )
+                for idx in error.row_idxs:
+                    self._end(sequences[idx], None, failure)
+                rows = [row for idx, row in enumerate(rows) if idx not in error.row_idxs]
+                continue
+            for sequence, token, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
+                self._take(sequence, token, logprobs)
+            return
+
+    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        sequence.append(token)
+        if sequence in self._counts:
+            self._counts[sequence].add(token)
+        self.totals.generated_tokens += 1
+        news = self._tell(sequence)
+        news.token_ids.append(token)
+        if logprobs is not None:
+            news.logprobs.append(logprobs)
+        if sequence.has_ended:
+            self._end(sequence, sequence.finish)
+
+    def _score(self, step: Step, logits: Tensor, spans: dict[Sequence, tuple[int, int]]) -> None:
+        for row in step.rows:
+            sequence = row.sequence
+            if not sequence.is_score:
+                continue
+            begin, end = spans[sequence]
+            nexts = sequence.prompt_ids[row.begin + 1 : row.end + 1]
+            if nexts:
+                self._tell(sequence).logprobs += token_logprobs(logits[begin:end], nexts, sequence.num_logprobs or 0)
+            if row.reaches_end:
+                self._end(sequence, Finish.STOP)
+
+    def _sample_row(self, sequence: Sequence) -> SampleRow:
+        return SampleRow(
+            params=sequence.sampling,
+            position=len(sequence.output_ids),
+            choice_index=sequence.choice_index,
+            tokens=self._counts.get(sequence),
+            banned_ids=sequence.banned_ids(),
+            num_logprobs=sequence.num_logprobs,
+        )
+
+    def _trace(self, step: Step) -> "tracing.Span | None":
+        if not tracing.is_tracing():
+            return None
+        for row in step.rows:
+            sequence = row.sequence
+            if sequence.traceparent and (not sequence.is_decoding or len(sequence.output_ids) % _TRACED_DECODES == 0):
+                attributes = {
+                    "collegium.step": self.num_step,
+                    "collegium.rows": step.num_rows,
+                    "collegium.kind": step.kind,
+                }
+                span = tracing.start_span("router.step", traceparent=sequence.traceparent, attributes=attributes)
+                self._calls.traceparent = tracing.traceparent_of(span)
+                return span
+        return None
+
+    # --- sequences ---
+
+    def _attach(self, owner: int) -> None:
+        self._owners.add(owner)
+        self._deliver(owner, [], self.load(), 0)
+
+    def _detach(self, owner: int) -> None:
+        self._owners.discard(owner)
+        self._news.pop(owner, None)
+        for sequence in [s for s in self._by_key.values() if s.owner == owner]:
+            self._forget(sequence)
+
+    def _submit(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.owner not in self._owners:
+                return
+            key = (sequence.owner, sequence.request_id, sequence.choice_index)
+            if key in self._by_key:
+                message = f"request_id {sequence.request_id!r} is running already"
+                self._tell(sequence).failure = Failure(
+                    code="INVALID_ARGUMENT", reason="DUPLICATE_REQUEST_ID", message=message
+                )
+                continue
+            self._by_key[key] = sequence
+            self._is_idle.clear()
+            if sequence.sampling.has_penalties:
+                self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids)
+            self._scheduler.add(sequence)
+        self.totals.prompt_tokens += len(sequences[0].prompt_ids)
+
+    def _of(self, owner: int, request_id: str, choice_index: int | None) -> list[Sequence]:
+        return [
+            s
+            for s in self._by_key.values()
+            if s.owner == owner and s.request_id == request_id and choice_index in (None, s.choice_index)
+        ]
+
+    def _end(self, sequence: Sequence, finish: Finish | None, failure: Failure | None = None) -> None:
+        self._tell(sequence).failure = failure
+        if finish is not None:
+            sequence.finish = sequence.finish or finish
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.finish is None:
+            sequence.finish = Finish.CANCELLED
+        self._scheduler.end(sequence)
+        self._counts.pop(sequence, None)
+        self._by_key.pop((sequence.owner, sequence.request_id, sequence.choice_index), None)
+        if not self._by_key:
+            self._is_idle.set()
+
+    def _fail_all(self, step: Step, failure: Failure) -> None:
+        for row in step.rows:
+            self._end(row.sequence, None, failure)
+
+    def _expire(self, now: float) -> None:
+        for sequence in [s for s in self._by_key.values() if s.deadline_s <= now]:
+            message = "the request's deadline passed while it was computed"
+            self._end(sequence, None, Failure(code="DEADLINE_EXCEEDED", reason="DEADLINE_EXCEEDED", message=message))
+
+    def _idle_s(self) -> float:
+        nearest = min((s.deadline_s for s in self._by_key.values()), default=float("inf"))
+        return max(0.0, min(_IDLE_S, nearest - time.monotonic()))
+
+    # --- news ---
+
+    def _tell(self, sequence: Sequence) -> News:
+        """Find or make this step's news of a sequence."""
+        news = self._news.setdefault(sequence.owner, {})
+        if sequence not in news:
+            news[sequence] = News(sequence=sequence)
+        return news[sequence]
+
+    def _flush(self) -> None:
+        if not self._news:
+            return
+        news, self._news = self._news, {}
+        load = self.load()
+        for owner, items in news.items():
+            if owner in self._owners:
+                self._deliver(owner, list(items.values()), load, self.num_step)
+
+
+def _kept_rows(step: Step) -> tuple[list[int], dict[Sequence, tuple[int, int]]]:
+    """Which rows of the packed batch need logits, and where each sequence's lie among them: (rows, begin and end by
+    sequence).
+    """
+    keep: list[int] = []
+    spans: dict[Sequence, tuple[int, int]] = {}
+    at = 0
+    for row in step.rows:
+        begin = len(keep)
+        if row.sequence.is_score:
+            keep += range(at, at + row.num_rows - int(row.reaches_end))
+        elif row.reaches_end:
+            keep.append(at + row.num_rows - 1)
+        spans[row.sequence] = (begin, len(keep))
+        at += row.num_rows
+    return keep, spans
+
+
+__all__ = ["Deliver", "Engine", "EngineTotals", "Failure", "Load", "News"]

@@ -1,0 +1,118 @@
+"""Translate between the router's messages and the engine's values. Owns no state."""
+
+import time
+from collections.abc import Sequence as Seq
+
+import grpc
+
+from collegium.model.sampling import SamplingParams
+from collegium.v1 import inference_pb2, router_pb2
+from router_svc.engine import Load, News
+from router_svc.sequence import Finish, Sequence, StopRules
+
+_FINISH = {
+    Finish.STOP: inference_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    Finish.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+def sequences_of(
+    submission: router_pb2.Submission, owner: int, eos_ids: Seq[int], max_model_len: int
+) -> list[Sequence]:
+    """Make the sequences of a submission, one a choice. Raises ValueError naming a field that no gateway should have
+    sent.
+    """
+    prompt = list(submission.prompt_ids)
+    if not prompt:
+        raise ValueError("prompt_ids is empty")
+    room = max_model_len - len(prompt)
+    if room < (0 if submission.is_score else 1):
+        raise ValueError(f"prompt_ids has {len(prompt)} tokens, the router takes {max_model_len}")
+    asked, rules = submission.sampling, submission.stopping
+    sampling = SamplingParams(
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p if asked.HasField("top_p") else 1.0,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        seed=asked.seed,
+    )
+    stop = StopRules(
+        max_tokens=min(rules.max_tokens, room) if rules.HasField("max_tokens") else room,
+        min_tokens=rules.min_tokens,
+        eos_ids=frozenset() if rules.ignore_eos else frozenset(eos_ids),
+        stop_ids=frozenset(rules.stop_ids),
+    )
+    deadline_s = time.monotonic() + submission.deadline_ms / 1e3 if submission.deadline_ms else float("inf")
+    sequences: list[Sequence] = []
+    for start in submission.choices or [router_pb2.ChoiceStart()]:
+        sequences.append(
+            Sequence(
+                owner=owner,
+                request_id=submission.request_id,
+                choice_index=start.choice_index,
+                prompt_ids=prompt,
+                output_ids=list(start.output_ids),
+                sampling=sampling,
+                rules=stop,
+                num_logprobs=submission.num_logprobs if submission.HasField("num_logprobs") else None,
+                is_score=submission.is_score,
+                deadline_s=deadline_s,
+                traceparent=submission.traceparent,
+                leader=sequences[0] if sequences else None,
+            )
+        )
+    return sequences
+
+
+def frame_of(news: Seq[News], load: Load, step: int) -> router_pb2.AttachResponse:
+    """Make the frame that tells a gateway of a step."""
+    return router_pb2.AttachResponse(news=[_news_of(item) for item in news], load=load_of(load), step=step)
+
+
+def load_of(load: Load) -> router_pb2.RouterLoad:
+    """Translate the load."""
+    return router_pb2.RouterLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        waiting_tokens=load.waiting_tokens,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+    )
+
+
+def refusal(submission: router_pb2.Submission, error: ValueError) -> router_pb2.AttachResponse:
+    """Make the frame that refuses a submission."""
+    failure = router_pb2.Failure(
+        code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(error), reason="INVALID_SUBMISSION"
+    )
+    choices = submission.choices or [router_pb2.ChoiceStart()]
+    return router_pb2.AttachResponse(
+        news=[
+            router_pb2.SequenceNews(request_id=submission.request_id, choice_index=c.choice_index, failure=failure)
+            for c in choices
+        ]
+    )
+
+
+def _news_of(item: News) -> router_pb2.SequenceNews:
+    sequence = item.sequence
+    news = router_pb2.SequenceNews(
+        request_id=sequence.request_id, choice_index=sequence.choice_index, token_ids=item.token_ids
+    )
+    for logprobs in item.logprobs:
+        news.logprobs.add(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top)
+    if not sequence.is_reported:
+        sequence.is_reported = True
+        news.cached_prompt_tokens = sequence.num_cached
+    if item.failure is not None:
+        news.failure.code = getattr(grpc.StatusCode, item.failure.code).value[0]
+        news.failure.message, news.failure.reason = item.failure.message, item.failure.reason
+    elif sequence.finish is not None:
+        news.finish_reason = _FINISH[sequence.finish]
+        if sequence.stop_id is not None:
+            news.stop_id = sequence.stop_id
+    return news

@@ -1,0 +1,194 @@
+"""Load a checkpoint's attention and gates through transformers, with nothing in the place of the experts.
+
+Owns RemoteExperts, the stand-in, and all contact with transformers' internals (pinned to 5.23; TRANSFORMERS.md of the
+design notes says what was tried). Expert tensors are never read: the stand-in has no parameters, so their keys are left
+on the disk.
+T tokens, K top-k, D model.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+
+from collegium.model.architectures import (
+    CheckpointError,
+    UnsupportedModelError,
+    architecture_of,
+    config_int,
+    read_config,
+)
+from collegium.model.kernels import pack_linears
+from router_svc.paged_attention import ATTENTION_NAME, CacheShape, ProbeCache, attend_packed
+from router_svc.rotary import group_by_cohort
+
+ExpertCall = Callable[
+    [int, Tensor, Tensor, Tensor], Tensor
+]  # (MoE layer, x [T, D], ids [T, K], weights [T, K]) -> [T, D]
+
+# Every experts class of the supported architectures, and no stand-in.
+_EXPERTS_CLASS = r"^(?!Remote)\w+Experts$"
+
+
+class RemoteExperts(nn.Module):
+    """Stands where a model had its experts; hands rows, ids and weights to whoever computes them."""
+
+    def __init__(self, config: PreTrainedConfig, *_: object, **__: object):
+        super().__init__()
+        self.config = config
+        self.layer = -1  # index among MoE layers
+        self.call: ExpertCall | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the experts' weighted sums for [..., D] rows; ids and weights are [T, K]."""
+        assert self.call is not None
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.call(self.layer, x, top_k_index, top_k_weights).view(hidden_states.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterModel:
+    """A model without experts, ready for packed steps."""
+
+    model: PreTrainedModel
+    model_type: str
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_positions: int
+    num_experts: int
+    top_k: int
+    eos_ids: tuple[int, ...]
+    cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
+    moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
+
+    def set_expert_call(self, call: ExpertCall) -> None:
+        """Say who computes the experts."""
+        for module in self.model.modules():
+            if isinstance(module, RemoteExperts):
+                module.call = call
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one position takes over all layers."""
+        return sum(shape.num_bytes(self.dtype) for shape in self.cache_shapes.values())
+
+    def forward(self, input_ids: Tensor, positions: Tensor, cache: object, keep: Tensor) -> Tensor:
+        """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V] of the rows in `keep`."""
+        out = self.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            paged=cache,
+            logits_to_keep=keep,
+        )
+        return out.logits[0]
+
+
+def torch_dtype(name: str, model_dir: Path) -> torch.dtype:
+    """Resolve "float32", "bfloat16" or "auto" (the checkpoint's own; float16 is served as bfloat16)."""
+    if name == "auto":
+        config = read_config(model_dir)
+        name = "float32" if str(config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> RouterModel:
+    """Load a checkpoint without experts and learn its cache's shapes. Process-global while it runs: one load at a time.
+
+    Raises UnsupportedModelError, or CheckpointError naming the first tensor that is missing or cannot be read.
+    """
+    raw = read_config(model_dir)
+    architecture = architecture_of(raw)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(model_dir)
+    _refuse_unsupported(config)
+    AttentionInterface.register(ATTENTION_NAME, attend_packed)
+    register_patch_mapping({_EXPERTS_CLASS: RemoteExperts})
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{model_dir} cannot be loaded: {error}") from error
+    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"{model_dir} holds a damaged or truncated safetensors file: {error}") from error
+    finally:
+        unregister_patch_mapping([_EXPERTS_CLASS])
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{model_dir} lacks tensor {missing[0]} ({len(missing)} missing); fetch the checkpoint again"
+        )
+    moe_layers = _number_layers(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        pack_linears(model)
+    model.to(device)
+    group_by_cohort(model)
+    text = config.get_text_config()
+    max_positions = getattr(text, "max_position_embeddings", None) or config_int(raw, "max_seq_len")
+    loaded = RouterModel(
+        model=model,
+        model_type=architecture.model_type,
+        dtype=dtype,
+        device=device,
+        vocab_size=int(text.vocab_size),
+        max_positions=int(max_positions or 2048),
+        num_experts=config_int(raw, architecture.num_experts_key) or 0,
+        top_k=config_int(raw, architecture.top_k_key) or 0,
+        eos_ids=_eos_ids(model),
+        cache_shapes=_probe(model, device),
+        moe_layers=moe_layers,
+    )
+    return loaded
+
+
+def _refuse_unsupported(config: PreTrainedConfig) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if "dynamic" in kinds:
+        raise UnsupportedModelError(
+            "config.json: rope type 'dynamic' makes positions depend on the batch and is not supported; "
+            "use yarn, linear or llama3"
+        )
+
+
+def _number_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    found = [(int(re.findall(r"\d+", name)[0]), m) for name, m in model.named_modules() if isinstance(m, RemoteExperts)]
+    if not found:
+        raise UnsupportedModelError("the model has no MoE layer: there is nothing for expert workers to compute")
+    found.sort(key=lambda pair: pair[0])
+    for idx, (_, module) in enumerate(found):
+        module.layer = idx
+    return tuple(layer for layer, _ in found)
+
+
+def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if eos is None:
+        eos = model.config.eos_token_id
+    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    return tuple(sorted({int(i) for i in ids}))
+
+
+@torch.inference_mode()
+def _probe(model: PreTrainedModel, device: torch.device) -> dict[int, CacheShape]:
+    for module in model.modules():
+        if isinstance(module, RemoteExperts):
+            module.call = lambda _layer, x, _ids, _weights: torch.zeros_like(x)
+    probe = ProbeCache()
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model(input_ids=zero, position_ids=zero, past_key_values=probe, use_cache=True, paged=probe, logits_to_keep=1)
+    if not probe.shapes:
+        raise UnsupportedModelError("the model keeps no key-value cache that can be paged")
+    return probe.shapes

@@ -1,0 +1,283 @@
+"""Packed attention over a paged KV cache, for unmodified modelling classes of transformers.
+
+Owns the pools of keys and values and the attention function that is registered under ATTENTION_NAME. A step's rows are
+packed as [1, T]: decode rows first, then chunks. The model calls `update` with the step's keys and values, then
+attention, which
+gathers each sequence's positions from the pools. Idea of paging: Kwon et al., PagedAttention, SOSP 2023.
+T rows, B decode rows, L cached positions, H query heads, G key-value heads, D head width.
+Latent caches (DeepSeek's MLA) keep one narrow latent per position: the model expands what `update` returns, so `update`
+gathers.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.scheduler import Step
+
+# The name must not contain "sdpa" or "flash": transformers checks capabilities by such names.
+ATTENTION_NAME = "collegium_paged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """What one position of one layer's cache holds, as the model hands it over."""
+
+    key: tuple[int, int]  # (heads, width)
+    value: tuple[int, int]
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether it is MLA's pair of latent and rotary key, which the model expands itself."""
+        return self.key[0] == 1 and self.value[0] == 1 and self.key[1] != self.value[1]
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes a position takes in this layer."""
+        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * dtype.itemsize
+
+
+class ProbeCache:
+    """Learns the shapes of a model's cache from one forward pass of one token, and what it attends to then."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, CacheShape] = {}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing is cached."""
+        return 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Note the shapes of key and value [1, heads, T, width]."""
+        self.shapes[layer_idx] = CacheShape(key=(key.shape[1], key.shape[3]), value=(value.shape[1], value.shape[3]))
+        return key, value
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        """Return zeros of the output's shape [1, T, H, Dv]."""
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+class StepIndex:
+    """Where a step's rows go and what they attend to; built once per step, used by every layer."""
+
+    def __init__(self, step: Step, device: torch.device):
+        positions: list[int] = []
+        slots: list[int] = []
+        for row in step.rows:
+            blocks = row.sequence.blocks
+            positions += range(row.begin, row.end)
+            slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(row.begin, row.end)]
+        self.device = device
+        self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
+        self.slots = torch.tensor(slots, device=device)  # [T]
+        self.num_decodes = len(step.decodes)
+        self.decode_lengths = [row.end for row in step.decodes]
+        self.chunks = [(row.num_rows, row.end) for row in step.chunks]
+        self.chunk_slots = [self._slots_of([row.sequence.blocks], row.end)[0, : row.end] for row in step.chunks]
+        self.decode_slots = torch.empty(0, dtype=torch.long, device=device)
+        if step.decodes:
+            longest = max(self.decode_lengths)
+            self.decode_slots = self._slots_of([r.sequence.blocks for r in step.decodes], longest)[
+                :, :longest
+            ].contiguous()
+        self._masks: dict[tuple[str, int, int | None], Tensor] = {}
+        self._flat_slots: Tensor | None = None
+
+    def _slots_of(self, tables: Seq[Seq[int]], num_tokens: int) -> Tensor:
+        """Slot ids by position, [sequences, at least num_tokens]; short tables are filled up with block 0, to be
+        masked.
+        """
+        width = -(-num_tokens // BLOCK_TOKENS)
+        padded = torch.tensor([[*t[:width], *([0] * (width - len(t)))] for t in tables], device=self.device)
+        return (padded[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=self.device)).flatten(1)
+
+    @property
+    def all_slots(self) -> Tensor:
+        """Slots of everything that the step attends to, packed: decode rows padded to the longest, then chunks."""
+        if self._flat_slots is None:
+            self._flat_slots = torch.cat([self.decode_slots.flatten(), *self.chunk_slots])
+        return self._flat_slots
+
+    def decode_mask(self, window: int | None) -> Tensor | None:
+        """[B, 1, 1, L] bool, true where a row may look; None where all may look everywhere."""
+        key = ("decode", 0, window)
+        if key not in self._masks:
+            lengths = torch.tensor(self.decode_lengths, device=self.device)[:, None]
+            at = torch.arange(self.decode_slots.shape[1], device=self.device)
+            mask = at < lengths
+            if window:
+                mask &= at >= lengths - window
+            self._masks[key] = mask[:, None, None, :]
+        return self._masks[key]
+
+    def chunk_mask(self, idx: int, window: int | None) -> Tensor:
+        """[n, L] bool of chunk `idx`."""
+        key = ("chunk", idx, window)
+        if key not in self._masks:
+            num_rows, end = self.chunks[idx]
+            row = torch.arange(end - num_rows, end, device=self.device)[:, None]
+            at = torch.arange(end, device=self.device)
+            mask = at <= row
+            if window:
+                mask &= at > row - window
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+class PagedCache:
+    """Pools of keys and values, [slots, heads * width] per layer. Zero at first: padding is read and then masked."""
+
+    def __init__(self, shapes: dict[int, CacheShape], num_blocks: int, dtype: torch.dtype, device: torch.device):
+        self.shapes = shapes
+        slots = num_blocks * BLOCK_TOKENS
+        self._pools = {
+            layer: tuple(
+                torch.zeros(slots, heads * width, dtype=dtype, device=device) for heads, width in (s.key, s.value)
+            )
+            for layer, s in shapes.items()
+        }
+        self._index: StepIndex | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(p.numel() * p.element_size() for pair in self._pools.values() for p in pair)
+
+    def begin(self, index: StepIndex) -> None:
+        """Set the step that the next forward pass computes."""
+        self._index = index
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions are given explicitly."""
+        return 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Store the step's keys and values [1, heads, T, width]. Latent caches get back all positions, packed."""
+        assert self._index is not None
+        keys, values = self._pools[layer_idx]
+        keys.index_copy_(0, self._index.slots, key[0].transpose(0, 1).flatten(1))
+        values.index_copy_(0, self._index.slots, value[0].transpose(0, 1).flatten(1))
+        if not self.shapes[layer_idx].is_latent:
+            return key, value
+        at = self._index.all_slots
+        return keys.index_select(0, at)[None, None], values.index_select(0, at)[None, None]
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        sinks: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend with query [1, H, T, D]; returns [1, T, H, Dv]."""
+        index = self._index
+        assert index is not None
+        rules = {"scaling": scaling, "sinks": sinks, "softcap": softcap}
+        shape = self.shapes[layer_idx]
+        out: list[Tensor] = []
+        num_decodes = index.num_decodes
+        packed_at = 0
+        if num_decodes:
+            length = index.decode_slots.shape[1]
+            if shape.is_latent:
+                packed_at = num_decodes * length
+                k, v = (x[0, :, :packed_at].unflatten(1, (num_decodes, length)).transpose(0, 1) for x in (key, value))
+            else:
+                k, v = self._gather(layer_idx, index.decode_slots.flatten(), num_decodes)
+            q = query[0, :, :num_decodes].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
+            out.append(attention(q, k, v, index.decode_mask(window), **rules)[:, :, 0])  # [B, H, Dv]
+        at = num_decodes
+        for idx, (num_rows, end) in enumerate(index.chunks):
+            if shape.is_latent:
+                k, v = key[:, :, packed_at : packed_at + end], value[:, :, packed_at : packed_at + end]
+                packed_at += end
+            else:
+                k, v = self._gather(layer_idx, index.chunk_slots[idx], 1)
+            q = query[:, :, at : at + num_rows]
+            at += num_rows
+            out.append(attention(q, k, v, index.chunk_mask(idx, window), **rules)[0].transpose(0, 1))  # [n, H, Dv]
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+    def _gather(self, layer_idx: int, slots: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+        """Copy out positions: two tensors [sequences, heads, L, width]."""
+        shape = self.shapes[layer_idx]
+        return tuple(
+            pool.index_select(0, slots).view(num_sequences, -1, heads, width).transpose(1, 2)
+            for pool, (heads, width) in zip(self._pools[layer_idx], (shape.key, shape.value), strict=True)
+        )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Scaled dot-product attention with shared key-value heads.
+
+    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, n, L]. sinks [H]: a learnt logit per
+    head that takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
+    """
+    batch, heads, rows, width = query.shape
+    groups = key.shape[1]
+    share = heads // groups
+    # The query heads of a group look at the same keys: they become further rows of one head, and no key is repeated.
+    folded = query.reshape(batch, groups, share * rows, width)
+    if mask is not None:
+        mask = mask.expand(batch, 1, rows, mask.shape[-1]) if mask.dim() == 4 else mask.expand(rows, mask.shape[-1])
+        mask = mask.repeat(*([1] * (mask.dim() - 2)), share, 1) if share > 1 else mask
+    if sinks is None and not softcap:
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = (folded @ key.transpose(2, 3)) * scaling
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(scores.dtype).view(1, groups, share, 1, 1).expand(batch, -1, -1, rows, 1)
+            scores = torch.cat([scores, sink.reshape(batch, groups, share * rows, 1)], -1)
+        out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+    return out.view(batch, heads, rows, -1)
+
+
+def attend_packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The function that modelling code calls; `paged` travels through the forward pass's keyword arguments."""
+    cache = kwargs["paged"]
+    assert isinstance(cache, PagedCache | ProbeCache)
+    layer_idx = module.layer_idx
+    assert isinstance(layer_idx, int)
+    out = cache.attend(
+        layer_idx,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        sinks=s_aux,
+        softcap=softcap,
+    )
+    return out, None

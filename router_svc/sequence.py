@@ -1,0 +1,129 @@
+"""One choice of one request while it grows.
+
+Owns a sequence's tokens, its block table and what has been computed of it. Answers questions about itself, so that the
+scheduler holds no arithmetic. Knows nothing of tensors.
+
+Example: prompt of 5, two tokens generated, all but the last in the cache: num_tokens 7, num_computed 6, one row to
+compute.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from collegium.model.sampling import SamplingParams
+from router_svc.kv_blocks import BLOCK_TOKENS, ROOT, block_hash, num_blocks_for
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = auto()
+    LENGTH = auto()
+    CANCELLED = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRules:
+    """When a sequence ends, in tokens."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def ending_ids(self) -> frozenset[int]:
+        """Ids that end a sequence, and that must not be drawn before min_tokens."""
+        return self.eos_ids | self.stop_ids
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """A growing run of tokens. `owner` is the gateway stream that it belongs to."""
+
+    owner: int
+    request_id: str
+    choice_index: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    rules: StopRules
+    output_ids: list[int] = field(default_factory=list)
+    num_logprobs: int | None = None
+    is_score: bool = False
+    deadline_s: float = float("inf")
+    traceparent: str = ""
+    leader: "Sequence | None" = None  # the choice that computes the common prompt first
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens found in the cache at first admission
+    num_preemptions: int = 0
+    is_running: bool = False  # whether it holds a place among the running
+    is_paused: bool = False
+    is_reported: bool = False  # whether its cached tokens were reported
+    finish: Finish | None = None
+    stop_id: int | None = None
+    began_ns: int = 0
+    _names: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output together."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Rows to compute before the next token can be drawn."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a single row is all that it needs."""
+        return self.num_remaining == 1 and bool(self.output_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it grows no more."""
+        return self.finish is not None
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """Whether another choice of its request still computes the prompt that they share."""
+        leader = self.leader
+        return leader is not None and not leader.has_ended and leader.num_computed < len(leader.prompt_ids)
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Tokens by position, over the border of prompt and output."""
+        prompt = len(self.prompt_ids)
+        if end <= prompt:
+            return self.prompt_ids[begin:end]
+        if begin >= prompt:
+            return self.output_ids[begin - prompt : end - prompt]
+        return self.prompt_ids[begin:] + self.output_ids[: end - prompt]
+
+    def num_new_blocks(self, num_rows: int) -> int:
+        """Blocks lacking for so many more rows."""
+        return max(0, num_blocks_for(self.num_computed + num_rows) - len(self.blocks))
+
+    def block_names(self, num_tokens: int) -> list[bytes]:
+        """Names of the full blocks among the first `num_tokens` tokens, in order. Computed once each."""
+        full = num_tokens // BLOCK_TOKENS
+        while len(self._names) < full:
+            begin = len(self._names) * BLOCK_TOKENS
+            parent = self._names[-1] if self._names else ROOT
+            self._names.append(block_hash(parent, self.tokens(begin, begin + BLOCK_TOKENS)))
+        return self._names[:full]
+
+    def append(self, token: int) -> None:
+        """Add a drawn token and end where a rule says so."""
+        self.output_ids.append(token)
+        if token in self.rules.ending_ids and len(self.output_ids) >= self.rules.min_tokens:
+            self.finish, self.stop_id = Finish.STOP, token
+        elif len(self.output_ids) >= self.rules.max_tokens:
+            self.finish = Finish.LENGTH
+
+    def banned_ids(self) -> Seq[int]:
+        """Ids that must not be drawn now: those that would end it before min_tokens."""
+        if len(self.output_ids) + 1 < self.rules.min_tokens:
+            return sorted(self.rules.ending_ids)
+        return ()

@@ -1,0 +1,27 @@
+"""The router's settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from collegium.fabric.settings import ByteSize, ServiceSettings, setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(ServiceSettings):
+    """Flags and environment of `python -m router_svc`."""
+
+    model: Path = setting("folder of the checkpoint")
+    manifest: Path | None = setting("manifest of the checkpoint; empty: found or made in the cache", default=None)
+    model_name: str = setting("name that requests use; empty: the folder's name", default="")
+    dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("torch device of attention, such as cpu or cuda:0", default="cpu")
+    kv_memory: ByteSize = setting("memory for keys and values", default=ByteSize(1 << 30), at_least=1)
+    max_model_len: int = setting(
+        "longest prompt and output together, in tokens; 0: the model's own", default=0, at_least=0
+    )
+    max_batch_tokens: int = setting("rows of one step", default=512, at_least=1, at_most=16384)
+    max_num_seqs: int = setting("sequences that grow at once", default=128, at_least=1)
+    link_transport: str = setting("data path to workers", default="auto", choices=("auto", "unix", "tcp", "nccl"))
+    expert_timeout_s: float = setting("longest wait for one expert call, in seconds", default=10.0, at_least=0.1)
+    expert_wait_s: float = setting("longest wait for any expert worker, in seconds", default=30.0, at_least=0.1)
+    drain_s: float = setting("longest wait for running requests at SIGTERM, in seconds", default=5.0, at_least=0.0)
