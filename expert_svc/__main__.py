@@ -10,7 +10,6 @@ import torch
 from collegium.fabric import lifecycle, logs, metrics, rpc, settings, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
-from collegium.fabric.metrics import series
 from collegium.link.base import Arrival
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError
@@ -19,6 +18,7 @@ from collegium.model.manifest import Manifest, load_manifest
 from collegium.model.weights import read_expert
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
+from expert_svc.counters import WorkerCounters
 from expert_svc.homes import HomeKeeper
 from expert_svc.service import ExpertService
 from expert_svc.settings import Settings
@@ -34,25 +34,6 @@ def shape_of(manifest: Manifest, dtype: torch.dtype) -> balancer_pb2.ModelShape:
         for layer in manifest.layers
     ]
     return balancer_pb2.ModelShape(digest=manifest.digest, layers=layers)
-
-
-def read_counters(loop: ComputeLoop, store: ExpertStore, port: TcpPort) -> dict[str, float]:
-    """Collect everything that a worker counts, by series name."""
-    counters, links = loop.counters, list(port.links().values())
-    return {
-        series("collegium_dispatches_total"): counters.num_dispatches,
-        series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,
-        series("collegium_expert_calls_total"): counters.num_expert_calls,
-        series("collegium_worker_rows_total"): counters.num_pairs,
-        series("collegium_expert_hits_total"): counters.num_expert_calls - store.num_misses,
-        series("collegium_expert_misses_total"): store.num_misses,
-        series("collegium_busy_seconds_total"): counters.compute_us / 1e6,
-        series("collegium_expired_dispatches_total"): sum(link.expired for link in links),
-        series("collegium_resident_bytes"): store.resident_bytes,
-        series("collegium_resident_experts"): store.num_resident,
-        series("collegium_links"): len(links),
-        **counters.as_dict(),
-    }
 
 
 def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> None:
@@ -78,9 +59,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
     num_threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    server = rpc.Server("worker", services=("collegium.v1.Expert",))
-    bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind)
     try:
         port = TcpPort(worker_id=f"{os.uname().nodename}/{os.getpid()}", bind=config.data_bind, unix="@")
     except (OSError, ValueError) as error:
@@ -90,6 +68,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             field="--data-bind",
             remedy="choose another port, or 0 for any free one",
         ) from error
+    tcp_address = dict(port.addresses)["tcp"]
     events = asyncio.get_running_loop()
     store = ExpertStore(lambda layer, expert: PackedExpert(read_expert(manifest, layer, expert, dtype)))
     loop = ComputeLoop(
@@ -101,6 +80,20 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )
+    counters = WorkerCounters(loop, store, port)
+    service = ExpertService(
+        port,
+        store,
+        manifest,
+        dtype,
+        data_address=rpc.advertised(tcp_address, config.data_advertise),
+        counters=counters.read,
+    )
+    server = rpc.Server("worker", services=("collegium.v1.Expert",))
+    expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
+    bound = await server.start(config.bind)
+    metrics_url = metrics.serve_metrics(config.metrics_bind)
+    metrics.expose(counters.read)
     membership = Membership(
         config.balancer,
         balancer_pb2.ROLE_WORKER,
@@ -108,23 +101,12 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         metrics_url,
         num_threads,
         model=shape_of(manifest, dtype),
-        counters=lambda: read_counters(loop, store, port),
+        counters=counters.read,
     )
     async with membership:
-        tcp_address = dict(port.addresses)["tcp"]
-        service = ExpertService(
-            port,
-            store,
-            manifest,
-            dtype,
-            data_address=rpc.advertised(tcp_address, config.data_advertise),
-            worker_id=lambda: membership.member_id,
-            counters=lambda: read_counters(loop, store, port),
-        )
-        expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
-        metrics.expose(lambda: read_counters(loop, store, port))
 
         def on_ready() -> None:
+            service.worker_id = membership.member_id
             if not service.is_draining:
                 server.set_serving(loop.is_alive)
                 membership.set_state(balancer_pb2.MEMBER_STATE_SERVING)

@@ -38,12 +38,12 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         dtype: torch.dtype,
         *,
         data_address: str,
-        worker_id: Callable[[], str],
         counters: Callable[[], Mapping[str, float]],
     ):
         """`data_address` is what routers are told for transport "tcp"."""
         self._port, self._store, self._manifest, self._dtype = port, store, manifest, dtype
-        self._data_address, self._worker_id, self._counters = data_address, worker_id, counters
+        self._data_address, self._counters = data_address, counters
+        self.worker_id = ""  # set by whoever holds the lease
         self._ids = itertools.count(1)
         self.is_draining = False
 
@@ -78,7 +78,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             transport=transport,
             address=address,
             num_credits=_NUM_CREDITS,
-            worker_id=self._worker_id(),
+            worker_id=self.worker_id,
         )
 
     async def GetWorker(self, request: expert_pb2.GetWorkerRequest, context: Context) -> expert_pb2.GetWorkerResponse:
@@ -87,7 +87,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             expert_pb2.ResidentLayer(layer=layer, experts=experts) for layer, experts in self._store.residency().items()
         ]
         return expert_pb2.GetWorkerResponse(
-            worker_id=self._worker_id(),
+            worker_id=self.worker_id,
             resident=resident,
             resident_bytes=self._store.resident_bytes,
             counters=self._counters(),

@@ -81,12 +81,14 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     tracing.setup_tracing("router", config.otlp_endpoint, config.trace_ratio)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     server = rpc.Server("router", services=("collegium.v1.Router",))
+    loop = asyncio.get_running_loop()
+    outboxes = Outboxes(loop)
+    service = RouterService(outboxes)
+    router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
     metrics_url = metrics.serve_metrics(config.metrics_bind)
     model, manifest = await asyncio.to_thread(load, config)
     num_blocks, max_model_len = plan_memory(config, model)
-    loop = asyncio.get_running_loop()
-    outboxes = Outboxes(loop)
     keeper: LinkKeeper | None = None
     calls = ExpertCalls(
         num_layers=len(model.moe_layers),
@@ -115,7 +117,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         counters=lambda: read_counters(engine, calls),
     )
     async with membership:
-        service = RouterService(engine, outboxes, describe(config, model, max_model_len), membership.member_id)
+        service.router_id = membership.member_id
+        service.open(engine, describe(config, model, max_model_len))
 
         def on_change() -> None:
             is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
@@ -135,7 +138,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             on_change=on_change,
         )
         keeper.router_id = membership.member_id
-        router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
         metrics.expose(lambda: read_counters(engine, calls))
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)

@@ -78,24 +78,30 @@ class Outboxes:
 class RouterService(router_pb2_grpc.RouterServicer):
     """Implements collegium.v1.Router."""
 
-    def __init__(self, engine: Engine, outboxes: Outboxes, model: inference_pb2.Model, router_id: str):
-        self._engine, self._outboxes, self._model = engine, outboxes, model
-        self.router_id = router_id
+    def __init__(self, outboxes: Outboxes):
+        self._outboxes = outboxes
+        self._engine: Engine | None = None  # until the model is loaded
+        self._model = inference_pb2.Model()
+        self.router_id = ""
         self.is_draining = False
+
+    def open(self, engine: Engine, model: inference_pb2.Model) -> None:
+        """Begin to serve a loaded model."""
+        self._engine, self._model = engine, model
 
     async def Describe(self, request: router_pb2.DescribeRequest, context: Context) -> router_pb2.DescribeResponse:
         """Say which model this router runs."""
+        self._ready()
         return router_pb2.DescribeResponse(router_id=self.router_id, model=self._model)
 
     async def Attach(
         self, request_iterator: AsyncIterator[router_pb2.AttachRequest], context: Context
     ) -> AsyncIterator[Frame]:
         """Serve one gateway until its stream ends; its sequences end with it."""
-        if self.is_draining or not self._engine.is_alive:
-            raise Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
+        engine = self._ready()
         owner, attached = self._outboxes.open()
-        self._engine.attach(owner)
-        reader = asyncio.create_task(self._read(owner, attached, request_iterator), name=f"attach-{owner}")
+        engine.attach(owner)
+        reader = asyncio.create_task(self._read(engine, owner, attached, request_iterator), name=f"attach-{owner}")
         try:
             while True:
                 frame = await attached.outbox.get()
@@ -105,22 +111,30 @@ class RouterService(router_pb2_grpc.RouterServicer):
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-            self._engine.detach(owner)
+            engine.detach(owner)
             self._outboxes.close(owner)
             _log.info("gateway detached", gateway_id=attached.gateway_id)
 
-    async def _read(self, owner: int, attached: _Attached, frames: AsyncIterator[router_pb2.AttachRequest]) -> None:
+    async def _read(
+        self, engine: Engine, owner: int, attached: _Attached, frames: AsyncIterator[router_pb2.AttachRequest]
+    ) -> None:
         try:
             async for frame in frames:
                 if frame.gateway_id and not attached.gateway_id:
                     attached.gateway_id = frame.gateway_id
                     _log.info("gateway attached", gateway_id=frame.gateway_id)
-                self._take(owner, frame)
+                self._take(engine, owner, frame)
         finally:
             self._outboxes.put(owner, None)
 
-    def _take(self, owner: int, frame: router_pb2.AttachRequest) -> None:
-        engine = self._engine
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise Unavailable("the router is loading its model", reason="LOADING", retry_after_s=1.0)
+        if self.is_draining or not self._engine.is_alive:
+            raise Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
+        return self._engine
+
+    def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
         for submission in frame.submissions:
             try:
                 engine.submit(sequences_of(submission, owner, self._model.eos_ids, self._model.max_model_len))

@@ -1,0 +1,214 @@
+"""The whole data path in one process: engine, links and workers, without gRPC, over the `inproc` transport.
+
+Owns OneProcess. It is what golden tests run in bulk and what the serving benchmark calls `inproc`. Everything that computes is the
+services' own code; only the processes are missing.
+"""
+
+import queue
+import secrets
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from collegium.link import inproc, tcp
+from collegium.link.base import ExpectedLink, WorkerPort
+from collegium.link.frame import SECRET_BYTES
+from collegium.link.tcp_port import TcpPort
+from collegium.model.experts import PackedExpert
+from collegium.model.manifest import build_manifest
+from collegium.model.placement import LayerSize, Worker, plan_homes
+from collegium.model.sampling import SamplingParams, TokenLogprobs
+from collegium.model.weights import read_expert
+from expert_svc.compute import ComputeLoop
+from expert_svc.store import ExpertStore
+from router_svc.engine import Engine, Load, News
+from router_svc.expert_calls import ExpertCalls
+from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.model_loader import load_router_model
+from router_svc.sequence import Sequence, StopRules
+
+_OWNER = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """One request: what to continue and how."""
+
+    prompt_ids: Seq[int]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_choices: int = 1
+    num_logprobs: int | None = None
+    after_tokens: int = 0  # submitted once all earlier requests together have so many tokens
+    is_score: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What came of one choice."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    arrived_s: list[float] = field(default_factory=list)
+    failure: str = ""
+    has_ended: bool = False
+
+
+class OneProcess:
+    """A model served in this process by `num_workers` worker threads; a context manager."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        num_workers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        kv_tokens: int = 65536,
+        max_batch_tokens: int = 512,
+        max_num_seqs: int = 128,
+        num_threads: int = 1,
+        worker_threads: int = 1,
+        transport: str = "inproc",
+    ):
+        """`kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix"."""
+        manifest = build_manifest(model_dir)
+        self.manifest = manifest
+        self.model = load_router_model(model_dir, dtype, torch.device("cpu"))
+        num_layers, num_experts = len(manifest.layers), self.model.num_experts
+        self.calls = ExpertCalls(num_layers=num_layers, num_experts=num_experts, timeout_s=60.0)
+        self.workers: list[ComputeLoop] = []
+        self.stores: list[ExpertStore] = []
+        names = [f"worker-{i}" for i in range(num_workers)]
+        size = [LayerSize(num_experts=num_experts, expert_bytes=manifest.num_params) for _ in manifest.layers]
+        self.placement = plan_homes(size, [Worker(worker_id=name) for name in names])
+        self._ports: list[WorkerPort] = []
+        for name in names:
+            store = ExpertStore(lambda layer, expert: PackedExpert(read_expert(manifest, layer, expert, dtype)))
+            store.warm(self.placement.experts_of(name))
+            port = inproc.InprocPort(worker_id=name) if transport == "inproc" else TcpPort(worker_id=name, unix="@")
+            loop = ComputeLoop(
+                port, store, manifest.form, num_experts=[num_experts] * num_layers, num_threads=worker_threads
+            )
+            loop.start()
+            self.workers.append(loop)
+            self.stores.append(store)
+            self._ports.append(port)
+        self.calls.set_placement(self.placement)
+        for link_id, (name, port) in enumerate(zip(names, self._ports, strict=True), 1):
+            self.calls.add_link(name, self._connect(port, link_id, max_batch_tokens, dtype, transport))
+        self._news: queue.SimpleQueue[list[News]] = queue.SimpleQueue()
+        self.engine = Engine(
+            self.model,
+            self.calls,
+            self._deliver,
+            num_blocks=-(-kv_tokens // BLOCK_TOKENS),
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            num_threads=num_threads,
+        )
+        self.engine.attach(_OWNER)
+        self.engine.start()
+        self._num_requests = 0
+
+    def __enter__(self) -> "OneProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every thread."""
+        self.engine.stop()
+        self.calls.close()
+        for worker in self.workers:
+            worker.stop()
+
+    def run(self, requests: Seq[Request], timeout_s: float = 300.0) -> list[list[Answer]]:
+        """Serve requests to their ends: answers[request][choice]. Raises TimeoutError."""
+        answers = [[Answer() for _ in range(r.num_choices)] for r in requests]
+        index: dict[str, int] = {}
+        waiting = list(enumerate(requests))
+        num_tokens = 0
+        until = time.monotonic() + timeout_s
+        while any(not a.has_ended for choices in answers for a in choices):
+            while waiting and (
+                waiting[0][1].after_tokens <= num_tokens
+                or (len(index) == len(requests) - len(waiting) and _all_ended(answers, index))
+            ):
+                number, request = waiting.pop(0)
+                index[self._submit(request)] = number
+            for item in self._next(until):
+                answer = answers[index[item.sequence.request_id]][item.sequence.choice_index]
+                now = time.monotonic()
+                answer.token_ids += item.token_ids
+                answer.logprobs += item.logprobs
+                answer.arrived_s += [now] * len(item.token_ids)
+                num_tokens += len(item.token_ids)
+                if item.failure is not None:
+                    answer.failure = f"{item.failure.code}: {item.failure.message}"
+                if item.failure is not None or item.sequence.has_ended:
+                    answer.has_ended = True
+        return answers
+
+    def _next(self, until: float) -> Iterator[News]:
+        try:
+            yield from self._news.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError("requests did not end in time") from None
+
+    def _submit(self, request: Request) -> str:
+        self._num_requests += 1
+        request_id = f"request-{self._num_requests}"
+        sequences: list[Sequence] = []
+        for choice in range(request.num_choices):
+            sequences.append(
+                Sequence(
+                    owner=_OWNER,
+                    request_id=request_id,
+                    choice_index=choice,
+                    prompt_ids=list(request.prompt_ids),
+                    sampling=request.sampling,
+                    rules=StopRules(max_tokens=request.max_tokens),
+                    num_logprobs=request.num_logprobs,
+                    is_score=request.is_score,
+                    leader=sequences[0] if sequences else None,
+                )
+            )
+        self.engine.submit(sequences)
+        return request_id
+
+    def _deliver(self, owner: int, news: list[News], load: Load, step: int) -> None:
+        if news:
+            self._news.put(news)
+
+    def _connect(
+        self, port: WorkerPort, link_id: int, max_rows: int, dtype: torch.dtype, transport: str
+    ) -> "inproc.InprocLink | tcp.SocketLink":
+        secret = secrets.token_bytes(SECRET_BYTES)
+        d_model = self.manifest.d_model
+        port.expect(
+            ExpectedLink(
+                link_id=link_id,
+                secret=secret,
+                router_id="router",
+                dtype=dtype,
+                reply_dtype=dtype,
+                d_model=d_model,
+                max_rows=max_rows,
+                num_credits=4,
+                expires_s=time.monotonic() + 10,
+            )
+        )
+        address = dict(port.addresses)[transport]
+        dial = inproc.connect if transport == "inproc" else tcp.connect_unix
+        return dial(
+            address, link_id=link_id, secret=secret, dtype=dtype, d_model=d_model, deadline_s=time.monotonic() + 10
+        )
+
+
+def _all_ended(answers: Seq[Seq[Answer]], index: dict[str, int]) -> bool:
+    return all(a.has_ended for number in index.values() for a in answers[number])
