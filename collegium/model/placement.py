@@ -95,14 +95,11 @@ def _shares(workers: Sequence[Worker], total_bytes: int) -> list[float]:
     caps = [worker.capacity_bytes or total_bytes for worker in workers]
     if sum(caps) <= total_bytes:
         return [cap / max(1, sum(caps)) for cap in caps]
-    share, open_workers, left = [0.0] * len(caps), set(range(len(caps))), float(total_bytes)
-    while open_workers:
-        even = left / len(open_workers)
-        full = {w for w in open_workers if caps[w] < even}
-        for w in full or open_workers:
-            share[w] = caps[w] / max(1, total_bytes) if full else even / max(1, total_bytes)
-            left -= caps[w] if full else 0.0
-        open_workers = open_workers - full if full else set()
+    # Fill the smallest first: what it cannot take is shared by the others.
+    share, left, order = [0.0] * len(caps), float(total_bytes), sorted(range(len(caps)), key=lambda w: caps[w])
+    for i, w in enumerate(order):
+        given = min(float(caps[w]), left / (len(order) - i))
+        share[w], left = given / max(1, total_bytes), left - given
     return share
 
 

@@ -1,0 +1,1 @@
+"""The stubs that protoc generates from protos/collegium/v1. Never edited: `make protos` writes them anew."""

@@ -1,0 +1,27 @@
+"""Fixtures that several kinds of tests share: tiny checkpoints and the reference answers on them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Many processes share few cores here: threads that spin for each other cost more than they bring. Children inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+from hypothesis import settings
+
+from tests.oracle import Oracle
+
+settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
+settings.load_profile("same every time")
+
+
+@pytest.fixture(scope="session")
+def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
+    """The reference process; `oracle.checkpoint(arch)` makes checkpoints. Both are kept in pytest's cache."""
+    cache = request.config.cache
+    assert cache is not None
+    reference = Oracle(Path(cache.mkdir("collegium")))
+    yield reference
+    reference.close()
