@@ -1,1 +1,1 @@
-"""Benchmarks: one script per claim. Each prints model, dtype, threads, commit, memory bandwidth and load with its result."""
+"""Benchmarks, one script per claim; each prints model, dtype, threads, commit, memory bandwidth and load."""

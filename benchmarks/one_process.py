@@ -1,7 +1,7 @@
 """The whole data path in one process: engine, links and workers, without gRPC, over the `inproc` transport.
 
-Owns OneProcess. It is what golden tests run in bulk and what the serving benchmark calls `inproc`. Everything that computes is the
-services' own code; only the processes are missing.
+Owns OneProcess. It is what golden tests run in bulk and what the serving benchmark calls `inproc`. Everything that
+computes is the services' own code; only the processes are missing.
 """
 
 import queue
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from collegium.link import inproc, tcp
-from collegium.link.base import ExpectedLink, WorkerPort
+from collegium.link import inproc
+from collegium.link.base import ExpectedLink, RouterLink, WorkerPort
+from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES
 from collegium.link.tcp_port import TcpPort
 from collegium.model.experts import PackedExpert
@@ -28,7 +29,7 @@ from expert_svc.store import ExpertStore
 from router_svc.engine import Engine, Load, News
 from router_svc.expert_calls import ExpertCalls
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.model_loader import load_router_model
+from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.sequence import Sequence, StopRules
 
 _OWNER = 1
@@ -73,11 +74,15 @@ class OneProcess:
         num_threads: int = 1,
         worker_threads: int = 1,
         transport: str = "inproc",
+        model: RouterModel | None = None,
     ):
-        """`kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix"."""
+        """Load and start. `kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix".
+
+        `model`: one that is loaded already, and that no other instance uses at the same time.
+        """
         manifest = build_manifest(model_dir)
         self.manifest = manifest
-        self.model = load_router_model(model_dir, dtype, torch.device("cpu"))
+        self.model = model or load_router_model(model_dir, dtype, torch.device("cpu"))
         num_layers, num_experts = len(manifest.layers), self.model.num_experts
         self.calls = ExpertCalls(num_layers=num_layers, num_experts=num_experts, timeout_s=60.0)
         self.workers: list[ComputeLoop] = []
@@ -135,10 +140,7 @@ class OneProcess:
         num_tokens = 0
         until = time.monotonic() + timeout_s
         while any(not a.has_ended for choices in answers for a in choices):
-            while waiting and (
-                waiting[0][1].after_tokens <= num_tokens
-                or (len(index) == len(requests) - len(waiting) and _all_ended(answers, index))
-            ):
+            while waiting and (waiting[0][1].after_tokens <= num_tokens or _all_ended(answers, index)):
                 number, request = waiting.pop(0)
                 index[self._submit(request)] = number
             for item in self._next(until):
@@ -185,11 +187,9 @@ class OneProcess:
         if news:
             self._news.put(news)
 
-    def _connect(
-        self, port: WorkerPort, link_id: int, max_rows: int, dtype: torch.dtype, transport: str
-    ) -> "inproc.InprocLink | tcp.SocketLink":
+    def _connect(self, port: WorkerPort, link_id: int, max_rows: int, dtype: torch.dtype, transport: str) -> RouterLink:
         secret = secrets.token_bytes(SECRET_BYTES)
-        d_model = self.manifest.d_model
+        d_model, until = self.manifest.d_model, time.monotonic() + 10
         port.expect(
             ExpectedLink(
                 link_id=link_id,
@@ -200,13 +200,17 @@ class OneProcess:
                 d_model=d_model,
                 max_rows=max_rows,
                 num_credits=4,
-                expires_s=time.monotonic() + 10,
+                expires_s=until,
             )
         )
-        address = dict(port.addresses)[transport]
-        dial = inproc.connect if transport == "inproc" else tcp.connect_unix
-        return dial(
-            address, link_id=link_id, secret=secret, dtype=dtype, d_model=d_model, deadline_s=time.monotonic() + 10
+        return connect(
+            transport,
+            dict(port.addresses)[transport],
+            link_id=link_id,
+            secret=secret,
+            dtype=dtype,
+            d_model=d_model,
+            deadline_s=until,
         )
 
 

@@ -45,7 +45,7 @@ class ExpertStore:
                 progress(done, len(wanted))
 
     def release_others(self, kept: Iterable[ExpertId]) -> int:
-        """Let go of every expert that is not in `kept`; what runs now keeps its own reference. Returns how many went."""
+        """Let go of every expert that is not in `kept`; what runs now keeps its reference. Returns how many went."""
         kept = set(kept)
         with self._lock:
             gone = [expert_id for expert_id in self._resident if expert_id not in kept]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import cast
 
 
 class UnsupportedModelError(ValueError):
@@ -168,14 +169,14 @@ def read_config(model_dir: Path) -> dict[str, object]:
     if not model_dir.is_dir():
         raise CheckpointError(f"model directory {model_dir} does not exist or is not a directory")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is not a JSON object")
-    return config
+    return cast(dict[str, object], config)
 
 
 def architecture_of(config: Mapping[str, object]) -> Architecture:
@@ -199,7 +200,7 @@ def config_int(config: Mapping[str, object], key: str) -> int | None:
     for name in (key, _SYNONYMS.get(key)):
         value: object = config
         for part in (name or "").split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            value = cast(Mapping[str, object], value).get(part) if isinstance(value, Mapping) else None
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
@@ -214,8 +215,8 @@ def expert_form(config: Mapping[str, object]) -> ExpertForm:
     ffn = config.get("ffn_config")
     name = config.get("hidden_act")
     if name is None and isinstance(ffn, Mapping):
-        act = ffn.get("ffn_act_fn")
-        name = act.get("name") if isinstance(act, Mapping) else None
+        act = cast(Mapping[str, object], ffn).get("ffn_act_fn")
+        name = cast(Mapping[str, object], act).get("name") if isinstance(act, Mapping) else None
     activation = _ACTIVATIONS.get(str(name or "silu"))
     if activation is None:
         raise UnsupportedModelError(

@@ -53,7 +53,7 @@ def plan_dispatch(
     """
     num_tokens, top_k = expert_ids.shape
     expert, weight = expert_ids.ravel(), weights.ravel()
-    token = np.repeat(np.arange(num_tokens), top_k)
+    token: NDArray[np.int64] = np.repeat(np.arange(num_tokens, dtype=np.int64), top_k)
     if (expert < 0).any():
         kept = expert >= 0
         expert, token, weight = expert[kept], token[kept], weight[kept]

@@ -64,9 +64,9 @@ def run_experts(
     """
     rows = torch.from_numpy(pair_rows)
     gathered = x.index_select(0, rows)  # [P, D]
-    spans = gathered.split(list(counts))
+    spans = _spans(gathered, counts)
     hidden = _joined([e.gate_up(span) for e, span in zip(experts, spans, strict=True)])  # [P, 2F]
-    spans = gated(hidden, form).split(list(counts))
+    spans = _spans(gated(hidden, form), counts)
     out = _joined([e.down(span) for e, span in zip(experts, spans, strict=True)])  # [P, D]
     wide = torch.float64 if x.dtype == torch.float32 else torch.float32
     return weighted_sum(out, pair_rows, pair_weights, x.shape[0], wide).to(x.dtype)
@@ -96,6 +96,10 @@ def weighted_sum(
         else:
             total.index_copy_(0, target, total.index_select(0, target) + part)
     return total
+
+
+def _spans(rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    return torch.split(rows, list(counts))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

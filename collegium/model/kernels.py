@@ -63,8 +63,8 @@ def pack_linears(module: nn.Module) -> int:
     count = 0
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
-            bias = None if child.bias is None else child.bias.detach()
-            setattr(module, name, PackedLinear(child.weight.detach(), bias))
+            bias: Tensor | None = getattr(child, "bias", None)  # typed as always there, and it is not
+            setattr(module, name, PackedLinear(child.weight.detach(), None if bias is None else bias.detach()))
             count += 1
         else:
             count += pack_linears(child)

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -120,7 +121,7 @@ def ensure_manifest(
     manifest = build_manifest(model_dir, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(asdict(manifest)), encoding="utf-8")
+    partial.write_text(json.dumps({"version": VERSION, **asdict(manifest)}), encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -128,18 +129,15 @@ def ensure_manifest(
 def load_manifest(path: Path) -> Manifest:
     """Read a manifest. Raises CheckpointError naming the file where it is not one of this version."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw.get("version", VERSION) != VERSION:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if raw["version"] != VERSION:
             raise CheckpointError(f"manifest {path} is of another version: remove it and run `collegium manifest`")
         layers = tuple(
             LayerEntry(
                 decoder_layer=layer["decoder_layer"],
                 experts=tuple(
                     ExpertEntry(
-                        tensors=tuple(
-                            TensorRef(**{**t, "role": Role(t["role"]), "shape": tuple(t["shape"])})
-                            for t in expert["tensors"]
-                        ),
+                        tensors=tuple(_tensor_ref(tensor) for tensor in expert["tensors"]),
                         checksum=expert["checksum"],
                     )
                     for expert in layer["experts"]
@@ -163,6 +161,11 @@ def load_manifest(path: Path) -> Manifest:
         raise CheckpointError(
             f"manifest {path} cannot be read ({error}): remove it and run `collegium manifest`"
         ) from None
+
+
+def _tensor_ref(raw: dict[str, Any]) -> TensorRef:
+    role, shape = Role(raw["role"]), tuple(raw["shape"])
+    return TensorRef(file=raw["file"], key=raw["key"], role=role, offset=raw["offset"], shape=shape, dtype=raw["dtype"])
 
 
 def build_manifest(model_dir: Path, *, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -268,7 +271,16 @@ def _cache_path(model_dir: Path, files: Mapping[str, tuple[int, int]]) -> Path:
     return root / "collegium" / "manifests" / f"{name}.json"
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, object]], int]:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a safetensors header; offsets count from where the tensors' bytes start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], int]:
     """Read a safetensors header: tensors by name, and where their bytes start. Raises CheckpointError."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -279,13 +291,19 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, object]], int]:
                 f"{path} is not a whole safetensors file: it is {size} bytes long and its header does not fit"
             )
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            raw: dict[str, Any] = json.loads(file.read(length))
+            raw.pop("__metadata__", None)
+            header = {
+                key: StoredTensor(
+                    str(t["dtype"]), tuple(t["shape"]), (int(t["data_offsets"][0]), int(t["data_offsets"][1]))
+                )
+                for key, t in raw.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise CheckpointError(f"{path} has a damaged safetensors header") from None
-    header.pop("__metadata__", None)
     start = 8 + length
     for key, tensor in header.items():
-        if start + tensor["data_offsets"][1] > size:
+        if start + tensor.offsets[1] > size:
             raise CheckpointError(f"{path} ends inside tensor {key}: the file is truncated; fetch it again")
     return header, start
 
@@ -299,13 +317,12 @@ def _expert_tensors(path: Path, architecture: Architecture, num_experts: int) ->
         if role is None:
             continue
         what, layer, expert = role
-        dtype, shape, offsets = str(tensor["dtype"]), tensor["shape"], tensor["data_offsets"]
-        assert isinstance(shape, list) and isinstance(offsets, list)
+        dtype, shape, (first, last) = tensor.dtype, tensor.shape, tensor.offsets
         if dtype not in _ITEM_BYTES:
             raise CheckpointError(f"{path}: tensor {key} is of type {dtype}; float32, bfloat16 and float16 are served")
-        begin = start + int(offsets[0])
+        begin = start + first
         if expert is not None:
-            shares = [(expert, tuple(shape), begin)]
+            shares = [(expert, shape, begin)]
         else:
             if (
                 not shape
@@ -313,10 +330,10 @@ def _expert_tensors(path: Path, architecture: Architecture, num_experts: int) ->
                 or (architecture.layout != Layout.STACKED and shape[0] != num_experts)
             ):
                 raise CheckpointError(
-                    f"{path}: tensor {key} has shape {shape}, which does not hold {num_experts} experts"
+                    f"{path}: tensor {key} has shape {list(shape)}, which does not hold {num_experts} experts"
                 )
-            share = (shape[0] // num_experts, *shape[1:]) if architecture.layout == Layout.STACKED else tuple(shape[1:])
-            stride = (int(offsets[1]) - int(offsets[0])) // num_experts
+            share = (shape[0] // num_experts, *shape[1:]) if architecture.layout == Layout.STACKED else shape[1:]
+            stride = (last - first) // num_experts
             shares = [(e, share, begin + e * stride) for e in range(num_experts)]
         found += [
             (TensorRef(file=path.name, key=key, role=what, offset=at, shape=share, dtype=dtype), layer, e)

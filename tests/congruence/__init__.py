@@ -1,0 +1,1 @@
+"""The cluster's tokens equal the single-process reference, over architectures, worker counts and disturbances."""
