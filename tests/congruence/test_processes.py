@@ -1,4 +1,4 @@
-"""Every architecture once over real processes, worker counts in rotation: the public SDK's answers equal transformers'."""
+"""Every architecture over real processes, worker counts in rotation: the SDK's answers equal transformers'."""
 
 import time
 from collections.abc import Iterator
