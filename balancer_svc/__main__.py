@@ -1,0 +1,75 @@
+"""Runs the balancer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from balancer_svc.planner import Planner
+from balancer_svc.roster import Roster
+from balancer_svc.service import Balancer
+from balancer_svc.settings import BalancerSettings
+from balancer_svc.store import RedisStore, StoreError
+from collegium.fabric import lifecycle, logs, rpc, settings, telemetry
+from collegium.fabric.errors import Unavailable
+from collegium.fabric.redis_url import check_redis_url
+from collegium.v1 import balancer_pb2_grpc
+
+_REDIS_LIMIT_S = 30.0
+_GRACE_S = 1.0
+
+_log = logs.get("balancer")
+
+
+async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
+    """Serve until asked to stop."""
+    check_redis_url(options.redis_url)
+    planner = Planner(
+        expected_workers=options.expected_workers,
+        settle_s=options.settle_ms / 1e3,
+        patience_s=options.patience_ms / 1e3,
+    )
+    store = RedisStore(options.redis_url, options.cluster)
+    ttl_s = options.lease_ttl_ms / 1e3
+    balancer = Balancer(Roster(ttl_s, stall_s=ttl_s / 4), planner, store)
+    server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
+    balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
+    telemetry.expose(balancer.counters)
+    metrics_url = telemetry.serve_metrics(options.metrics_bind)
+    try:
+        address = await server.start(options.bind)
+        _log.info("listening", address=address, metrics=metrics_url)
+        await store.connect(_REDIS_LIMIT_S)
+        try:
+            await balancer.load()
+        except StoreError as error:
+            raise Unavailable(f"Redis went away at the start: {error}", field="REDIS_URL") from error
+        loop = asyncio.create_task(balancer.run(), name="balancer")
+        loop.add_done_callback(lambda _: stop.request())
+        server.set_serving(True)
+        await stop.wait()
+        balancer.end()
+        await server.stop(_GRACE_S)
+        loop.cancel()
+        await asyncio.wait([loop])
+        if not loop.cancelled():
+            loop.result()
+    finally:
+        await server.stop(0)
+        await store.close()
+
+
+def main() -> int:
+    """Read the settings and run."""
+    options = settings.parse(BalancerSettings, None, prog="balancer_svc")
+    logs.configure(level=options.log_level, form=options.log_format, service="balancer")
+    telemetry.setup_tracing("collegium-balancer", options.otlp_endpoint, options.trace_ratio)
+
+    async def serve_with(stop: lifecycle.Stop) -> None:
+        await serve(options, stop)
+
+    return lifecycle.run(serve_with, name="balancer_svc")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line, and the one-machine cluster behind `collegium up`."""

@@ -1,0 +1,266 @@
+"""A whole cluster on one machine: start, supervise, stop. The command `collegium up` and the tests stand on it.
+
+Owns the processes; runs in the main thread, because every leash is tied to the thread that started it. Ways of showing
+things are show's; what each process is given is spec's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from collegium.cli.child import Child, Command
+from collegium.cli.embedded import find_server, private_directory, server_argv, server_url
+from collegium.cli.spec import ClusterSpec, Member, members_of, service_env
+from collegium.cli.up import up
+from collegium.fabric.channels import TlsTrust, channel_credentials, channel_options
+from collegium.fabric.errors import Cancelled, DeadlineExceeded, Internal
+
+__all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr", "up"]
+
+REDIS = "redis"
+_POLL_S = 0.05
+_CHECK_S = 0.5
+# When each rank must have ended, in seconds after the stop was asked for; what has not is killed.
+_STOP_RANKS = (("gateway", 3.0), ("router", 5.0), ("worker", 6.0), ("balancer", 6.8), (REDIS, 7.3))
+
+
+def relay_to_stderr(name: str, line: str) -> None:
+    """Show one line of a member on stderr."""
+    sys.stderr.write(f"{name} | {line}\n")
+
+
+class ChildFailed(Internal):
+    """A process of the cluster ended and is not started again; the message holds its last lines."""
+
+
+class Cluster:
+    """Real processes of one cluster; a context manager that starts them, waits for SERVING, and ends them all.
+
+    Not thread-safe but for `members` and addresses; everything else belongs to the main thread. Restarts happen in
+    tick(), which every wait calls.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        relay: Callable[[str, str], None] = relay_to_stderr,
+        say: Callable[[str], None] = lambda _: None,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._spec = spec
+        self._relay = relay
+        self._say = say
+        self._is_interrupted = is_interrupted
+        self._directory = private_directory()
+        self._children: dict[str, Child] = {}
+        self._roles: dict[str, str] = {}
+        self._members: dict[str, Member] = {}
+        self._channels: dict[str, grpc.Channel] = {}
+        self._has_served = False
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """All members but the embedded server, in the order of their start."""
+        return tuple(self._members.values())
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of all processes, the embedded server's included."""
+        return tuple(self._children)
+
+    @property
+    def targets(self) -> list[str]:
+        """The gateways' addresses, for a client."""
+        return self.addresses("gateway")
+
+    def addresses(self, role: str) -> list[str]:
+        """Give the control addresses of a role's members."""
+        return [member.address for member in self._members.values() if member.role == role]
+
+    def address(self, name: str) -> str:
+        """Give the control address of a member."""
+        return self._members[name].address
+
+    def pid(self, name: str) -> int:
+        """Give the process id of a member."""
+        return self._children[name].pid
+
+    def num_starts(self, name: str) -> int:
+        """Say how often a member was started."""
+        return self._children[name].num_starts
+
+    def tail(self, name: str) -> Sequence[str]:
+        """Give the last lines of a member."""
+        return self._children[name].tail()
+
+    def start(self) -> None:
+        """Start every process; they find each other and wait for each other by themselves."""
+        redis_url = self._spec.redis_url
+        if not redis_url:
+            argv = server_argv(find_server(os.environ), self._directory)
+            self._add(REDIS, Child(Command(name=REDIS, argv=argv, env=service_env(1)), lambda name, line: None))
+            redis_url = server_url(self._directory)
+        for member in members_of(self._spec, redis_url):
+            self._members[member.name] = member
+            self._add(member.role, Child(member.command, self._relay))
+        for child in self._children.values():
+            child.start()
+
+    def tick(self) -> None:
+        """Look after the children once: note deaths, restart what is due.
+
+        Raises ChildFailed when one has died too often, could not start, or was told something wrong.
+        """
+        now_s = time.monotonic()
+        for child in self._children.values():
+            if child.is_running or child.num_starts == 0:
+                continue
+            if child.restart_at_s is None:
+                self._note_death(child, now_s)
+            elif child.restart_at_s <= now_s:
+                child.start()
+                self._say(f"{child.name} started again, process {child.pid}")
+
+    def wait_until(self, condition: Callable[[], bool], limit_s: float, what: str = "the condition") -> None:
+        """Supervise until a condition holds; DeadlineExceeded after limit_s, Cancelled when interrupted."""
+        deadline_s = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > deadline_s:
+                raise DeadlineExceeded(f"{what} did not come true within {limit_s:.0f} s")
+            if self._is_interrupted():
+                raise Cancelled("asked to stop")
+            self.tick()
+            time.sleep(_POLL_S)
+
+    def wait_until_serving(self, *names: str, limit_s: float = 60.0) -> None:
+        """Supervise until members (all of them where none is named) say SERVING."""
+        start_s = time.monotonic()
+        missing = list(names) or list(self._members)
+
+        def all_serve() -> bool:
+            for name in list(missing):
+                if self.is_serving(name):
+                    missing.remove(name)
+                    self._say(f"{name} SERVING at {self.address(name)} after {time.monotonic() - start_s:.1f} s")
+            return not missing
+
+        try:
+            self.wait_until(all_serve, limit_s)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"not SERVING within {limit_s:.0f} s: {', '.join(missing)}") from error
+        self._has_served = self._has_served or not names
+
+    def is_serving(self, name: str, service: str = "") -> bool:
+        """Ask a member's health service once."""
+        child = self._children[name]
+        if not child.is_running:
+            return False
+        stub: Any = health_pb2_grpc.HealthStub(self._channel(self._members[name]))
+        try:
+            response: health_pb2.HealthCheckResponse = stub.Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=_CHECK_S
+            )
+        except grpc.RpcError:
+            return False
+        is_serving = response.status == health_pb2.HealthCheckResponse.SERVING
+        child.has_served = child.has_served or is_serving
+        return is_serving
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal to a member and give its process id; after SIGKILL, the process is gone on return."""
+        child = self._children[name]
+        pid = child.pid
+        child.send(number)
+        if number == signal.SIGKILL:
+            child.wait(5.0)
+        return pid
+
+    def stop(self) -> None:
+        """End every process in order, within 8 s; a process that does not end is killed. Idempotent."""
+        start_s = time.monotonic()
+        try:
+            for rank, limit_s in _STOP_RANKS:
+                children = [child for child in self._children.values() if self._roles[child.name] == rank]
+                for child in children:
+                    # What never served has nothing to hand over.
+                    child.send(signal.SIGTERM if child.has_served or child.num_starts > 1 else signal.SIGKILL)
+                for child in children:
+                    if not child.wait(start_s + limit_s - time.monotonic()):
+                        self._say(f"{child.name} did not end in time and is killed")
+                        child.send(signal.SIGKILL)
+        finally:
+            self.kill_all()
+
+    def kill_all(self) -> None:
+        """End every process at once and give everything back. Idempotent."""
+        for child in self._children.values():
+            child.send(signal.SIGKILL)
+        for child in self._children.values():
+            child.wait(1.0)
+            child.close()
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Cluster:
+        """Start and wait for SERVING; on failure nothing is left behind."""
+        try:
+            self.start()
+            self.wait_until_serving()
+        except BaseException:
+            self.kill_all()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    def _add(self, role: str, child: Child) -> None:
+        self._children[child.name] = child
+        self._roles[child.name] = role
+
+    def _note_death(self, child: Child, now_s: float) -> None:
+        status = child.exit_status
+        assert status is not None
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        if self._has_served and not self._spec.can_restart:
+            child.restart_at_s = math.inf
+            self._say(f"{child.name} {how}; it is not restarted")
+            return
+        # A process that ends by itself before it ever served, or that was told something wrong, will do so again.
+        is_hopeless = status == 2 or (status >= 0 and not child.has_served and not self._has_served)
+        pause_s = child.policy.after_death(now_s)
+        if is_hopeless or not self._spec.can_restart or pause_s is None:
+            child.close()
+            lines = "".join(f"\n  {line}" for line in child.tail())
+            raise ChildFailed(f"{child.name} {how}" + (f"; its last lines:{lines}" if lines else ""))
+        child.restart_at_s = now_s + pause_s
+        self._say(f"{child.name} {how}; it is started again in {pause_s:.1f} s")
+
+    def _channel(self, member: Member) -> grpc.Channel:
+        if member.name not in self._channels:
+            options = dict(channel_options()) | {"grpc.max_reconnect_backoff_ms": 250}
+            if member.role == "gateway" and self._spec.tls_ca is not None:
+                options["grpc.ssl_target_name_override"] = "localhost"
+                trust = channel_credentials(TlsTrust(ca=self._spec.tls_ca))
+                made = grpc.secure_channel(member.address, trust, options=tuple(options.items()))
+            else:
+                made = grpc.insecure_channel(member.address, options=tuple(options.items()))
+            self._channels[member.name] = made
+        return self._channels[member.name]

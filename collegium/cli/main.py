@@ -1,0 +1,89 @@
+"""The command `collegium`: which subcommands there are, and how errors end them.
+
+Owns exit statuses: 0 done, 1 refused or failed (one line on stderr that begins with the canonical status), 2 a wrong
+command line, 130 interrupted. Commands of services' extras are imported only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+
+import typer
+
+from collegium.cli.generate import generate
+from collegium.cli.manifest import manifest
+from collegium.cli.score import score
+from collegium.cli.status import status
+from collegium.fabric.errors import CollegiumError, SettingsError, Unavailable
+
+# Commands that need more than the base package: where they are, and the extra that brings what they need.
+_LAZY: Mapping[str, tuple[str, str]] = {"up": ("collegium.cli.cluster", "all")}
+
+
+_HERE: Mapping[str, Callable[..., None]] = {
+    "generate": generate,
+    "score": score,
+    "status": status,
+    "manifest": manifest,
+}
+
+
+def build(argv: Sequence[str]) -> typer.Typer:
+    """Make the command for this command line: lazy commands are loaded only where they may be meant."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Serve Mixture-of-Experts models as a cluster, and talk to one.",
+    )
+    if next((word for word in argv if not word.startswith("-")), None) not in _HERE:
+        for name in _LAZY:
+            _add_lazy(app, name)
+    for name, command in _HERE.items():
+        app.command(name)(command)
+    return app
+
+
+def main() -> int:
+    """Run the command line of this process; gives its exit status."""
+    try:
+        build(sys.argv[1:])()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except SettingsError as error:
+        return _complain(str(error), 2)
+    except CollegiumError as error:
+        hint = "; is a gateway at --target?" if isinstance(error, Unavailable) and not error.field else ""
+        return _complain(f"{error.code.name}: {error.message}{hint}", 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _add_lazy(app: typer.Typer, name: str) -> None:
+    module, extra = _LAZY[name]
+    try:
+        command: Callable[..., None] = getattr(import_module(module), name)
+    except ImportError as error:
+        why = str(error)
+    else:
+        app.command(name)(command)
+        return
+
+    def refuse() -> None:
+        raise SettingsError(f"`{name}` needs more than the base package ({why}); pip install 'collegium[{extra}]'")
+
+    unchecked = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(name, help=f"Needs collegium[{extra}].", context_settings=unchecked)(refuse)
+
+
+def _complain(text: str, exit_status: int) -> int:
+    sys.stderr.write(f"collegium: {text}\n")
+    return exit_status

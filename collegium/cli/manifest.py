@@ -1,0 +1,35 @@
+"""`collegium manifest`: record where a checkpoint's experts lie, with a checksum each, for the workers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from collegium.cli import target as t
+from collegium.fabric.errors import InvalidArgument
+
+
+def manifest(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: the cache.")] = None,
+) -> None:
+    """Write a checkpoint's manifest, or find the one that was written before; prints its path."""
+    from collegium.model.manifest import ensure_manifest
+
+    columns = (TextColumn("manifest"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("manifest", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        try:
+            path = ensure_manifest(model_dir, out=out, progress=show)
+        except (ValueError, OSError) as error:
+            raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
+    t.print_line(str(path))

@@ -1,0 +1,37 @@
+"""`collegium score`: the log-probability of every token of a text, and its perplexity."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from collegium.cli import target as t
+
+
+def score(
+    target: t.Target = t.DEFAULT_TARGET,
+    prompt: Annotated[str | None, typer.Option("--prompt", help='Text to score; "-" reads stdin.')] = None,
+    prompt_ids: t.PromptIds = None,
+    model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
+    timeout_s: t.TimeoutS = None,
+    api_key: t.ApiKey = None,
+    tls: t.Tls = False,
+    tls_ca: t.TlsCa = None,
+    json: t.AsJson = False,
+) -> None:
+    """Score a text: how likely each token is after those before it."""
+    with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
+        result = client.score(t.read_prompt(prompt), prompt_ids=t.read_ids(prompt_ids), model=model)
+    if json:
+        t.print_json(
+            {
+                "token_ids": list(result.token_ids),
+                "logprobs": list(result.logprobs),
+                "perplexity": result.perplexity,
+            }
+        )
+        return
+    for token_id, logprob in zip(result.token_ids, result.logprobs, strict=True):
+        t.print_line(f"{token_id:>8} {logprob:>10.4f}")
+    t.print_line(f"perplexity {result.perplexity:.4f} over {len(result.token_ids)} tokens")

@@ -1,0 +1,161 @@
+"""What a cluster on one machine consists of: its members, their addresses and their commands.
+
+Owns the flags that each service is started with. Pure but for the choice of free ports.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import collegium
+from collegium.cli.child import Command
+from collegium.cli.threads import Allotment
+from collegium.fabric.errors import FailedPrecondition, SettingsError
+from collegium.fabric.lifecycle import SUPERVISED_ENV
+
+HOST = "127.0.0.1"
+ROLES = ("balancer", "worker", "router", "gateway")
+_MODULES = {"balancer": "balancer_svc", "worker": "expert_svc", "router": "router_svc", "gateway": "gateway"}
+# Below the range from which the kernel takes ports for outgoing connections: none is taken before its owner is up.
+_PORTS = range(17_000, 32_000)
+# What `up` decides for every service; the user's own environment must not.
+_DECIDED = (
+    "BIND",
+    "ADVERTISE",
+    "BALANCER",
+    "METRICS_BIND",
+    "THREADS",
+    "DATA_BIND",
+    "DATA_ADVERTISE",
+    "ROUTERS",
+    "EXPECTED_WORKERS",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """A cluster on one machine. flags: what each service is given beside what `up` decides, by role."""
+
+    model: Path
+    manifest: Path
+    num_workers: int = 2
+    num_routers: int = 1
+    num_gateways: int = 1
+    grpc_port: int = 0
+    dtype: str = "float32"
+    threads: Allotment = field(default_factory=lambda: Allotment(per_router=1, per_worker=1))
+    redis_url: str = ""
+    can_restart: bool = True
+    log_level: str = "info"
+    log_format: str = "text"
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    tls_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what a caller can get wrong."""
+        check_counts(workers=self.num_workers, routers=self.num_routers, gateways=self.num_gateways)
+        if not 0 <= self.grpc_port <= 65536 - self.num_gateways:
+            raise SettingsError(f"--grpc-port={self.grpc_port} cannot be used: give a port, or 0 for any free one")
+        unknown = set(self.flags) - set(ROLES)
+        if unknown:
+            raise SettingsError(f"flags for {sorted(unknown)}: roles are {ROLES}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process to be: name, role, the address of its control service, and its command."""
+
+    name: str
+    role: str
+    address: str
+    command: Command
+
+
+def check_counts(**counts: int) -> None:
+    """Raise SettingsError for a service of which there would be none; named as their flags."""
+    for name, count in counts.items():
+        if count < 1:
+            raise SettingsError(f"--{name}={count} cannot be used: give at least 1")
+
+
+def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
+    """Lay out all members, in the order in which they are started; each keeps its address over restarts."""
+    taken: set[int] = set()
+    balancer = _address(taken)
+    tail = ("--log-level", spec.log_level, "--log-format", spec.log_format)
+
+    def member(role: str, index: int | None, address: str, flags: Sequence[str], num_threads: int) -> Member:
+        name = role if index is None else f"{role}-{index}"
+        argv = (sys.executable, "-m", _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
+        env = service_env(num_threads) | dict(spec.env)
+        if role in ("balancer", "gateway"):
+            env["REDIS_URL"] = redis_url  # not a flag: it may hold a password
+        return Member(name=name, role=role, address=address, command=Command(name=name, argv=argv, env=env))
+
+    join = ("--balancer", balancer)
+    model = ("--model", str(spec.model))
+    weights = ("--manifest", str(spec.manifest), "--dtype", spec.dtype)
+    threads = spec.threads
+    workers_flags = (*weights, *join, "--threads", str(threads.per_worker))
+    router_flags = (*model, *weights, *join, "--threads", str(threads.per_router), "--drain-s", "1")
+    gateway_flags = (*model, *join, "--drain-s", "2")
+    members = [member("balancer", None, balancer, ("--expected-workers", str(spec.num_workers)), 1)]
+    for i in range(spec.num_workers):
+        members.append(member("worker", i, _address(taken), workers_flags, threads.per_worker))
+    for i in range(spec.num_routers):
+        members.append(member("router", i, _address(taken), router_flags, threads.per_router))
+    for i in range(spec.num_gateways):
+        address = _fixed_address(spec.grpc_port + i) if spec.grpc_port else _address(taken)
+        members.append(member("gateway", i, address, gateway_flags, 1))
+    return members
+
+
+def service_env(num_threads: int) -> dict[str, str]:
+    """Make a service's environment from ours: what is decided for it is taken out, its threads put in."""
+    dropped = {f"COLLEGIUM_{name}" for name in _DECIDED} | {"REDIS_URL"}
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    root = str(Path(collegium.__file__).resolve().parent.parent)
+    return env | {
+        SUPERVISED_ENV: "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", "")))),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRPC_VERBOSITY": env.get("GRPC_VERBOSITY", "ERROR"),
+    }
+
+
+def _address(taken: set[int]) -> str:
+    for _ in range(1000):
+        port = random.choice(_PORTS)
+        if port not in taken and _is_free(port):
+            taken.add(port)
+            return f"{HOST}:{port}"
+    raise FailedPrecondition(f"no free port between {_PORTS.start} and {_PORTS.stop} on {HOST}")
+
+
+def _fixed_address(port: int) -> str:
+    if not _is_free(port):
+        raise FailedPrecondition(
+            f"{HOST}:{port} is in use",
+            reason="ADDRESS_IN_USE",
+            field="--grpc-port",
+            remedy="choose another port, or 0 for any free one",
+        )
+    return f"{HOST}:{port}"
+
+
+def _is_free(port: int) -> bool:
+    try:
+        with socket.create_server((HOST, port)):
+            return True
+    except OSError:
+        return False

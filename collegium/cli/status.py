@@ -1,0 +1,69 @@
+"""`collegium status`: the services behind a gateway, their threads, and the placement in force."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from collegium.cli import target as t
+from collegium.client import Cluster, Model
+
+_CALL_S = 10.0
+
+
+def status(
+    target: t.Target = t.DEFAULT_TARGET,
+    timeout_s: t.TimeoutS = _CALL_S,
+    api_key: t.ApiKey = None,
+    tls: t.Tls = False,
+    tls_ca: t.TlsCa = None,
+    json: t.AsJson = False,
+) -> None:
+    """Show services, workers, threads and the placement epoch."""
+    with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
+        cluster = client.get_cluster()
+        models = client.list_models() if any(_can_answer(cluster)) else ()
+    if json:
+        t.print_json(_as_json(cluster, models))
+    else:
+        _show(cluster, models)
+
+
+def _can_answer(cluster: Cluster) -> list[bool]:
+    return [member.role == "router" and member.state == "SERVING" for member in cluster.members]
+
+
+def _as_json(cluster: Cluster, models: tuple[Model, ...]) -> t.Json:
+    return {
+        "members": [{**asdict(member), "counters": dict(member.counters)} for member in cluster.members],
+        "placement_epoch": cluster.placement_epoch,
+        "experts_per_worker": dict(cluster.experts_per_worker),
+        "models": [{**asdict(model), "eos_ids": list(model.eos_ids)} for model in models],
+    }
+
+
+def _show(cluster: Cluster, models: tuple[Model, ...]) -> None:
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    for model in models:
+        console.print(
+            f"{model.name} ({model.architecture}, {model.dtype}): {model.num_moe_layers} MoE layers of "
+            f"{model.num_experts} experts, top {model.top_k}; up to {model.max_model_len} tokens"
+        )
+    table = Table()
+    for column in ("service", "id", "address", "state", "threads", "experts"):
+        table.add_column(column, justify="right" if column in ("threads", "experts") else "left")
+    for member in cluster.members:
+        experts = cluster.experts_per_worker.get(member.member_id)
+        table.add_row(
+            member.role,
+            member.member_id,
+            member.address,
+            member.state,
+            str(member.num_threads or ""),
+            "" if experts is None else str(experts),
+        )
+    console.print(table)
+    console.print(f"placement epoch {cluster.placement_epoch}")

@@ -1,0 +1,264 @@
+"""The command `collegium up`: a whole cluster on this machine until Ctrl-C.
+
+Owns the order of things: manifest, processes, a first completion through the SDK, serving, the end. Data goes to
+stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from collegium.cli.spec import ClusterSpec, check_counts
+from collegium.cli.threads import parse_threads
+from collegium.fabric.channels import TlsTrust
+from collegium.fabric.errors import Cancelled, CollegiumError, InvalidArgument, SettingsError
+from collegium.fabric.redis_url import check_redis_url
+
+if TYPE_CHECKING:
+    from collegium.cli.cluster import Cluster
+
+DEFAULT_PORT = 50051
+_START_LIMIT_S = 600.0
+
+
+def up(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
+    workers: Annotated[int, typer.Option(help="Expert workers.")] = 2,
+    routers: Annotated[int, typer.Option(help="Routers.")] = 1,
+    gateways: Annotated[int, typer.Option(help="Gateways.")] = 1,
+    grpc_port: Annotated[
+        int, typer.Option(help="Port of the first gateway; further ones take the next ports; 0: any free ones.")
+    ] = DEFAULT_PORT,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the checkpoint's own.")] = "auto",
+    threads: Annotated[
+        str, typer.Option(help="auto, a number of threads to share out, or router=N,worker=N.")
+    ] = "auto",
+    once: Annotated[bool, typer.Option("--once", help="End after the first completion.")] = False,
+    no_restart: Annotated[bool, typer.Option("--no-restart", help="Leave dead services dead.")] = False,
+    prompt: Annotated[str, typer.Option(help="Prompt of the first completion.")] = "This package provides",
+    max_tokens: Annotated[int, typer.Option(help="Length of the first completion; 0: none.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Temperature of the first completion; 0: greedy.")] = 0.6,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens that the first completion chooses from.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the first completion.")] = 0,
+    kv_memory: Annotated[str, typer.Option(help="Memory of each router for keys and values, such as 1GiB.")] = "",
+    max_model_len: Annotated[int, typer.Option(help="Longest prompt and output; 0: the model's own.")] = 0,
+    max_batch_tokens: Annotated[int, typer.Option(help="Rows of one step; 0: the router's default.")] = 0,
+    device: Annotated[str, typer.Option(help="torch device of the routers.")] = "cpu",
+    tls_cert: Annotated[Path | None, typer.Option(help="The gateways' certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Who signed it, for `up`'s own calls to localhost; default: itself.")
+    ] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="File of accepted API keys, one a line.")] = None,
+    log_level: Annotated[str, typer.Option(help="Least level that services log.")] = "warning",
+    log_format: Annotated[str, typer.Option(help="Form of services' log lines: text or json.")] = "text",
+) -> None:
+    """Start a whole cluster on this machine, stream a completion, and serve until Ctrl-C.
+
+    Starts a Redis-compatible server (unless REDIS_URL names one), a balancer, workers, routers and gateways, each a
+    process of its own that is started again when it dies, and ends them all in order.
+    """
+    interrupts = _Interrupts()
+    router_flags = _given(
+        ("--kv-memory", kv_memory),
+        ("--max-model-len", max_model_len),
+        ("--max-batch-tokens", max_batch_tokens),
+        ("--device", device),
+    )
+    gateway_flags = _given(("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--api-keys", api_keys))
+    try:
+        _check_model_dir(model_dir)
+        redis_url = os.environ.get("REDIS_URL", "")
+        if redis_url:
+            check_redis_url(redis_url)
+        check_counts(workers=workers, routers=routers, gateways=gateways)
+        resolved = resolve_dtype(dtype, model_dir)
+        try:
+            allotment = parse_threads(threads, num_cores=num_cores(), num_routers=routers, num_workers=workers)
+        except ValueError as error:
+            raise SettingsError(f"--threads={threads!r} cannot be used: {error}") from None
+        spec = ClusterSpec(
+            model=model_dir,
+            manifest=make_manifest(model_dir, interrupts),
+            num_workers=workers,
+            num_routers=routers,
+            num_gateways=gateways,
+            grpc_port=grpc_port,
+            dtype=resolved,
+            threads=allotment,
+            redis_url=redis_url,
+            can_restart=not no_restart,
+            log_level=log_level,
+            log_format=log_format,
+            flags={"router": router_flags, "gateway": gateway_flags},
+            tls_ca=tls_ca or tls_cert,
+        )
+        demo = _Demo(
+            prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, api_keys=api_keys
+        )
+        run_cluster(spec, interrupts, demo if max_tokens > 0 else None, once=once)
+    except Cancelled:
+        say("stopped")
+    except SettingsError as error:
+        say(str(error))
+        raise typer.Exit(2) from None
+    except CollegiumError as error:
+        say(error.message)
+        raise typer.Exit(1) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Demo:
+    prompt: str
+    max_tokens: int
+    temperature: float
+    top_k: int
+    seed: int
+    api_keys: Path | None
+
+
+class _Interrupts:
+    """SIGINT, SIGTERM and SIGHUP as a flag; the second one ends this process, and with it every leash, at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def __call__(self) -> bool:
+        """Say whether one came."""
+        return self.is_set
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set:
+            os._exit(128 + number)
+        self.is_set = True
+
+
+def run_cluster(spec: ClusterSpec, is_interrupted: Callable[[], bool], demo: _Demo | None, *, once: bool) -> None:
+    """Run a cluster until it is interrupted, or until the first completion with once."""
+    from collegium.cli.cluster import Cluster
+    from collegium.cli.show import address_table, console
+
+    cluster = Cluster(spec, say=say, is_interrupted=is_interrupted)
+    start_s = time.monotonic()
+    say(
+        f"starting {spec.num_workers} workers, {spec.num_routers} routers and {spec.num_gateways} gateways in "
+        f"{spec.dtype}, {spec.threads.per_router} threads per router, {spec.threads.per_worker} per worker"
+    )
+    try:
+        cluster.start()
+        cluster.wait_until_serving(limit_s=_START_LIMIT_S)
+        say(f"the cluster is SERVING after {time.monotonic() - start_s:.1f} s")
+        out = console(sys.stdout)
+        if demo is not None:
+            _show_completion(cluster, spec, demo)
+        rows = [(member.name, member.address, cluster.pid(member.name)) for member in cluster.members]
+        out.print(address_table(rows, {"router": spec.threads.per_router, "worker": spec.threads.per_worker}))
+        if not once:
+            say(f"serving at {', '.join(cluster.targets)} until Ctrl-C")
+            cluster.wait_until(is_interrupted, float("inf"))
+    finally:
+        cluster.stop()
+    say("every process has ended")
+
+
+def _show_completion(cluster: Cluster, spec: ClusterSpec, demo: _Demo) -> None:
+    from collegium.cli.show import Completion, Demand, completion_table, console, stream_completion, worker_counters
+
+    addresses = {member.name: member.address for member in cluster.members if member.role == "worker"}
+    demand = Demand(
+        prompt=demo.prompt,
+        max_tokens=demo.max_tokens,
+        temperature=demo.temperature,
+        top_k=demo.top_k,
+        seed=demo.seed,
+    )
+    tls = TlsTrust(ca=spec.tls_ca) if spec.tls_ca is not None else None
+    targets = [target.replace("127.0.0.1", "localhost") if tls else target for target in cluster.targets]
+    before = worker_counters(addresses)
+    answer: concurrent.futures.Future[Completion] = concurrent.futures.Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(stream_completion(targets, demand, sys.stdout, api_key=_first_key(demo), tls=tls))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # In a thread, as this one supervises meanwhile; a daemon, so that an interrupt need not wait for it.
+    threading.Thread(target=ask, name="completion", daemon=True).start()
+    cluster.wait_until(answer.done, _START_LIMIT_S, "the first completion")
+    console(sys.stdout).print(completion_table(answer.result(), before, worker_counters(addresses)))
+
+
+def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
+    """Find or make the manifest of a checkpoint, with progress on stderr."""
+    from collegium.model.manifest import ensure_manifest
+
+    said_s = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said_s
+        if is_interrupted():
+            raise Cancelled("asked to stop")
+        if time.monotonic() - said_s > 1.0:
+            said_s = time.monotonic()
+            say(f"reading the checkpoint for its manifest: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    try:
+        return ensure_manifest(model_dir, progress=progress)
+    except (ValueError, OSError) as error:
+        raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
+
+
+def resolve_dtype(dtype: str, model_dir: Path) -> str:
+    """Turn auto into the checkpoint's own type, float32 where it says something that is not served."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise SettingsError(f"--dtype={dtype!r} cannot be used: give float32, bfloat16 or auto")
+    if dtype != "auto":
+        return dtype
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    own = config.get("dtype") or config.get("torch_dtype")
+    return "bfloat16" if own == "bfloat16" else "float32"
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def say(text: str) -> None:
+    """Write one line of progress to stderr."""
+    sys.stderr.write(f"up | {text}\n")
+    sys.stderr.flush()
+
+
+def _check_model_dir(model_dir: Path) -> None:
+    if not model_dir.is_dir():
+        raise SettingsError(f"MODEL_DIR={model_dir} is not a folder; give the folder of a checkpoint")
+    if not (model_dir / "config.json").is_file():
+        raise SettingsError(f"MODEL_DIR={model_dir} holds no config.json; give the folder of a checkpoint")
+
+
+def _given(*flags: tuple[str, object]) -> list[str]:
+    return [f"{flag}={value}" for flag, value in flags if value]
+
+
+def _first_key(demo: _Demo) -> str | None:
+    if demo.api_keys is None:
+        return None
+    lines = demo.api_keys.read_text(encoding="utf-8").splitlines()
+    return next((line.strip() for line in lines if line.strip() and not line.strip().startswith("#")), None)

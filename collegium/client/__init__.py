@@ -1,0 +1,61 @@
+"""The SDK: `Client` and `AsyncClient` for a Collegium cluster.
+
+Imports neither torch nor redis nor transformers. Errors are those of collegium.fabric.errors, also named here.
+"""
+
+from collegium.client.aio import AsyncClient, AsyncStream
+from collegium.client.options import GenerateOptions, Message
+from collegium.client.results import (
+    Choice,
+    Chunk,
+    Cluster,
+    Completion,
+    Member,
+    Model,
+    Score,
+    TokenLogprobs,
+    Usage,
+)
+from collegium.client.retry import RetryPolicy
+from collegium.client.sync import Client, Stream
+from collegium.fabric.errors import (
+    Cancelled,
+    CollegiumError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "Cancelled",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Cluster",
+    "CollegiumError",
+    "Completion",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "GenerateOptions",
+    "Internal",
+    "InvalidArgument",
+    "Member",
+    "Message",
+    "Model",
+    "NotFound",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "Score",
+    "Stream",
+    "TokenLogprobs",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+]

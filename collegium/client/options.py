@@ -1,0 +1,151 @@
+"""What a caller may ask for, and how it is written down as a request.
+
+Owns the keywords of generate, complete and score. Checks only what a message cannot carry; the gateway checks the rest.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypedDict
+
+from collegium.fabric.errors import InvalidArgument
+from collegium.v1 import inference_pb2 as pb
+
+_UINT32 = 2**32 - 1
+_UINT64 = 2**64 - 1
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keywords of generate and complete. Absent or None: the default."""
+
+    prompt_ids: Iterable[int] | None  # token ids, instead of a text prompt
+    messages: Iterable[Message] | None  # a conversation, instead of a text prompt
+    model: str  # name from list_models; empty: the only model
+    max_tokens: int | None  # at most this many tokens per choice; None: up to the model's length
+    min_tokens: int  # nothing ends a choice before this many tokens
+    temperature: float | None  # 0 or None: greedy
+    top_k: int | None  # keep the k likeliest tokens
+    top_p: float | None  # keep the smallest set of tokens whose probability reaches top_p
+    min_p: float | None  # drop tokens below min_p times the likeliest one's probability
+    repetition_penalty: float | None  # 1: none
+    presence_penalty: float | None  # -2 to 2; 0: none
+    frequency_penalty: float | None  # -2 to 2; 0: none
+    seed: int | None  # None: the gateway draws one; Stream.seed tells it
+    ignore_eos: bool  # go on past end-of-sequence ids
+    stop: str | Sequence[str]  # strings that end a choice and are not delivered
+    stop_ids: Iterable[int]  # ids that end a choice
+    n: int  # number of independent choices
+    logprobs: int | None  # 0: of the chosen tokens; n: of the n likeliest as well
+    timeout_s: float | None  # for the whole call, retries included; None: the client's
+    request_id: str | None  # None: a UUID is made
+
+
+_KEYWORDS = frozenset(GenerateOptions.__annotations__)
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def generate_request(prompt: str | None, options: GenerateOptions) -> pb.GenerateRequest:
+    """Write a Generate request down. InvalidArgument for values that no request can carry."""
+    unknown = sorted(set(options) - _KEYWORDS)
+    if unknown:
+        raise TypeError(f"generate has no option {unknown[0]!r}; it has {', '.join(sorted(_KEYWORDS))}")
+    request = pb.GenerateRequest(
+        request_id=options.get("request_id") or uuid.uuid4().hex,
+        model=options.get("model", ""),
+        sampling=_sampling(options),
+        stopping=_stopping(options),
+        num_choices=_uint("n", options.get("n", 1)),
+    )
+    if request.num_choices == 0:
+        raise InvalidArgument("0 choices are no answer", field="n", remedy="give at least 1")
+    logprobs = options.get("logprobs")
+    if logprobs is not None:
+        request.num_logprobs = _uint("logprobs", logprobs)
+    prompt_ids, messages = options.get("prompt_ids"), options.get("messages")
+    if sum(form is not None for form in (prompt, prompt_ids, messages)) != 1:
+        raise InvalidArgument(
+            "exactly one form of prompt is needed", field="prompt", remedy="give one of prompt, prompt_ids and messages"
+        )
+    if prompt is not None:
+        request.text = _utf8("prompt", prompt)
+    elif prompt_ids is not None:
+        request.token_ids.ids.extend(_uint("prompt_ids", token_id) for token_id in prompt_ids)
+        request.token_ids.SetInParent()
+    else:
+        request.chat.messages.extend(_message(entry) for entry in messages or ())
+        request.chat.SetInParent()
+    return request
+
+
+def score_request(text: str | None, prompt_ids: Iterable[int] | None, model: str) -> pb.ScoreRequest:
+    """Write a Score request down."""
+    if (text is None) == (prompt_ids is None):
+        raise InvalidArgument(
+            "exactly one form of input is needed", field="prompt", remedy="give one of prompt and prompt_ids"
+        )
+    request = pb.ScoreRequest(model=model)
+    if text is not None:
+        request.text = _utf8("prompt", text)
+    else:
+        request.token_ids.ids.extend(_uint("prompt_ids", token_id) for token_id in prompt_ids or ())
+        request.token_ids.SetInParent()
+    return request
+
+
+def _sampling(options: GenerateOptions) -> pb.Sampling:
+    values: Mapping[str, object] = options
+    sampling = pb.Sampling()
+    for name in _NUMBERS:
+        value = values.get(name)
+        if value is not None:
+            setattr(sampling, name, value)
+    top_k, seed = options.get("top_k"), options.get("seed")
+    if top_k is not None:
+        sampling.top_k = _uint("top_k", top_k)
+    if seed is not None:
+        sampling.seed = _uint("seed", seed, _UINT64)
+    return sampling
+
+
+def _stopping(options: GenerateOptions) -> pb.Stopping:
+    stop = options.get("stop", ())
+    stopping = pb.Stopping(
+        min_tokens=_uint("min_tokens", options.get("min_tokens", 0)),
+        ignore_eos=options.get("ignore_eos", False),
+        stop_ids=[_uint("stop_ids", token_id) for token_id in options.get("stop_ids", ())],
+        stop_strings=[_utf8("stop", text) for text in ((stop,) if isinstance(stop, str) else stop)],
+    )
+    max_tokens = options.get("max_tokens")
+    if max_tokens is not None:
+        stopping.max_tokens = _uint("max_tokens", max_tokens)
+    return stopping
+
+
+def _message(entry: Message) -> pb.ChatMessage:
+    return pb.ChatMessage(role=entry["role"], content=_utf8("messages", entry["content"]))
+
+
+def _uint(field: str, value: int, largest: int = _UINT32) -> int:
+    if not 0 <= value <= largest:
+        raise InvalidArgument(f"{value} is out of range", field=field, remedy=f"give 0 to {largest}")
+    return value
+
+
+def _utf8(field: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"the text cannot be written as UTF-8: {error.reason} at character {error.start}",
+            field=field,
+            remedy="remove lone surrogates, or send prompt_ids",
+            reason="BROKEN_UTF8",
+        ) from None

@@ -1,0 +1,251 @@
+"""The blocking client. Drives the state machines of retry and generate_call over grpc's synchronous channels.
+
+Owns channels, one per address, opened at first use. Safe to share among threads; a Stream belongs to one thread, but
+any thread may cancel it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+from opentelemetry.trace import Span
+
+from collegium.client.connection import Connection, Reach
+from collegium.client.generate_call import CallView, GenerateCall
+from collegium.client.options import GenerateOptions, generate_request, score_request
+from collegium.client.results import (
+    Chunk,
+    Cluster,
+    Completion,
+    Model,
+    Score,
+    read_cluster,
+    read_model,
+    read_score,
+)
+from collegium.client.retry import Attempts, RetryPolicy
+from collegium.client.spans import end_generate_span, generate_span, mark_failed, unary_span
+from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
+from collegium.v1 import inference_pb2 as pb
+from collegium.v1 import inference_pb2_grpc
+
+
+class Client:
+    """A blocking client of one cluster, as a context manager or until close().
+
+    target: HOST:PORT of a gateway, or several (a sequence, or separated by commas). timeout_s: for each whole call,
+    retries included, unless the call gives its own; None: no limit.
+    """
+
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        tls: bool = False,
+        tls_ca: str | Path | bytes | None = None,
+        tls_server_name: str | None = None,
+        timeout_s: float | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        connection = Connection(api_key=api_key, tls=tls, tls_ca=tls_ca, tls_server_name=tls_server_name)
+        self._reach = Channels(target, connection, retry, timeout_s)
+
+    def __enter__(self) -> Client:
+        """Use the client until the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        self.close()
+
+    def close(self) -> None:
+        """End every call and connection. Idempotent."""
+        self._reach.close()
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+        """Stream the continuation of a prompt; see GenerateOptions. The call begins with the first chunk asked for."""
+        return Stream(self._reach, GenerateCall(generate_request(prompt, options)), options.get("timeout_s"))
+
+    def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
+        """Generate, and give everything at the end."""
+        with self.generate(prompt, **options) as stream:
+            return stream.completion()
+
+    def score(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_ids: Iterable[int] | None = None,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> Score:
+        """Give the log-probability of every token of a text, and its perplexity."""
+        return read_score(self._reach.ask("Score", score_request(prompt, prompt_ids, model), timeout_s))
+
+    def list_models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
+        """Name the models that are served."""
+        response: pb.ListModelsResponse = self._reach.ask("ListModels", pb.ListModelsRequest(), timeout_s)
+        return tuple(read_model(model) for model in response.models)
+
+    def get_model(self, model: str = "", *, timeout_s: float | None = None) -> Model:
+        """Describe one model; NotFound for a name that is not served."""
+        return read_model(self._reach.ask("GetModel", pb.GetModelRequest(model=model), timeout_s).model)
+
+    def get_cluster(self, *, timeout_s: float | None = None) -> Cluster:
+        """Describe the services behind the gateway."""
+        return read_cluster(self._reach.ask("GetCluster", pb.GetClusterRequest(), timeout_s))
+
+    def cancel(self, request_id: str, *, timeout_s: float | None = None) -> bool:
+        """End a running request by its id, at every gateway that is known; whether one had it running."""
+        request = pb.CancelRequest(request_id=request_id)
+        names = self._reach.addresses.names
+        found = [self._reach.ask("Cancel", request, timeout_s, (name,)).was_running for name in names]
+        return any(found)
+
+
+class Channels(Reach):
+    """One channel per address, and the calls on them."""
+
+    def __init__(
+        self, target: str | Sequence[str], connection: Connection, policy: RetryPolicy | None, timeout_s: float | None
+    ) -> None:
+        super().__init__(target, connection, policy, timeout_s)
+        self._channels: dict[str, grpc.Channel] = {}
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close every channel."""
+        with self._lock:
+            self._is_closed = True
+            channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()
+
+    def open(self, call: GenerateCall, address: str, timeout_s: float | None, span: Span) -> Any:
+        """Open one try's stream."""
+        request = call.next_request()
+        stub = self._stub(address)
+        method = stub.Resume if isinstance(request, pb.ResumeRequest) else stub.Generate
+        return method(request, timeout=timeout_s, metadata=self.connection.metadata(span))
+
+    def ask(self, method: str, request: Any, timeout_s: float | None, only: tuple[str, ...] = ()) -> Any:
+        """Make a unary call."""
+        attempts = self.attempts(timeout_s, only)
+        span = unary_span(method)
+        metadata = self.connection.metadata(span)
+        try:
+            while True:
+                left_s = attempts.time_left_s(time.monotonic())
+                send = getattr(self._stub(attempts.address), method)
+                try:
+                    return send(request, timeout=left_s, metadata=metadata)
+                except grpc.RpcError as error:
+                    time.sleep(attempts.fail(from_rpc_error(error), time.monotonic()))
+        except CollegiumError as error:
+            mark_failed(span, error)
+            raise
+        finally:
+            span.end()
+
+    def _stub(self, address: str) -> Any:
+        with self._lock:
+            if self._is_closed:
+                raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED", remedy="make another one")
+            channel = self._channels.get(address)
+            if channel is None:
+                options = self.connection.options
+                if self.credentials is None:
+                    channel = grpc.insecure_channel(address, options)
+                else:
+                    channel = grpc.secure_channel(address, self.credentials, options)
+                self._channels[address] = channel
+        return inference_pb2_grpc.InferenceStub(channel)
+
+
+class Stream(CallView):
+    """One generate call: an iterator over chunks, and a context manager that cancels what is not read."""
+
+    def __init__(self, reach: Channels, call: GenerateCall, timeout_s: float | None) -> None:
+        super().__init__(call)
+        self._reach = reach
+        self._timeout_s = timeout_s
+        self._chunks = self._run()
+        self._is_cancelled = threading.Event()
+        self._rpc: Any = None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether cancel() was called."""
+        return self._is_cancelled.is_set()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Iterate over chunks."""
+        return self
+
+    def __next__(self) -> Chunk:
+        """Wait for the next chunk. Raises what ended the call, after retries and resumption have failed."""
+        return next(self._chunks)
+
+    def __enter__(self) -> Stream:
+        """Use the stream until the block ends."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Cancel what is not read."""
+        self.cancel()
+        self._chunks.close()
+
+    def cancel(self) -> None:
+        """End the call, from any thread; iteration then ends without an error. Idempotent."""
+        self._is_cancelled.set()
+        rpc = self._rpc
+        if rpc is not None:
+            rpc.cancel()
+
+    def completion(self) -> Completion:
+        """Read to the end, and give everything."""
+        return self._call.completion(list(self))
+
+    def _run(self) -> Generator[Chunk, None, None]:
+        call = self._call
+        span = generate_span(call)
+        attempts = self._reach.attempts(self._timeout_s)
+        try:
+            while not (call.is_complete or self.is_cancelled):
+                left_s = attempts.time_left_s(time.monotonic())
+                try:
+                    self._rpc = self._reach.open(call, attempts.address, left_s, span)
+                    if self.is_cancelled:
+                        self._rpc.cancel()
+                    for message in self._rpc:
+                        attempts.succeed(time.monotonic())
+                        yield from call.absorb(message)
+                    call.end_stream()
+                except grpc.RpcError as error:
+                    self._pause(attempts, from_rpc_error(error))
+                except CollegiumError as error:
+                    self._pause(attempts, error)
+        except CollegiumError as error:
+            mark_failed(span, error)
+            raise
+        finally:
+            if self._rpc is not None:
+                self._rpc.cancel()
+            end_generate_span(span, call)
+
+    def _pause(self, attempts: Attempts, error: CollegiumError) -> None:
+        # A stream that breaks after its last message, or because the caller ended it, is over.
+        if not (self.is_cancelled or self._call.is_complete):
+            self._is_cancelled.wait(attempts.fail(error, time.monotonic()))

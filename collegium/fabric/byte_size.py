@@ -1,0 +1,36 @@
+"""Sizes as people write them: 512MiB, 2GiB, 1e9.
+
+Owns the units and their reading and writing; binary and decimal ones are told apart as Kubernetes does.
+"""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "ki": 2**10, "kib": 2**10, "mi": 2**20, "mib": 2**20, "gi": 2**30, "gib": 2**30, "ti": 2**40, "tib": 2**40,
+}  # fmt: skip
+
+
+class ByteSize(int):
+    """A number of bytes, written as 512MiB, 2GiB, 1e9 or 4096."""
+
+    @classmethod
+    def parse(cls, text: str) -> ByteSize:
+        """Read a size; ValueError names the forms that work."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", text)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ValueError("give a number of bytes, such as 512MiB, 2GiB or 1e9")
+        number = float(match[1])
+        if "." not in match[1] and "e" not in match[1].lower():
+            return cls(int(match[1]) * _UNITS[match[2].lower()])
+        return cls(round(number * _UNITS[match[2].lower()]))
+
+    def __str__(self) -> str:
+        """Write the size with the largest binary unit that divides it."""
+        for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if self and self % factor == 0:
+                return f"{self // factor}{unit}"
+        return int.__repr__(self)

@@ -1,0 +1,93 @@
+"""Channels as every caller has them: limits, keepalive, TLS; and the reading of addresses.
+
+Owns the transport options that both ends share. Needs grpc alone, so that the SDK can use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from collegium.fabric.errors import SettingsError
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+Option = tuple[str, int | str]
+MESSAGE_LIMITS: tuple[Option, ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+_CHANNEL_OPTIONS: tuple[Option, ...] = (
+    *MESSAGE_LIMITS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsTrust:
+    """Whom a client trusts: a CA file in PEM, None for the system's."""
+
+    ca: Path | None = None
+
+
+def channel(address: str, *, tls: TlsTrust | None = None, options: Sequence[Option] = ()) -> aio.Channel:
+    """Open a channel with our limits and keepalive; options beat ours."""
+    merged = tuple((dict(_CHANNEL_OPTIONS) | dict(options)).items())
+    if tls is None:
+        return aio.insecure_channel(address, options=merged)
+    return aio.secure_channel(address, channel_credentials(tls), options=merged)
+
+
+def channel_options() -> tuple[Option, ...]:
+    """Give our options for channels, for a channel of another kind (the synchronous one)."""
+    return _CHANNEL_OPTIONS
+
+
+def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
+    """Make credentials from a CA file; SettingsError where it cannot be read."""
+    return grpc.ssl_channel_credentials(None if tls.ca is None else read_file(tls.ca, "the CA file"))
+
+
+async def wait_until_serving(address: str, *, service: str = "", tls: TlsTrust | None = None) -> None:
+    """Wait, without a limit of its own, until a server says SERVING."""
+    async with channel(address, tls=tls) as link:
+        stub: Any = health_pb2_grpc.HealthStub(link)
+        while True:
+            try:
+                watch: AsyncIterator[health_pb2.HealthCheckResponse] = stub.Watch(
+                    health_pb2.HealthCheckRequest(service=service), wait_for_ready=True
+                )
+                async for response in watch:
+                    if response.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+            except aio.AioRpcError:
+                await asyncio.sleep(0.05)
+
+
+def split_address(address: str, setting: str) -> tuple[str, int]:
+    """Split HOST:PORT; SettingsError names the setting."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"{setting}={address!r} cannot be used: give HOST:PORT, such as 127.0.0.1:0")
+    return host, int(port)
+
+
+def read_file(path: Path, setting: str) -> bytes:
+    """Read a file that a setting names; SettingsError says why it cannot be."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{setting}={path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,152 @@
+"""The life of a service's process: one event loop on uvloop, signals, exit status.
+
+Owns signal handling and the measuring of the loop's lag. Knows nothing of what the service does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import uvloop
+
+from collegium.fabric import logs, metrics, tracing
+from collegium.fabric.errors import Cancelled, CollegiumError, SettingsError
+
+SUPERVISED_ENV = "COLLEGIUM_SUPERVISED"
+_LAG_PERIOD_S = 0.25
+
+_log = logs.get("lifecycle")
+
+
+_current: contextvars.ContextVar[Stop | None] = contextvars.ContextVar("stop", default=None)
+
+
+class Stop:
+    """The wish that the process ends: set by a signal, or by the service itself."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+
+    def request(self) -> None:
+        """Ask the process to end; idempotent."""
+        self.requested.set()
+
+    async def wait(self) -> None:
+        """Wait until the end is wanted."""
+        await self.requested.wait()
+
+
+async def sleep_unless_stopping(delay_s: float) -> None:
+    """Sleep; Cancelled as soon as the process that run() runs is asked to stop. For waits at the start."""
+    stop = _current.get()
+    if stop is None:
+        await asyncio.sleep(delay_s)
+        return
+    try:
+        async with asyncio.timeout(delay_s):
+            await stop.wait()
+    except TimeoutError:
+        return
+    raise Cancelled("asked to stop")
+
+
+def is_supervised() -> bool:
+    """Say whether this process was started by `collegium up`, which alone decides when it ends."""
+    return os.environ.get(SUPERVISED_ENV) == "1"
+
+
+def run(main: Callable[[Stop], Awaitable[None]], *, name: str) -> int:
+    """Run a service until its main returns, and give the exit status of the process.
+
+    SIGTERM sets Stop; so does SIGINT unless the process is supervised; a second one cancels main. A CollegiumError or
+    SettingsError that main raises becomes one line on stderr and status 1 or 2. A supervised process ends here: the
+    interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
+    """
+    status = _run(main, name)
+    tracing.shutdown_tracing()
+    if is_supervised():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(main: Callable[[Stop], Awaitable[None]], name: str) -> int:
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_supervise(main))
+    except SettingsError as error:
+        return _complain(name, error, 2)
+    except CollegiumError as error:
+        return _complain(name, error, 1)
+    except BaseExceptionGroup as group:
+        known = first_known(group)
+        if known is None:
+            raise
+        return _complain(name, known, 2 if isinstance(known, SettingsError) else 1)
+
+
+def first_known(group: BaseExceptionGroup[BaseException]) -> CollegiumError | SettingsError | None:
+    """Find our own error inside what a TaskGroup raised; None unless every error in it is ours."""
+    known: CollegiumError | SettingsError | None = None
+    for error in group.exceptions:
+        is_group = isinstance(error, BaseExceptionGroup)
+        found = first_known(cast("BaseExceptionGroup[BaseException]", error)) if is_group else error
+        if not isinstance(found, CollegiumError | SettingsError):
+            return None
+        known = known or found
+    return known
+
+
+async def _supervise(main: Callable[[Stop], Awaitable[None]]) -> int:
+    stop = Stop()
+    _current.set(stop)
+    loop = asyncio.get_running_loop()
+    work = asyncio.ensure_future(main(stop))
+
+    def on_signal() -> None:
+        if stop.requested.is_set():
+            work.cancel()
+        stop.request()
+
+    loop.add_signal_handler(signal.SIGTERM, on_signal)
+    if is_supervised():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        loop.add_signal_handler(signal.SIGINT, on_signal)
+    lag = asyncio.create_task(_measure_lag(), name="loop-lag")
+    try:
+        await work
+    except Cancelled:
+        if not stop.requested.is_set():
+            raise
+        return 0
+    except asyncio.CancelledError:
+        if not stop.requested.is_set():
+            raise
+        _log.warning("ended before everything was handed over")
+        return 1
+    finally:
+        lag.cancel()
+    return 0
+
+
+async def _measure_lag() -> None:
+    # How late the loop runs what is due: the floor of every control-plane latency, and what lease TTLs are sized by.
+    histogram = metrics.histogram("collegium_event_loop_lag_seconds")
+    while True:
+        due = time.monotonic() + _LAG_PERIOD_S
+        await asyncio.sleep(_LAG_PERIOD_S)
+        histogram.observe(max(0.0, time.monotonic() - due))
+
+
+def _complain(name: str, error: Exception, status: int) -> int:
+    sys.stderr.write(f"{name}: {error}\n")
+    return status

@@ -1,0 +1,166 @@
+"""gRPC servers and channels as every service has them: limits, keepalive, TLS, health, reflection, statuses.
+
+Owns the transport options. Knows no service by name; reflection and health are told the names.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from collegium.fabric.channels import (
+    MAX_MESSAGE_BYTES,
+    MESSAGE_LIMITS,
+    Option,
+    TlsTrust,
+    channel,
+    channel_credentials,
+    channel_options,
+    read_file,
+    split_address,
+    wait_until_serving,
+)
+from collegium.fabric.errors import FailedPrecondition
+from collegium.fabric.health import SERVICE_NAME, Health
+from collegium.fabric.interceptors import StatusInterceptor
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "Option",
+    "Server",
+    "TlsFiles",
+    "TlsTrust",
+    "advertised",
+    "channel",
+    "channel_credentials",
+    "channel_options",
+    "split_address",
+    "wait_until_serving",
+]
+
+S = TypeVar("S")
+_SERVER_OPTIONS: tuple[Option, ...] = (
+    *MESSAGE_LIMITS,
+    ("grpc.so_reuseport", 0),  # else a port in use is shared in silence
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """A server's certificate chain and private key, PEM."""
+
+    cert: Path
+    key: Path
+
+
+class Server:
+    """One gRPC server: add servicers to `.grpc`, start it, say when it can serve.
+
+    services: their full names, such as "collegium.v1.Router", for reflection and health.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        services: Iterable[str] = (),
+        options: Sequence[Option] = (),
+        tls: TlsFiles | None = None,
+        interceptors: Sequence[aio.ServerInterceptor] = (),
+    ) -> None:
+        self.name = name
+        self._names = tuple(services)
+        self._tls = tls
+        self.health = Health(self._names)
+        merged = dict(_SERVER_OPTIONS) | dict(options)
+        self.grpc = aio.server(
+            interceptors=[StatusInterceptor(self._names), *interceptors], options=tuple(merged.items())
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        reflection.enable_server_reflection((*self._names, SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
+
+    def add(self, register: Callable[[S, aio.Server], None], servicer: S) -> None:
+        """Add a servicer by its generated function, at any time: until then its methods are UNAVAILABLE."""
+        register(servicer, cast("aio.Server", _Late(self.grpc)))
+
+    async def start(self, bind: str, *, setting: str = "--bind") -> str:
+        """Listen and answer; gives the bound HOST:PORT. NOT_SERVING until set_serving.
+
+        Raises FailedPrecondition, naming the setting and the address, where the address is in use.
+        """
+        host, port = split_address(bind, setting)
+        why_not = _why_not(host, port)
+        try:
+            if why_not:
+                bound = 0
+            elif self._tls is None:
+                bound = self.grpc.add_insecure_port(bind)
+            else:
+                bound = self.grpc.add_secure_port(bind, _server_credentials(self._tls))
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise FailedPrecondition(
+                f"{setting}={bind} cannot be listened on: {why_not or 'gRPC refused it'}",
+                reason="ADDRESS_IN_USE",
+                field=setting,
+                remedy="choose another port, or 0 for any free one",
+            )
+        await self.grpc.start()
+        return f"{host}:{bound}"
+
+    def set_serving(self, is_serving: bool, service: str = "") -> None:
+        """Say whether the process can do its work; one name, or all with ""."""
+        self.health.set_serving(is_serving, service)
+
+    async def stop(self, grace_s: float) -> None:
+        """Say NOT_SERVING, end the watches, give running calls their grace, and end."""
+        self.health.end()
+        await self.grpc.stop(grace_s)
+
+
+class _Late:
+    # What generated code adds servicers to: gRPC takes generic handlers at any time, registered methods only before its
+    # start, and finds a method by either.
+    def __init__(self, server: aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Nothing to add."""
+
+
+def advertised(bound: str, advertise: str) -> str:
+    """Choose the address that others are told: the given one, else the bound one with a host that can be reached."""
+    if advertise:
+        host, port = split_address(advertise, "--advertise")
+        return f"{host}:{port or bound.rpartition(':')[2]}"
+    host, _, port = bound.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "::") else bound
+
+
+def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    pair = (read_file(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
+    return grpc.ssl_server_credentials([pair])
+
+
+def _why_not(host: str, port: int) -> str:
+    # gRPC keeps the reason to itself, and writes lines of its own: try with a plain socket first.
+    try:
+        with socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return ""
+    except socket.gaierror as error:
+        return error.strerror or str(error)
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)

@@ -1,0 +1,104 @@
+"""W3C traces by OpenTelemetry: set up once, near zero cost where no endpoint is set.
+
+Owns the tracer, the reading and writing of traceparent. Attributes are the callers' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+TRACEPARENT = "traceparent"
+_SCOPE = "collegium"
+_propagator = TraceContextTextMapPropagator()
+_shutdown = None
+_enabled = False
+
+
+def setup_tracing(service_name: str, otlp_endpoint: str, ratio: float) -> None:
+    """Export this process's spans to an OTLP/gRPC endpoint; an empty endpoint leaves tracing off.
+
+    A request whose caller sampled it is traced; of those that arrive without a trace, the given share.
+    """
+    global _shutdown, _enabled
+    if not otlp_endpoint:
+        return
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": service_name}), sampler=ParentBasedTraceIdRatio(ratio)
+    )
+    exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https"), timeout=2)
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
+    trace.set_tracer_provider(provider)
+    _shutdown, _enabled = provider.shutdown, True
+
+
+def shutdown_tracing() -> None:
+    """Send what is left and stop; a no-op without setup_tracing. Blocks for seconds where the endpoint is gone."""
+    global _shutdown, _enabled
+    if _shutdown is not None:
+        _shutdown()
+    _shutdown, _enabled = None, False
+
+
+def is_tracing() -> bool:
+    """Say whether spans go anywhere."""
+    return _enabled
+
+
+def current_traceparent() -> str:
+    """Give the traceparent of the current span where it is sampled, else the empty string."""
+    return traceparent_of(trace.get_current_span())
+
+
+def traceparent_of(span: Span) -> str:
+    """Give the traceparent of a span where it is sampled, else the empty string."""
+    context = span.get_span_context()
+    if not context.is_valid or not context.trace_flags.sampled:
+        return ""
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+
+def start_span(
+    name: str,
+    *,
+    traceparent: str = "",
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Mapping[str, AttributeValue] | None = None,
+    start_ns: int | None = None,
+) -> Span:
+    """Start a span under a traceparent, or under the current span where that is empty; the caller ends it."""
+    parent = _propagator.extract({TRACEPARENT: traceparent}) if traceparent else None
+    return trace.get_tracer(_SCOPE).start_span(
+        name, context=parent, kind=kind, attributes=attributes, start_time=start_ns
+    )
+
+
+def make_current(span: Span) -> None:
+    """Make a span the current one for the rest of this task; nothing needs to be undone when the task ends."""
+    otel_context.attach(trace.set_span_in_context(span))
+
+
+def span_from_traceparent(
+    name: str,
+    traceparent: str,
+    start_ns: int,
+    end_ns: int,
+    attributes: Mapping[str, AttributeValue] | None = None,
+) -> None:
+    """Record a span that is over already, such as a step or a worker's batch; times are time.time_ns().
+
+    Does nothing without a traceparent or while tracing is off.
+    """
+    if _enabled and traceparent:
+        start_span(name, traceparent=traceparent, attributes=attributes, start_ns=start_ns).end(end_ns)

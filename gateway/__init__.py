@@ -1,0 +1,1 @@
+"""The gateway service: what callers talk to. Text and requests live here; token ids go on to routers."""

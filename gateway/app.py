@@ -1,0 +1,195 @@
+"""Put a gateway together and take it apart again.
+
+Owns the order: listen, join, attach to routers; and backwards: refuse, let running requests end, let go of routers,
+leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Collection
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from collegium.fabric import logs, rpc, telemetry
+from collegium.fabric.leases import Membership
+from collegium.v1 import balancer_pb2, inference_pb2_grpc
+from collegium.v1 import inference_pb2 as pb
+from gateway.admission import Admission
+from gateway.auth import KeyInterceptor, KeyRing
+from gateway.cluster import ClusterView
+from gateway.counts import Counts
+from gateway.pool import RouterPool
+from gateway.relay import Relay
+from gateway.service import InferenceService
+from gateway.settings import GatewaySettings
+from gateway.tokenizer import Tokenizer
+
+SERVICE_NAME = "collegium.v1.Inference"
+_log = logs.get("gateway")
+
+
+class Serving:
+    """Says at the server and at the balancer whether this gateway can serve."""
+
+    def __init__(self, server: rpc.Server) -> None:
+        self.membership: Membership | None = None
+        self._server = server
+        self._is_serving = False
+        self._is_over = False
+
+    def join(self, membership: Membership) -> None:
+        """Report to a balancer as well."""
+        self.membership = membership
+        self._report()
+
+    def set(self, is_serving: bool) -> None:
+        """Note whether any router can take requests."""
+        if is_serving != self._is_serving and not self._is_over:
+            self._is_serving = is_serving
+            _log.info("serving" if is_serving else "not serving: no router can")
+            self._server.set_serving(is_serving)
+            self._report()
+
+    def end(self) -> None:
+        """Say NOT_SERVING from now on."""
+        self.set(False)
+        self._is_over = True
+        if self.membership is not None:
+            self.membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
+
+    def _report(self) -> None:
+        if self.membership is not None:
+            self.membership.set_state(
+                balancer_pb2.MEMBER_STATE_SERVING if self._is_serving else balancer_pb2.MEMBER_STATE_JOINING
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class Gateway:
+    """A gateway that listens."""
+
+    address: str
+    server: rpc.Server
+    pool: RouterPool
+    admission: Admission
+    counts: Counts
+    service: InferenceService
+    serving: Serving
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests and let running ones go on for a while."""
+        self.serving.end()
+        await self.server.stop(grace_s)
+
+
+@asynccontextmanager
+async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
+    """Run a gateway; CollegiumError or SettingsError where it cannot start."""
+    options.check()
+    tokenizer = Tokenizer.load(options.model)
+    if tokenizer is None:
+        _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
+    gateway_id = uuid.uuid4().hex[:8]
+    counts = Counts()
+    admission = Admission(
+        max_requests=options.max_requests,
+        max_queued_tokens=options.max_queued_tokens,
+        clock=asyncio.get_running_loop().time,
+    )
+    server = _server(options)
+    async with AsyncExitStack() as stack:
+        serving = Serving(server)
+        pool = await stack.enter_async_context(
+            RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set)
+        )
+        stack.callback(telemetry.expose(lambda: _series(counts, admission, pool)))
+        balancer_channel = None
+        if options.balancer:
+            balancer_channel = await stack.enter_async_context(rpc.channel(options.balancer))
+        cluster = ClusterView(
+            pool,
+            lambda: _status(gateway_id, address, metrics_url, counts, is_serving=server.health.is_serving()),
+            balancer=options.balancer,
+            channel=balancer_channel,
+            last_view=lambda: None if serving.membership is None else serving.membership.view,
+        )
+        relay = Relay(
+            pool, admission, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s
+        )
+        service = InferenceService(pool=pool, relay=relay, tokenizer=tokenizer, cluster=cluster, counts=counts)
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server.grpc)
+        address = rpc.advertised(await server.start(options.bind), options.advertise)
+        stack.push_async_callback(server.stop, 0)
+        _log.info("listening", address=address, tls=options.tls_cert is not None, metrics=metrics_url)
+        if options.balancer:
+            membership = Membership(
+                options.balancer,
+                balancer_pb2.ROLE_GATEWAY,
+                address,
+                metrics_url,
+                options.threads or 1,
+                counters=counts.series,
+            )
+            serving.join(await stack.enter_async_context(membership))
+            following = asyncio.create_task(_follow(membership, pool), name="follow-routers")
+            stack.push_async_callback(_end, following)
+        else:
+            pool.set_addresses(options.routers)
+        yield Gateway(
+            address=address,
+            server=server,
+            pool=pool,
+            admission=admission,
+            counts=counts,
+            service=service,
+            serving=serving,
+        )
+
+
+def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[str]:
+    """Name the routers that can take work, as the balancer sees them."""
+    return [
+        member.address
+        for member in view.members
+        if member.role == balancer_pb2.ROLE_ROUTER and member.state == balancer_pb2.MEMBER_STATE_SERVING
+    ]
+
+
+async def _follow(membership: Membership, pool: RouterPool) -> None:
+    async for view in membership.views():
+        pool.set_addresses(router_addresses(view))
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _server(options: GatewaySettings) -> rpc.Server:
+    tls = None
+    if options.tls_cert is not None and options.tls_key is not None:
+        tls = rpc.TlsFiles(cert=options.tls_cert, key=options.tls_key)
+    interceptors = [] if options.api_keys is None else [KeyInterceptor(KeyRing.load(options.api_keys))]
+    limit = ("grpc.max_receive_message_length", int(options.max_message_bytes))
+    return rpc.Server("gateway", services=(SERVICE_NAME,), options=(limit,), tls=tls, interceptors=interceptors)
+
+
+def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, is_serving: bool) -> pb.MemberStatus:
+    return pb.MemberStatus(
+        role="gateway",
+        member_id=gateway_id,
+        address=address,
+        state="SERVING" if is_serving else "JOINING",
+        num_threads=1,
+        metrics_url=metrics_url,
+        counters=counts.series(),
+    )
+
+
+def _series(counts: Counts, admission: Admission, pool: RouterPool) -> dict[str, float]:
+    return counts.series() | {
+        "collegium_queued_tokens": admission.queued_tokens,
+        "collegium_routers_attached": sum(attachment.is_attached for attachment in pool.attachments),
+    }

@@ -1,0 +1,142 @@
+"""What one choice has grown to, and what of it its caller has not been given yet.
+
+Owns ids, text, offsets and the end of a choice. Knows neither streams nor routers. Text lags behind ids while a
+character or a possible stop string is incomplete; both are functions of the ids alone, so a resumed choice has the
+same offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from collegium.v1 import inference_pb2 as pb
+from gateway.detokenizer import Detokenizer
+from gateway.stops import StopMatcher
+
+RUNNING = pb.FINISH_REASON_UNSPECIFIED
+
+
+class Choice:
+    """One of a request's answers. Without `decode` (no tokenizer) its text stays empty."""
+
+    __slots__ = (
+        "_delivered_ids",
+        "_delivered_text",
+        "_detokenizer",
+        "_is_end_delivered",
+        "_logprobs",
+        "_min_tokens",
+        "_stops",
+        "_text",
+        "finish_reason",
+        "index",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        *,
+        decode: Callable[[Sequence[int]], str] | None,
+        stop_strings: Sequence[str] = (),
+        min_tokens: int = 0,
+    ) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason: pb.FinishReason = RUNNING
+        self.stop_reason = ""
+        self._detokenizer = None if decode is None else Detokenizer(decode)
+        self._stops = StopMatcher(stop_strings)
+        self._min_tokens = min_tokens
+        self._text = ""  # certain and not delivered
+        self._logprobs: list[pb.TokenLogprobs] = []  # of the ids that are not delivered
+        self._delivered_ids = 0
+        self._delivered_text = 0
+        self._is_end_delivered = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing will be added."""
+        return self.finish_reason != RUNNING
+
+    @property
+    def num_pending(self) -> int:
+        """Ids that the caller has not been given."""
+        return len(self.token_ids) - self._delivered_ids
+
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs] = ()) -> bool:
+        """Add sampled ids. Returns True where a stop string ended the choice; ids after it are dropped."""
+        for position, token_id in enumerate(token_ids):
+            self.token_ids.append(token_id)
+            if logprobs:
+                self._logprobs.append(logprobs[position])
+            if self._detokenizer is None:
+                continue
+            may_stop = len(self.token_ids) >= self._min_tokens
+            text, stop = self._stops.feed(self._detokenizer.feed(token_id), may_stop=may_stop)
+            self._text += text
+            if stop is not None:
+                self.finish_reason = pb.FINISH_REASON_STOP
+                self.stop_reason = stop
+                return True
+        return False
+
+    def finish(self, reason: pb.FinishReason, stop_reason: str = "") -> None:
+        """End the choice; text that was held back becomes certain. A second end changes nothing."""
+        if self.is_finished:
+            return
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        if self._detokenizer is not None:
+            # What is flushed is a broken character: no stop string is looked for in it.
+            text, _ = self._stops.feed(self._detokenizer.flush(), may_stop=False)
+            self._text += text + self._stops.flush()
+
+    def restore(self, token_ids: Sequence[int]) -> int:
+        """Add ids that the caller has from an earlier stream; gives how many the choice took before it ended."""
+        for taken, token_id in enumerate(token_ids):
+            if self.is_finished:
+                return taken
+            self.add((token_id,))
+        return len(token_ids)
+
+    def settle(self, text_offset: int) -> bool:
+        """Take all ids, and this much of the text, as delivered; False where there is not that much text."""
+        if not self._delivered_text <= text_offset <= self._delivered_text + len(self._text):
+            return False
+        self._delivered_ids = len(self.token_ids)
+        self._logprobs.clear()
+        self._text = self._text[text_offset - self._delivered_text :]
+        self._delivered_text = text_offset
+        return True
+
+    def settle_all(self) -> None:
+        """Take everything as delivered, the end too."""
+        self.take()
+
+    def take(self) -> pb.Chunk | None:
+        """Give what the caller has not been given, as one chunk; None where there is nothing."""
+        if self.num_pending == 0 and (not self.is_finished or self._is_end_delivered):
+            return None
+        chunk = pb.Chunk(
+            choice_index=self.index,
+            token_offset=self._delivered_ids,
+            text_offset=self._delivered_text,
+            token_ids=self.token_ids[self._delivered_ids :],
+            text=self._text,
+            logprobs=self._logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        self._delivered_ids = len(self.token_ids)
+        self._delivered_text += len(self._text)
+        self._text = ""
+        self._logprobs = []
+        self._is_end_delivered = self.is_finished
+        return chunk
+
+
+def total_tokens(choices: Iterable[Choice]) -> int:
+    """Count the ids of all choices."""
+    return sum(len(choice.token_ids) for choice in choices)

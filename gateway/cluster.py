@@ -1,0 +1,106 @@
+"""What GetCluster answers: the balancer's view, or without a balancer what this gateway sees itself.
+
+Owns the translation from membership to status. Asks the balancer for fresh counters and does without where it is away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from grpc import aio
+
+from collegium.v1 import balancer_pb2, balancer_pb2_grpc
+from collegium.v1 import inference_pb2 as pb
+from gateway.pool import RouterPool
+
+_ASK_S = 1.0
+_ROLES = {
+    balancer_pb2.ROLE_GATEWAY: "gateway",
+    balancer_pb2.ROLE_ROUTER: "router",
+    balancer_pb2.ROLE_WORKER: "worker",
+}
+_STATES = {
+    balancer_pb2.MEMBER_STATE_JOINING: "JOINING",
+    balancer_pb2.MEMBER_STATE_SERVING: "SERVING",
+    balancer_pb2.MEMBER_STATE_DRAINING: "DRAINING",
+}
+
+
+class ClusterView:
+    """Describes the cluster. balancer: its address, or empty. last_view: the newest view that was watched."""
+
+    def __init__(
+        self,
+        pool: RouterPool,
+        me: Callable[[], pb.MemberStatus],
+        *,
+        balancer: str = "",
+        channel: aio.Channel | None = None,
+        last_view: Callable[[], balancer_pb2.WatchPlacementResponse | None] = lambda: None,
+    ) -> None:
+        self._pool = pool
+        self._me = me
+        self._balancer = balancer
+        self._channel = channel
+        self._last_view = last_view
+
+    async def describe(self) -> pb.GetClusterResponse:
+        """Give members by role and id, the placement epoch, and homes per worker."""
+        if self._channel is None:
+            return self._without_balancer()
+        stub: Any = balancer_pb2_grpc.BalancerStub(self._channel)
+        state = "SERVING"
+        try:
+            response: balancer_pb2.GetPlacementResponse = await stub.GetPlacement(
+                balancer_pb2.GetPlacementRequest(), timeout=_ASK_S
+            )
+            view = response.view
+        except aio.AioRpcError:
+            state = "LOST"
+            view = self._last_view() or balancer_pb2.WatchPlacementResponse()
+        balancer = pb.MemberStatus(role="balancer", member_id="balancer", address=self._balancer, state=state)
+        return from_view(view, balancer)
+
+    def _without_balancer(self) -> pb.GetClusterResponse:
+        routers = [
+            pb.MemberStatus(
+                role="router",
+                member_id=attachment.router_id,
+                address=attachment.address,
+                state="SERVING" if attachment.can_serve else "LOST",
+            )
+            for attachment in self._pool.attachments
+        ]
+        return pb.GetClusterResponse(members=_sorted([self._me(), *routers]))
+
+
+def from_view(view: balancer_pb2.WatchPlacementResponse, balancer: pb.MemberStatus) -> pb.GetClusterResponse:
+    """Write the balancer's view as a status."""
+    members = [
+        pb.MemberStatus(
+            role=_ROLES.get(member.role, "unknown"),
+            member_id=member.member_id,
+            address=member.address,
+            state=_STATES.get(member.state, "JOINING"),
+            num_threads=member.num_threads,
+            metrics_url=member.metrics_url,
+            counters=member.counters,
+        )
+        for member in view.members
+    ]
+    return pb.GetClusterResponse(
+        members=_sorted([balancer, *members]),
+        placement_epoch=view.placement.epoch,
+        experts_per_worker=_homes(view.placement),
+    )
+
+
+def _homes(placement: balancer_pb2.Placement) -> Mapping[str, int]:
+    counts = Counter(index for layer in placement.layers for index in layer.worker_idx)
+    return {worker_id: counts[index] for index, worker_id in enumerate(placement.worker_ids)}
+
+
+def _sorted(members: list[pb.MemberStatus]) -> list[pb.MemberStatus]:
+    return sorted(members, key=lambda member: (member.role, member.member_id))

@@ -1,0 +1,83 @@
+"""What a gateway has to tell one router, gathered into frames.
+
+Owns the order that a frame keeps: a sequence is submitted before it is paused or cancelled, and what undoes itself
+before it was sent is not sent at all. Pure; knows no stream.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from collegium.v1 import router_pb2 as pb
+
+# Prompt ids in one frame; at five bytes each at most this stays far below the message limit of 16 MiB.
+MAX_FRAME_TOKENS = 1_000_000
+
+
+class Outbox:
+    """Everything that happened since the last frame."""
+
+    __slots__ = ("_cancellations", "_paused", "_submissions", "_to_pause", "_to_unpause")
+
+    def __init__(self) -> None:
+        self._submissions: deque[pb.Submission] = deque()
+        self._cancellations: list[pb.SequenceRef] = []
+        self._paused: set[str] = set()  # as the router knows it
+        self._to_pause: dict[str, None] = {}
+        self._to_unpause: dict[str, None] = {}
+
+    def submit(self, submission: pb.Submission) -> None:
+        """Add a new request."""
+        self._submissions.append(submission)
+
+    def cancel(self, submission_id: str, choice_index: int | None = None) -> None:
+        """End a request, or one choice of it. A request that was not sent yet is forgotten."""
+        if choice_index is None:
+            self._forget(submission_id)
+            waiting = next((s for s in self._submissions if s.request_id == submission_id), None)
+            if waiting is not None:
+                self._submissions.remove(waiting)
+                return
+        self._cancellations.append(pb.SequenceRef(request_id=submission_id, choice_index=choice_index))
+
+    def close(self, submission_id: str) -> None:
+        """Forget a request that the router has ended by itself."""
+        self._forget(submission_id)
+
+    def pause(self, submission_id: str) -> None:
+        """Hold a request."""
+        self._to_unpause.pop(submission_id, None)
+        if submission_id not in self._paused:
+            self._to_pause[submission_id] = None
+
+    def unpause(self, submission_id: str) -> None:
+        """Let a held request go on."""
+        self._to_pause.pop(submission_id, None)
+        if submission_id in self._paused:
+            self._to_unpause[submission_id] = None
+
+    def next_frame(self) -> pb.AttachRequest | None:
+        """Take the next frame; None where there is nothing to say."""
+        frame = pb.AttachRequest()
+        num_tokens = 0
+        while self._submissions and (num_tokens == 0 or num_tokens < MAX_FRAME_TOKENS):
+            num_tokens += len(self._submissions[0].prompt_ids)
+            if frame.submissions and num_tokens > MAX_FRAME_TOKENS:
+                break
+            frame.submissions.append(self._submissions.popleft())
+        if not self._submissions:  # what is said of a sequence never overtakes its submission
+            frame.cancellations.extend(self._cancellations)
+            frame.pauses.extend(pb.SequenceRef(request_id=name) for name in self._to_pause)
+            frame.unpauses.extend(pb.SequenceRef(request_id=name) for name in self._to_unpause)
+            self._paused.update(self._to_pause)
+            self._paused.difference_update(self._to_unpause)
+            self._cancellations.clear()
+            self._to_pause.clear()
+            self._to_unpause.clear()
+        has_news = frame.submissions or frame.cancellations or frame.pauses or frame.unpauses
+        return frame if has_news else None
+
+    def _forget(self, submission_id: str) -> None:
+        self._to_pause.pop(submission_id, None)
+        self._to_unpause.pop(submission_id, None)
+        self._paused.discard(submission_id)

@@ -1,0 +1,284 @@
+"""Admission, frames to routers, the choice of a router, keys, the cluster's status."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collegium.fabric.errors import ResourceExhausted, SettingsError
+from collegium.v1 import balancer_pb2
+from collegium.v1 import inference_pb2 as ipb
+from collegium.v1 import router_pb2 as pb
+from gateway import outbox as outbox_module
+from gateway.admission import Admission
+from gateway.app import router_addresses
+from gateway.auth import KeyRing
+from gateway.choose import RUN_TOKENS, Candidate, PrefixTable, choose
+from gateway.cluster import from_view
+from gateway.outbox import Outbox
+from gateway.scoring import perplexity
+from gateway.settings import GatewaySettings
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+# Admission.
+
+
+def test_requests_are_bounded_and_a_place_given_back_is_free() -> None:
+    admission = Admission(max_requests=2, max_queued_tokens=100, clock=Clock())
+    first, _ = admission.admit(1), admission.admit(1)
+    with pytest.raises(ResourceExhausted) as caught:
+        admission.admit(1)
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s > 0
+    admission.release(first)
+    admission.admit(1)
+
+
+def test_waiting_tokens_are_bounded_and_stop_waiting_at_the_first_answer() -> None:
+    admission = Admission(max_requests=9, max_queued_tokens=100, clock=Clock())
+    first = admission.admit(90)
+    with pytest.raises(ResourceExhausted, match="90 prompt tokens"):
+        admission.admit(20)
+    admission.start(first)
+    admission.start(first)
+    admission.admit(20)
+    assert admission.queued_tokens == 20
+
+
+def test_a_prompt_larger_than_the_bound_comes_in_alone() -> None:
+    admission = Admission(max_requests=9, max_queued_tokens=100, clock=Clock())
+    large = admission.admit(500)
+    with pytest.raises(ResourceExhausted):
+        admission.admit(1)
+    admission.release(large)
+    assert admission.queued_tokens == 0
+
+
+def test_the_retry_delay_follows_how_long_prompts_have_waited() -> None:
+    clock = Clock()
+    admission = Admission(max_requests=9, max_queued_tokens=10, clock=clock)
+    for _ in range(50):
+        ticket = admission.admit(10)
+        clock.now_s += 8.0
+        admission.start(ticket)
+        admission.release(ticket)
+    admission.admit(10)
+    with pytest.raises(ResourceExhausted) as caught:
+        admission.admit(10)
+    assert caught.value.retry_after_s == pytest.approx(8.0, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=40))
+def test_counts_return_to_zero_whatever_happens(steps: list[tuple[int, int]]) -> None:
+    admission = Admission(max_requests=5, max_queued_tokens=120, clock=Clock())
+    tickets = []
+    for action, amount in steps:
+        if action <= 1:
+            try:
+                tickets.append(admission.admit(amount))
+            except ResourceExhausted:
+                assert len([t for t in tickets if t.is_open]) == 5 or admission.queued_tokens + amount > 120
+        elif tickets:
+            ticket = tickets[amount % len(tickets)]
+            (admission.start if action == 2 else admission.release)(ticket)
+        assert admission.num_requests <= 5
+    for ticket in tickets:
+        admission.release(ticket)
+        admission.release(ticket)
+    assert (admission.num_requests, admission.queued_tokens) == (0, 0)
+
+
+# Frames.
+
+
+def submission(name: str, num_tokens: int = 3) -> pb.Submission:
+    return pb.Submission(request_id=name, prompt_ids=[1] * num_tokens)
+
+
+def test_one_frame_carries_everything_since_the_last_one() -> None:
+    box = Outbox()
+    box.submit(submission("a"))
+    box.submit(submission("b"))
+    box.cancel("old")
+    box.pause("a")
+    frame = box.next_frame()
+    assert frame is not None
+    assert [s.request_id for s in frame.submissions] == ["a", "b"]
+    assert [ref.request_id for ref in frame.cancellations] == ["old"]
+    assert [ref.request_id for ref in frame.pauses] == ["a"]
+    assert box.next_frame() is None
+
+
+def test_what_undoes_itself_is_not_sent() -> None:
+    box = Outbox()
+    box.submit(submission("a"))
+    box.cancel("a")
+    box.pause("b")
+    box.unpause("b")
+    assert box.next_frame() is None
+    box.pause("b")
+    box.next_frame()
+    box.unpause("b")
+    box.pause("b")
+    assert box.next_frame() is None
+    box.unpause("b")
+    frame = box.next_frame()
+    assert frame is not None
+    assert [ref.request_id for ref in frame.unpauses] == ["b"]
+
+
+def test_a_choice_is_cancelled_by_its_index_even_where_that_is_zero() -> None:
+    box = Outbox()
+    box.cancel("a", 0)
+    box.cancel("b")
+    frame = box.next_frame()
+    assert frame is not None
+    one, whole = frame.cancellations
+    assert one.HasField("choice_index")
+    assert not whole.HasField("choice_index")
+
+
+def test_frames_stay_small_and_nothing_overtakes_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_FRAME_TOKENS", 10)
+    box = Outbox()
+    for name, num_tokens in (("a", 6), ("b", 6), ("huge", 50), ("c", 1)):
+        box.submit(submission(name, num_tokens))
+    box.pause("c")
+    frames = list(itertools.takewhile(lambda frame: frame is not None, iter(box.next_frame, None)))
+    names = [[s.request_id for s in frame.submissions] for frame in frames if frame]
+    assert names == [["a"], ["b"], ["huge"], ["c"]]
+    assert [len(frame.pauses) for frame in frames if frame] == [0, 0, 0, 1]
+
+
+# The choice of a router.
+
+
+def candidate(address: str, num_sequences: int = 0, waiting_tokens: int = 0) -> Candidate:
+    return Candidate(address=address, num_sequences=num_sequences, waiting_tokens=waiting_tokens)
+
+
+def test_the_least_loaded_router_is_chosen() -> None:
+    assert choose([candidate("a", 3), candidate("b", 1), candidate("c", 0, 5000)], None).address == "b"
+
+
+def test_a_router_with_the_prefix_is_preferred_unless_it_is_much_busier() -> None:
+    assert choose([candidate("a", 5), candidate("b")], "a").address == "a"
+    assert choose([candidate("a", 50), candidate("b")], "a").address == "b"
+    assert choose([candidate("a"), candidate("b")], "gone").address == "a"
+
+
+def test_the_longest_known_beginning_decides() -> None:
+    table = PrefixTable()
+    prompt = list(range(RUN_TOKENS * 3))
+    table.note(prompt[: RUN_TOKENS * 2], "a")
+    table.note([9] * RUN_TOKENS, "b")
+    assert table.find(prompt) == "a"
+    assert table.find([*prompt[:RUN_TOKENS], *[7] * RUN_TOKENS]) == "a"
+    assert table.find([9] * (RUN_TOKENS + 5)) == "b"
+    assert table.find(prompt[: RUN_TOKENS - 1]) is None
+    table.forget("a")
+    assert table.find(prompt) is None
+
+
+def test_the_prefix_table_is_bounded() -> None:
+    table = PrefixTable(max_entries=2)
+    for i in range(5):
+        table.note([i] * RUN_TOKENS, str(i))
+    assert [table.find([i] * RUN_TOKENS) for i in range(5)] == [None, None, None, "3", "4"]
+
+
+# Keys and settings.
+
+
+def test_keys_are_read_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nalpha\n\n  beta  \n#gamma\n")
+    ring = KeyRing.load(path)
+    assert [ring.accepts(key) for key in ("alpha", "beta", "gamma", "# ours", "", "alph", "ümlaut")] == [
+        True, True, False, False, False, False, False,
+    ]  # fmt: skip
+
+
+def test_a_key_file_that_is_missing_or_empty_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("# nothing\n")
+    for name in ("empty", "missing"):
+        with pytest.raises(SettingsError, match="--api-keys"):
+            KeyRing.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": Path("no-such-folder")}, "--model"),
+        ({"routers": ()}, "--balancer and --routers"),
+        ({"balancer": "127.0.0.1:1"}, "--balancer and --routers"),
+        ({"tls_cert": Path("cert.pem")}, "--tls-key"),
+    ],
+)
+def test_settings_that_do_not_fit_together_name_themselves(
+    changes: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    settings = {"model": tmp_path, "routers": ("127.0.0.1:1",)} | changes
+    with pytest.raises(SettingsError, match=named):
+        GatewaySettings(**settings).check()  # type: ignore[arg-type]
+
+
+# Status and numbers.
+
+
+def test_the_balancers_view_becomes_a_status() -> None:
+    view = balancer_pb2.WatchPlacementResponse(
+        placement=balancer_pb2.Placement(
+            epoch=4,
+            worker_ids=["w1", "w2"],
+            layers=[balancer_pb2.LayerPlacement(offsets=[0, 1, 3], worker_idx=[0, 0, 1])] * 2,
+        ),
+        members=[
+            balancer_pb2.Member(
+                member_id="w1",
+                role=balancer_pb2.ROLE_WORKER,
+                address="h:1",
+                state=balancer_pb2.MEMBER_STATE_SERVING,
+                num_threads=2,
+                counters={"rows": 5.0},
+            ),
+            balancer_pb2.Member(
+                member_id="r1",
+                role=balancer_pb2.ROLE_ROUTER,
+                address="h:2",
+                state=balancer_pb2.MEMBER_STATE_SERVING,
+            ),
+            balancer_pb2.Member(
+                member_id="r2", role=balancer_pb2.ROLE_ROUTER, address="h:3", state=balancer_pb2.MEMBER_STATE_JOINING
+            ),
+        ],
+    )
+    status = from_view(view, ipb.MemberStatus(role="balancer", member_id="balancer", state="SERVING"))
+    assert [(m.role, m.member_id, m.state) for m in status.members] == [
+        ("balancer", "balancer", "SERVING"),
+        ("router", "r1", "SERVING"),
+        ("router", "r2", "JOINING"),
+        ("worker", "w1", "SERVING"),
+    ]
+    assert status.placement_epoch == 4
+    assert dict(status.experts_per_worker) == {"w1": 4, "w2": 2}
+    assert list(router_addresses(view)) == ["h:2"]
+
+
+def test_perplexity_of_nothing_is_one_and_of_the_impossible_infinite() -> None:
+    assert perplexity([]) == 1.0
+    assert perplexity([-1.0, -3.0]) == pytest.approx(7.389056)
+    assert perplexity([float("-inf"), -1.0]) == float("inf")
+    assert perplexity([-1e6]) == float("inf")

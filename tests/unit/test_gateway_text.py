@@ -1,0 +1,251 @@
+"""The text of a choice: detokenising, stop strings, offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+from collegium.v1 import inference_pb2 as pb
+from gateway.choice import Choice
+from gateway.detokenizer import Detokenizer
+from gateway.stops import StopMatcher
+from gateway.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
+TOKENIZER = Tokenizer.load(DEMO)
+assert TOKENIZER is not None
+decode = TOKENIZER.decode
+encode = TOKENIZER.encode
+
+
+def bytes_tokenizer() -> tokenizers.Tokenizer:
+    """Make a tokenizer with one token per byte, whose decoder falls back as SentencePiece's does."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"▁a": 257, "b": 258, "▁": 259}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return inner
+
+
+def pieces(token_ids: Sequence[int], decode_ids=decode) -> list[str]:
+    detokenizer = Detokenizer(decode_ids)
+    return [*(detokenizer.feed(token_id) for token_id in token_ids), detokenizer.flush()]
+
+
+@given(st.text(max_size=60))
+def test_text_comes_back_whole(text: str) -> None:
+    assert "".join(pieces(encode(text))) == decode(encode(text))
+
+
+@given(st.lists(st.integers(0, 4095), max_size=50))
+def test_any_ids_give_the_text_that_the_tokenizer_gives_them_together(token_ids: list[int]) -> None:
+    assert "".join(pieces(token_ids)) == decode(token_ids)
+
+
+def test_no_piece_holds_half_a_character() -> None:
+    assert not any("\ufffd" in piece for piece in pieces(encode("naïve 日本語 🙂🙂 done")))
+
+
+def test_an_unfinished_character_becomes_a_replacement_character_at_the_end() -> None:
+    token_ids = encode("🙂")
+    assert len(token_ids) > 1
+    found = pieces(token_ids[:-1])
+    assert "".join(found[:-1]) == ""
+    assert set(found[-1]) == {"\ufffd"}
+
+
+def test_a_run_of_broken_bytes_that_never_ends_still_streams_and_keeps_its_window_small() -> None:
+    continuation = encode("🙂")[1]
+    seen: list[int] = []
+
+    def watched(token_ids: Sequence[int]) -> str:
+        seen.append(len(token_ids))
+        return decode(token_ids)
+
+    found = pieces([continuation] * 500, watched)
+    assert max(seen) <= 65
+    assert "".join(found) == decode([continuation] * 500)
+    assert any(found[:100])
+
+
+def test_special_tokens_have_no_text_however_many_there_are() -> None:
+    assert "".join(pieces([0] * 200 + encode(" hi") + [0])) == " hi"
+
+
+@given(st.text(max_size=30))
+def test_byte_fallback_text_comes_back_whole(text: str) -> None:
+    inner = bytes_tokenizer()
+    token_ids = [byte + 1 for byte in text.encode()]
+    assert "".join(pieces(token_ids, inner.decode)) == inner.decode(token_ids)
+
+
+def test_a_space_at_the_start_of_a_later_token_is_kept_where_the_decoder_strips_the_first_one() -> None:
+    inner = bytes_tokenizer()
+    assert "".join(pieces([257, 257, 258, 257], inner.decode)) == "a ab a"
+
+
+@given(st.lists(st.integers(0, 4095), min_size=1, max_size=30), st.data())
+def test_offsets_do_not_depend_on_how_ids_arrive(token_ids: list[int], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(token_ids)))
+    whole, parts = Choice(0, decode=decode), Choice(0, decode=decode)
+    whole.add(token_ids)
+    parts.add(token_ids[:cut])
+    first = parts.take()
+    parts.add(token_ids[cut:])
+    for choice in (whole, parts):
+        choice.finish(pb.FINISH_REASON_LENGTH)
+    second, everything = parts.take(), whole.take()
+    assert second is not None
+    assert everything is not None
+    assert (first.text if first else "") + second.text == everything.text
+    assert second.text_offset == (len(first.text) if first else 0)
+    assert [*(first.token_ids if first else ()), *second.token_ids] == token_ids
+
+
+# Stop strings.
+
+ALPHABET = st.text(alphabet="ab", max_size=12)
+
+
+def reference(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """Say where a text stops by looking at every beginning of it."""
+    for end in range(1, len(text) + 1):
+        matching = [stop for stop in stops if text[:end].endswith(stop)]
+        if matching:
+            stop = max(matching, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@given(ALPHABET, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_the_stop_string_that_ends_first_wins_however_the_text_is_cut(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    matcher = StopMatcher(stops)
+    given_out, found, rest = "", None, text
+    while rest and found is None:
+        size = data.draw(st.integers(1, len(rest)))
+        piece, found = matcher.feed(rest[:size])
+        given_out, rest = given_out + piece, rest[size:]
+    if found is None:
+        given_out += matcher.flush()
+    assert (given_out, found) == reference(text, stops)
+
+
+@given(ALPHABET, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_text_is_held_back_only_while_it_may_become_a_stop_string(text: str, stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    given_out = ""
+    for position, character in enumerate(text, start=1):
+        piece, found = matcher.feed(character)
+        given_out += piece
+        if found is not None:
+            return
+        held = text[len(given_out) : position]
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def test_a_stop_string_over_several_tokens_is_not_delivered_and_ids_end_where_it_ends() -> None:
+    token_ids = encode("one two END three")
+    choice = Choice(0, decode=decode, stop_strings=["END"])
+    assert choice.add(token_ids)
+    chunk = choice.take()
+    assert chunk is not None
+    assert chunk.text == "one two "
+    assert chunk.stop_reason == "END"
+    assert chunk.finish_reason == pb.FINISH_REASON_STOP
+    assert "END" in decode(chunk.token_ids)
+    assert "END" not in decode(chunk.token_ids[:-1])
+    assert choice.take() is None
+
+
+def test_a_stop_string_before_min_tokens_passes_as_text() -> None:
+    token_ids = encode(" a a a a a")
+    choice = Choice(0, decode=decode, stop_strings=["a"], min_tokens=3)
+    choice.add(token_ids)
+    chunk = choice.take()
+    assert chunk is not None
+    assert len(chunk.token_ids) == 3
+    assert chunk.text == " a a "
+
+
+def test_text_that_was_held_back_comes_out_at_the_end() -> None:
+    choice = Choice(0, decode=decode, stop_strings=["hello world"])
+    choice.add(encode("hello"))
+    first = choice.take()
+    assert first is not None
+    assert first.text == ""
+    choice.finish(pb.FINISH_REASON_LENGTH)
+    last = choice.take()
+    assert last is not None
+    assert (last.text, list(last.token_ids), last.finish_reason) == ("hello", [], pb.FINISH_REASON_LENGTH)
+
+
+def test_without_a_tokenizer_there_are_ids_and_no_text() -> None:
+    choice = Choice(0, decode=None)
+    choice.add([1, 2, 3])
+    choice.finish(pb.FINISH_REASON_LENGTH)
+    chunk = choice.take()
+    assert chunk is not None
+    assert (list(chunk.token_ids), chunk.text) == ([1, 2, 3], "")
+
+
+# Chat templates.
+
+
+def chat_folder(tmp_path: Path, template: str, config: str = '{"bos_token": {"content": "<s>"}}') -> Path:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return tmp_path
+
+
+def test_a_chat_template_is_rendered_with_what_transformers_gives_it(tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% generation %}[{{ m.role }}]{{ m.content | tojson }}{% endgeneration %}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{{ strftime_now('%%') }}"
+    )
+    tokenizer = Tokenizer.load(chat_folder(tmp_path, template))
+    assert tokenizer is not None
+    assert tokenizer.has_chat_template
+    token_ids = tokenizer.encode_chat([("user", "5 < 6 & é")])
+    assert tokenizer.decode(token_ids) == '<s>[user]"5 < 6 & é"[assistant]%'
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(chat_folder(tmp_path, "{{ raise_exception('only users here') }}"))
+    assert tokenizer is not None
+    with pytest.raises(InvalidArgument, match="only users here") as caught:
+        tokenizer.encode_chat([("system", "x")])
+    assert caught.value.field == "chat.messages"
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(chat_folder(tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}"))
+    assert tokenizer is not None
+    with pytest.raises(InvalidArgument):
+        tokenizer.encode_chat([("user", "x")])
+
+
+def test_broken_tokenizer_files_name_themselves(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(FailedPrecondition, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(FailedPrecondition, match="template"):
+        Tokenizer.load(chat_folder(tmp_path, "{% for %}"))
+    with pytest.raises(FailedPrecondition, match=r"tokenizer_config\.json"):
+        Tokenizer.load(chat_folder(tmp_path, "x", config="["))
