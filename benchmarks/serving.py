@@ -1,0 +1,255 @@
+"""Serving speed against plain transformers in the same run: tokens/s, time to first token, inter-token latency.
+
+Work: B requests at once, each a different prompt of random tokens (one prompt repeated would make all rows choose the
+same experts), greedy, no early end. The three ways take turns within every round, so that a drift of the machine meets
+all of them; ratios are those of medians over rounds.
+
+    python benchmarks/serving.py MODEL_DIR [--concurrency 1,4,16,64] [--rounds 3] [--json]
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.conditions import conditions
+from collegium.cli.cluster import Cluster, ClusterSpec
+from collegium.cli.threads import Allotment
+from collegium.client import AsyncClient
+from collegium.model.manifest import ensure_manifest
+
+ROOT = Path(__file__).parents[1]
+FIRST_PLAIN_ID = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """What one burst of B requests took: wall seconds, time to each request's first token, all inter-token times."""
+
+    seconds: float
+    first_s: list[float]
+    between_s: list[float]
+
+
+Way = Callable[[list[list[int]], int], Burst]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Medians over rounds of one way at one concurrency."""
+
+    way: str
+    concurrency: int
+    tokens_per_s: float
+    best_tokens_per_s: float
+    ratio: float
+    first_p50_ms: float
+    first_p99_ms: float
+    between_p50_ms: float
+    between_p99_ms: float
+
+
+@contextmanager
+def plain_transformers(model: Path, dtype: str, num_threads: int) -> Iterator[Way]:
+    """`generate` in a process of its own."""
+    argv = [sys.executable, "-m", "benchmarks.plain_transformers", str(model), dtype, str(num_threads)]
+    env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()
+
+    def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        stamps = answer["stamps"]
+        between = [b - a for a, b in itertools.pairwise(stamps)]
+        return Burst(answer["seconds"], [stamps[0]] * len(prompts), between * len(prompts))
+
+    try:
+        yield burst
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+@contextmanager
+def cluster(model: Path, dtype: str, num_workers: int, threads: Allotment) -> Iterator[Way]:
+    """A cluster of real processes, through the SDK."""
+    spec = ClusterSpec(
+        model=model,
+        manifest=ensure_manifest(model),
+        num_workers=num_workers,
+        dtype=dtype,
+        threads=threads,
+        log_level="warning",
+        flags={"gateway": ("--max-requests", "256")},
+    )
+    with Cluster(spec) as running:
+
+        def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
+            return asyncio.run(_through_sdk(running.targets, prompts, max_tokens))
+
+        yield burst
+
+
+async def _through_sdk(targets: Sequence[str], prompts: list[list[int]], max_tokens: int) -> Burst:
+    async with AsyncClient(targets) as client:
+        await client.list_models()  # connect before the clock runs
+
+        async def one(prompt: list[int]) -> list[float]:
+            stamps: list[float] = []
+            async for chunk in client.generate(prompt_ids=prompt, max_tokens=max_tokens, ignore_eos=True):
+                stamps += [time.perf_counter()] * len(chunk.token_ids)
+            return stamps
+
+        began = time.perf_counter()
+        stamps = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        return _burst(time.perf_counter() - began, began, stamps)
+
+
+@contextmanager
+def one_process(model: Path, dtype: str, num_workers: int, worker_threads: int, num_threads: int) -> Iterator[Way]:
+    """Engine and workers in this process, over `inproc` links."""
+    import torch
+
+    from benchmarks.one_process import OneProcess, Request
+
+    with OneProcess(
+        model,
+        num_workers=num_workers,
+        dtype=getattr(torch, dtype),
+        num_threads=num_threads,
+        worker_threads=worker_threads,
+    ) as running:
+
+        def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
+            began = time.monotonic()
+            answers = running.run([Request(prompt_ids=prompt, max_tokens=max_tokens) for prompt in prompts])
+            return _burst(time.monotonic() - began, began, [choice.arrived_s for (choice,) in answers])
+
+        yield burst
+
+
+def _burst(seconds: float, began: float, stamps: Sequence[Sequence[float]]) -> Burst:
+    between = [b - a for one in stamps for a, b in itertools.pairwise(one)]
+    return Burst(seconds, [one[0] - began for one in stamps], between)
+
+
+def prompts_of(num_requests: int, length: int, vocab_size: int, round_number: int) -> list[list[int]]:
+    """Draw different prompts, the same for every way of a round, new in every round."""
+    draw = random.Random(7919 * num_requests + round_number)
+    return [[draw.randrange(FIRST_PLAIN_ID, vocab_size) for _ in range(length)] for _ in range(num_requests)]
+
+
+def measure(ways: dict[str, Way], args: argparse.Namespace, vocab_size: int) -> list[Result]:
+    """Run all rounds and take medians."""
+    results: list[Result] = []
+    for way in ways.values():
+        way(prompts_of(2, args.prompt_tokens, vocab_size, -1), 8)  # not counted
+    for num_requests in args.concurrency:
+        bursts: dict[str, list[Burst]] = {name: [] for name in ways}
+        for round_number in range(args.rounds):
+            for name, way in ways.items():
+                prompts = prompts_of(num_requests, args.prompt_tokens, vocab_size, round_number)
+                bursts[name].append(way(prompts, args.max_tokens))
+                sys.stderr.write(
+                    f"{num_requests} requests, round {round_number + 1}: {name} {bursts[name][-1].seconds:.2f} s\n"
+                )
+        work = num_requests * args.max_tokens
+        base = work / statistics.median(b.seconds for b in bursts["transformers"])
+        for name, done in bursts.items():
+            speed = work / statistics.median(b.seconds for b in done)
+            first = [s for b in done for s in b.first_s]
+            between = [s for b in done for s in b.between_s]
+            results.append(
+                Result(
+                    way=name,
+                    concurrency=num_requests,
+                    tokens_per_s=round(speed, 1),
+                    best_tokens_per_s=round(work / min(b.seconds for b in done), 1),
+                    ratio=round(speed / base, 2),
+                    first_p50_ms=_percentile_ms(first, 50),
+                    first_p99_ms=_percentile_ms(first, 99),
+                    between_p50_ms=_percentile_ms(between, 50),
+                    between_p99_ms=_percentile_ms(between, 99),
+                )
+            )
+    return results
+
+
+def _percentile_ms(seconds: Sequence[float], percent: int) -> float:
+    ordered = sorted(seconds)
+    return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
+
+
+def show(results: list[Result], facts: dict[str, object]) -> None:
+    """Print the table and the conditions."""
+    table = Table(title="serving speed; ratio against transformers in the same run")
+    for name in ("requests", "way", "tokens/s", "best", "ratio", "first p50 ms", "p99", "between p50 ms", "p99"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for r in results:
+        cells = (r.concurrency, r.way, r.tokens_per_s, r.best_tokens_per_s, r.ratio)
+        table.add_row(*map(str, (*cells, r.first_p50_ms, r.first_p99_ms, r.between_p50_ms, r.between_p99_ms)))
+    console = Console()
+    console.print(table)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "demo-lm")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--router-threads", type=int, default=1)
+    parser.add_argument("--worker-threads", type=int, default=1)
+    parser.add_argument("--ways", default="transformers,cluster,inproc", help="transformers always runs")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
+    args = parser.parse_args()
+    vocab_size = int(json.loads((args.model / "config.json").read_text())["vocab_size"])
+    num_cores = os.cpu_count() or 1
+    facts = conditions(
+        model=args.model.name,
+        dtype=args.dtype,
+        workers=args.workers,
+        threads=f"transformers {num_cores}, router {args.router_threads}, worker {args.worker_threads}",
+    )
+    with ExitStack() as stack:
+        ways: dict[str, Way] = {
+            "transformers": stack.enter_context(plain_transformers(args.model, args.dtype, num_cores))
+        }
+        if "cluster" in args.ways:
+            threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
+            ways["cluster"] = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads))
+        if "inproc" in args.ways:
+            ways["inproc"] = stack.enter_context(
+                one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads)
+            )
+        results = measure(ways, args, vocab_size)
+    if args.json:
+        sys.stdout.write(json.dumps({"conditions": facts, "results": [asdict(r) for r in results]}) + "\n")
+    else:
+        show(results, facts)
+
+
+if __name__ == "__main__":
+    main()
