@@ -1,1 +1,4 @@
-"""Collegium's shared library: what two services, or a user, need. Imports point down only: client | link | fabric | model -> v1."""
+"""Collegium's shared library: what two services, or a user, need.
+
+Imports point down only: cli | services -> client -> fabric -> link | model -> v1.
+"""

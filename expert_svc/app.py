@@ -1,0 +1,128 @@
+"""Compose a worker: read the manifest, listen, join, load homes, serve, drain."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+import torch
+
+from collegium.fabric import lifecycle, logs, metrics, rpc, tracing
+from collegium.fabric.errors import FailedPrecondition
+from collegium.fabric.leases import Membership
+from collegium.link.base import Arrival
+from collegium.link.tcp_port import TcpPort
+from collegium.model.architectures import CheckpointError
+from collegium.model.experts import PackedExpert
+from collegium.model.manifest import Manifest, load_manifest
+from collegium.model.weights import read_expert
+from collegium.v1 import balancer_pb2, expert_pb2_grpc
+from expert_svc.compute import ComputeLoop
+from expert_svc.counters import WorkerCounters
+from expert_svc.homes import HomeKeeper
+from expert_svc.service import ExpertService
+from expert_svc.settings import Settings
+from expert_svc.store import ExpertStore
+
+_log = logs.get("worker")
+
+
+def shape_of(manifest: Manifest, dtype: torch.dtype) -> balancer_pb2.ModelShape:
+    """Describe the model to the balancer."""
+    layers = [
+        balancer_pb2.LayerShape(num_experts=len(layer.experts), expert_bytes=manifest.num_params * dtype.itemsize)
+        for layer in manifest.layers
+    ]
+    return balancer_pb2.ModelShape(digest=manifest.digest, layers=layers)
+
+
+def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> None:
+    """Record one span per sampled dispatch of a batch."""
+    for arrival in arrivals:
+        dispatch = arrival.dispatch
+        attributes = {
+            "collegium.layer": dispatch.layer,
+            "collegium.rows": len(dispatch.pair_rows),
+            "collegium.experts": len(dispatch.experts),
+            "collegium.joined": len(arrivals),
+        }
+        tracing.span_from_traceparent("worker.batch", dispatch.traceparent, began_ns, ended_ns, attributes)
+
+
+async def main(config: Settings, stop: lifecycle.Stop) -> None:
+    """Serve until stopped."""
+    tracing.setup_tracing("worker", config.otlp_endpoint, config.trace_ratio)
+    try:
+        manifest = load_manifest(config.manifest)
+    except CheckpointError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_MANIFEST", field="--manifest") from error
+    dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
+    num_threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        port = TcpPort(worker_id=f"{os.uname().nodename}/{os.getpid()}", bind=config.data_bind, unix="@")
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(
+            f"--data-bind={config.data_bind} cannot be listened on: {error}",
+            reason="ADDRESS_IN_USE",
+            field="--data-bind",
+            remedy="choose another port, or 0 for any free one",
+        ) from error
+    tcp_address = dict(port.addresses)["tcp"]
+    events = asyncio.get_running_loop()
+    store = ExpertStore(lambda layer, expert: PackedExpert(read_expert(manifest, layer, expert, dtype)))
+    loop = ComputeLoop(
+        port,
+        store,
+        manifest.form,
+        num_experts=[len(layer.experts) for layer in manifest.layers],
+        num_threads=num_threads,
+        on_traced=record_spans if tracing.is_tracing() else None,
+        on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
+    )
+    counters = WorkerCounters(loop, store, port)
+    service = ExpertService(
+        port,
+        store,
+        manifest,
+        dtype,
+        data_address=rpc.advertised(tcp_address, config.data_advertise),
+        counters=counters.read,
+    )
+    server = rpc.Server("worker", services=("collegium.v1.Expert",))
+    expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
+    bound = await server.start(config.bind)
+    metrics_url = metrics.serve_metrics(config.metrics_bind)
+    metrics.expose(counters.read)
+    membership = Membership(
+        config.balancer,
+        balancer_pb2.ROLE_WORKER,
+        rpc.advertised(bound, config.advertise),
+        metrics_url,
+        num_threads,
+        model=shape_of(manifest, dtype),
+        counters=counters.read,
+    )
+    async with membership:
+
+        def on_ready() -> None:
+            service.worker_id = membership.member_id
+            if not service.is_draining:
+                server.set_serving(loop.is_alive)
+                membership.set_state(balancer_pb2.MEMBER_STATE_SERVING)
+
+        loop.start()
+        _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
+        follower = asyncio.create_task(HomeKeeper(store, membership, on_ready).follow(), name="homes")
+        try:
+            await stop.wait()
+            service.is_draining = True
+            server.set_serving(False)
+            membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
+            await asyncio.sleep(min(config.drain_s, 0.2))  # routers hear of it and send elsewhere
+        finally:
+            follower.cancel()
+            await server.stop(0.5)
+            await asyncio.to_thread(loop.stop)
+            tracing.shutdown_tracing()
+    if loop.error is not None:
+        raise loop.error

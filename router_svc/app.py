@@ -1,0 +1,167 @@
+"""Compose a router: load the model without experts, join, follow the cluster, serve, drain."""
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from collegium.fabric import lifecycle, logs, metrics, rpc, tracing
+from collegium.fabric.errors import FailedPrecondition
+from collegium.fabric.leases import Membership
+from collegium.model.architectures import CheckpointError, UnsupportedModelError
+from collegium.model.manifest import Manifest, ensure_manifest, load_manifest
+from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
+from router_svc.counters import read_counters
+from router_svc.engine import Engine
+from router_svc.expert_calls import ExpertCalls
+from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
+from router_svc.links import LinkKeeper
+from router_svc.model_loader import RouterModel, load_router_model, torch_dtype
+from router_svc.service import Outboxes, RouterService
+from router_svc.settings import Settings
+
+_log = logs.get("router")
+
+
+def load(config: Settings) -> tuple[RouterModel, Manifest]:
+    """Load what the settings name. Raises FailedPrecondition with what is wrong and what to do."""
+    try:
+        manifest = load_manifest(config.manifest or ensure_manifest(config.model))
+        dtype = torch_dtype(config.dtype, config.model)
+        model = load_router_model(config.model, dtype, torch.device(config.device))
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
+    except RuntimeError as error:  # torch, of a device that is not there
+        raise FailedPrecondition(
+            str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
+        ) from error
+    return model, manifest
+
+
+def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
+    """Share out the KV memory: (number of blocks, longest sequence).
+
+    Raises FailedPrecondition where the length that was asked for does not fit.
+    """
+    per_block = model.cache_bytes_per_token() * BLOCK_TOKENS
+    longest = min(config.max_model_len or model.max_positions, model.max_positions)
+    num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_blocks_for(longest))
+    if num_blocks < num_blocks_for(longest):
+        if config.max_model_len or num_blocks < 1:
+            raise FailedPrecondition(
+                f"--kv-memory {config.kv_memory} holds {num_blocks * BLOCK_TOKENS} tokens, "
+                f"one sequence may have {longest}",
+                reason="KV_MEMORY_TOO_SMALL",
+                field="--kv-memory",
+                remedy=f"give at least {num_blocks_for(longest) * per_block} bytes, or lower --max-model-len",
+            )
+        longest = num_blocks * BLOCK_TOKENS
+        _log.warning("--kv-memory is less than one longest sequence; sequences are shortened", max_model_len=longest)
+    return num_blocks, longest
+
+
+def describe(config: Settings, model: RouterModel, max_model_len: int) -> inference_pb2.Model:
+    """Make the public description of the model."""
+    return inference_pb2.Model(
+        name=config.model_name or config.model.resolve().name,
+        architecture=model.model_type,
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        eos_ids=model.eos_ids,
+        num_moe_layers=len(model.moe_layers),
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+async def main(config: Settings, stop: lifecycle.Stop) -> None:
+    """Serve until stopped."""
+    tracing.setup_tracing("router", config.otlp_endpoint, config.trace_ratio)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    server = rpc.Server("router", services=("collegium.v1.Router",))
+    loop = asyncio.get_running_loop()
+    outboxes = Outboxes(loop)
+    service = RouterService(outboxes)
+    router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
+    bound = await server.start(config.bind)
+    metrics_url = metrics.serve_metrics(config.metrics_bind)
+    model, manifest = await asyncio.to_thread(load, config)
+    num_blocks, max_model_len = plan_memory(config, model)
+    keeper: LinkKeeper | None = None
+    calls = ExpertCalls(
+        num_layers=len(model.moe_layers),
+        num_experts=model.num_experts,
+        timeout_s=config.expert_timeout_s,
+        on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
+    )
+    num_threads = config.threads or torch.get_num_threads()
+    engine = Engine(
+        model,
+        calls,
+        outboxes.deliver,
+        num_blocks=num_blocks,
+        max_batch_tokens=config.max_batch_tokens,
+        max_num_seqs=config.max_num_seqs,
+        num_threads=num_threads,
+        expert_wait_s=config.expert_wait_s,
+        on_end=lambda: loop.call_soon_threadsafe(stop.request),  # without an engine: end, and be started anew
+    )
+    membership = Membership(
+        config.balancer,
+        balancer_pb2.ROLE_ROUTER,
+        rpc.advertised(bound, config.advertise),
+        metrics_url,
+        num_threads,
+        counters=lambda: read_counters(engine, calls),
+    )
+    async with membership:
+        service.router_id = membership.member_id
+        service.open(engine, describe(config, model, max_model_len))
+
+        def on_change() -> None:
+            is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
+            server.set_serving(is_serving)
+            if not service.is_draining:
+                membership.set_state(
+                    balancer_pb2.MEMBER_STATE_SERVING if is_serving else balancer_pb2.MEMBER_STATE_JOINING
+                )
+
+        keeper = LinkKeeper(
+            calls,
+            model,
+            digest=manifest.digest,
+            max_rows=config.max_batch_tokens,
+            transport=config.link_transport,
+            d_model=manifest.d_model,
+            on_change=on_change,
+        )
+        keeper.router_id = membership.member_id
+        metrics.expose(lambda: read_counters(engine, calls))
+        engine.start()
+        _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
+        follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")
+        try:
+            await stop.wait()
+            service.is_draining = True
+            on_change()
+            membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
+            await asyncio.to_thread(engine.wait_idle, config.drain_s)
+        finally:
+            follower.cancel()
+            outboxes.end_all()
+            await server.stop(1.0)
+            await asyncio.to_thread(engine.stop)
+            await keeper.close()
+            tracing.shutdown_tracing()
+    if engine.error is not None:
+        raise engine.error
+
+
+async def _follow(
+    membership: Membership, keeper: LinkKeeper, service: RouterService, on_change: Callable[[], None]
+) -> None:
+    async for view in membership.views():
+        service.router_id = keeper.router_id = membership.member_id
+        keeper.take(view)
+        on_change()
