@@ -113,16 +113,19 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
         follower = asyncio.create_task(HomeKeeper(store, membership, on_ready).follow(), name="homes")
+        follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()
             service.is_draining = True
             server.set_serving(False)
             membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
-            await asyncio.sleep(min(config.drain_s, 0.2))  # routers hear of it and send elsewhere
+            await asyncio.sleep(config.drain_s)  # routers hear of it and send elsewhere
         finally:
             follower.cancel()
+            ended = (await asyncio.gather(follower, return_exceptions=True))[0]
             await server.stop(0.5)
             await asyncio.to_thread(loop.stop)
             tracing.shutdown_tracing()
-    if loop.error is not None:
-        raise loop.error
+    failed = loop.error or (None if isinstance(ended, asyncio.CancelledError) else ended)
+    if failed is not None:
+        raise failed

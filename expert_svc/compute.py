@@ -125,9 +125,13 @@ class ComputeLoop:
             return
         try:
             self._compute(live, now)
-        except CheckpointError as error:
+        except (
+            CheckpointError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # of torch too: one dispatch must not end the worker
             if len(live) == 1:
-                self._fail(live[0], Status.FAILED, str(error))
+                self._fail(live[0], Status.FAILED, str(error) or type(error).__name__)
             else:  # one dispatch's expert cannot be read: the others must not pay for it
                 for arrival in live:
                     self._serve([arrival])

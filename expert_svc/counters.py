@@ -1,5 +1,8 @@
 """The worker's counters by series name, for its metrics page, its lease and `collegium up`'s table."""
 
+import threading
+from dataclasses import replace
+
 from collegium.fabric.metrics import series
 from collegium.link.base import LinkStats, WorkerPort
 from expert_svc.compute import ComputeLoop
@@ -11,14 +14,19 @@ class WorkerCounters:
 
     def __init__(self, loop: ComputeLoop, store: ExpertStore, port: WorkerPort):
         self._loop, self._store, self._port = loop, store, port
-        self._links: dict[int, LinkStats] = {}
+        self._open: dict[int, LinkStats] = {}
+        self._closed = LinkStats()
+        self._lock = threading.Lock()
 
     def read(self) -> dict[str, float]:
         """Collect the counters. Thread-safe."""
         counters, store = self._loop.counters, self._store
-        is_open = self._port.links()
-        self._links = {**self._links, **is_open}
-        links = list(self._links.values())
+        with self._lock:
+            is_open = self._port.links()
+            for link_id in self._open.keys() - is_open.keys():
+                self._closed.add(self._open[link_id])
+            self._open = is_open
+            links = [*is_open.values(), replace(self._closed)]
         return {
             series("collegium_dispatches_total"): counters.num_dispatches,
             series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,

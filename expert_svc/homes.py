@@ -42,7 +42,7 @@ class HomeKeeper:
                 return
             self._ready_plan = planned.epoch
             self._membership.set_ready_plan(planned.epoch)
-        elif placement.epoch and not planned.epoch:
+        elif worker_id in placement.worker_ids and not planned.epoch:
             await self._warm(current, placement.epoch)
             if gone := self._store.release_others(current):
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)

@@ -5,7 +5,6 @@ Owns the promises: ids and one-time secrets. Rows never pass here.
 
 import itertools
 import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping
 
@@ -14,6 +13,7 @@ import torch
 
 from collegium.fabric import logs
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable
+from collegium.fabric.hosts import host_identity
 from collegium.link.base import ExpectedLink, WorkerPort
 from collegium.link.frame import SECRET_BYTES
 from collegium.model.manifest import Manifest
@@ -113,7 +113,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     def _choose(self, request: expert_pb2.OpenLinkRequest) -> tuple[str, str]:
         offered = dict(self._port.addresses)
         for transport in request.transports:
-            if transport == "unix" and "unix" in offered and request.host == socket.gethostname():
+            if transport == "unix" and "unix" in offered and request.host == host_identity():
                 return "unix", offered["unix"]
             if transport == "tcp" and "tcp" in offered:
                 return "tcp", self._data_address or offered["tcp"]

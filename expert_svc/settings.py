@@ -16,4 +16,6 @@ class Settings(ServiceSettings):
     data_advertise: str = setting(
         "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""
     )
-    drain_s: float = setting("longest wait for dispatches at SIGTERM, in seconds", default=2.0, at_least=0.0)
+    drain_s: float = setting(
+        "time that routers get to send elsewhere at SIGTERM, in seconds", default=0.2, at_least=0.0
+    )

@@ -16,7 +16,7 @@ from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertCalls
 from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
-from router_svc.model_loader import RouterModel, load_router_model, torch_dtype
+from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
 
@@ -27,8 +27,9 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
     """Load what the settings name. Raises FailedPrecondition with what is wrong and what to do."""
     try:
         manifest = load_manifest(config.manifest or ensure_manifest(config.model))
-        dtype = torch_dtype(config.dtype, config.model)
+        dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
         model = load_router_model(config.model, dtype, torch.device(config.device))
+        _check_agreement(manifest, model)
     except (CheckpointError, UnsupportedModelError) as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
     except RuntimeError as error:  # torch, of a device that is not there
@@ -38,13 +39,31 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
     return model, manifest
 
 
+def _check_agreement(manifest: Manifest, model: RouterModel) -> None:
+    of_manifest = (manifest.model_type, manifest.top_k, tuple(x.decoder_layer for x in manifest.layers))
+    of_model = (model.model_type, model.top_k, model.moe_layers)
+    num_experts = {len(layer.experts) for layer in manifest.layers}
+    if of_manifest != of_model or num_experts != {model.num_experts}:
+        raise CheckpointError(
+            f"the manifest is of another checkpoint: it has (type, top-k, MoE layers) {of_manifest} and {num_experts} "
+            f"experts, the model {of_model} and {model.num_experts}; run `collegium manifest` on the model's folder"
+        )
+
+
 def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
     """Share out the KV memory: (number of blocks, longest sequence).
 
     Raises FailedPrecondition where the length that was asked for does not fit.
     """
     per_block = model.cache_bytes_per_token() * BLOCK_TOKENS
-    longest = min(config.max_model_len or model.max_positions, model.max_positions)
+    if config.max_model_len > model.max_positions:
+        raise FailedPrecondition(
+            f"--max-model-len {config.max_model_len} is more than the model's {model.max_positions} positions",
+            reason="MODEL_LEN_TOO_LARGE",
+            field="--max-model-len",
+            remedy="lower it, or leave it out",
+        )
+    longest = config.max_model_len or model.max_positions
     num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_blocks_for(longest))
     if num_blocks < num_blocks_for(longest):
         if config.max_model_len or num_blocks < 1:
@@ -141,21 +160,29 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
         follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")
+        follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()
             service.is_draining = True
+            if not engine.is_alive:
+                outboxes.end_all()
             on_change()
             membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
             await asyncio.to_thread(engine.wait_idle, config.drain_s)
         finally:
             follower.cancel()
+            ended = (await asyncio.gather(follower, return_exceptions=True))[0]
             outboxes.end_all()
             await server.stop(1.0)
             await asyncio.to_thread(engine.stop)
             await keeper.close()
             tracing.shutdown_tracing()
-    if engine.error is not None:
-        raise engine.error
+    if failed := engine.error or _failure(ended):
+        raise failed
+
+
+def _failure(ended: BaseException | None) -> BaseException | None:
+    return None if isinstance(ended, asyncio.CancelledError) else ended
 
 
 async def _follow(

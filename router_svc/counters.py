@@ -38,7 +38,7 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
     }
     counters |= {series("collegium_steps_total", kind=kind): count for kind, count in totals.steps.items()}
     for worker_id, link in stats.items():
-        counters |= _by_worker(worker_id, link)
+        counters |= {} if not worker_id else _by_worker(worker_id, link)
     return counters
 
 

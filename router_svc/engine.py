@@ -6,6 +6,7 @@ is computed
 for the others alone.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -70,9 +71,12 @@ class EngineTotals:
     prefilled_tokens: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0
-    repeated_steps: int = 0
     step_seconds: float = 0.0
 
+
+_UNUSABLE_LOGITS = Failure(
+    code="INTERNAL", reason="UNUSABLE_LOGITS", message="the model gave no usable scores (NaN or infinite)"
+)
 
 Deliver = Callable[[int, list[News], Load, int], None]  # (owner, news, load, step)
 
@@ -111,7 +115,6 @@ class Engine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wakeup = threading.Condition()
         self._is_stopping = False
-        self._stalled_since: float | None = None
         self._news: dict[int, dict[Sequence, News]] = {}  # by owner
         self._owners: set[int] = set()
         self.totals = EngineTotals()
@@ -206,6 +209,7 @@ class Engine:
             _log.exception("the engine has died")
             raise
         finally:
+            self._is_idle.set()  # nothing will come of what is left
             self._on_end()
 
     def _turn(self) -> None:
@@ -228,20 +232,8 @@ class Engine:
     def _compute_or_wait(self, step: Step) -> None:
         try:
             self._compute(step)
-            self._stalled_since = None
         except ExpertsUnavailableError as error:
-            now = time.monotonic()
-            self._stalled_since = self._stalled_since or now
-            self.totals.repeated_steps += 1
-            if now - self._stalled_since > self._expert_wait_s:
-                message = (
-                    f"{error} (waited {self._expert_wait_s:g} s); see that expert workers run and reach the balancer"
-                )
-                self._fail_all(step, Failure(code="UNAVAILABLE", reason="NO_EXPERT_WORKER", message=message))
-                self._stalled_since = None
-            else:
-                with self._wakeup:
-                    self._wakeup.wait(_RETRY_S)
+            self._wait_for_experts(step, error)
         except ExpertFailedError as error:
             if len(step.rows) == 1:
                 failure = Failure(
@@ -256,6 +248,16 @@ class Engine:
             _log.exception("a step failed", num_rows=step.num_rows)
             message = f"the router failed in a step ({type(error).__name__}); its log has the details"
             self._fail_all(step, Failure(code="INTERNAL", reason="STEP_FAILED", message=message))
+
+    def _wait_for_experts(self, step: Step, error: ExpertsUnavailableError) -> None:
+        now = time.monotonic()
+        message = f"{error} (waited {self._expert_wait_s:g} s); see that expert workers run and reach the balancer"
+        for row in step.rows:
+            since = row.sequence.stalled_since_s = row.sequence.stalled_since_s or now
+            if now - since > self._expert_wait_s:
+                self._end(row.sequence, None, Failure(code="UNAVAILABLE", reason="NO_EXPERT_WORKER", message=message))
+        with self._wakeup:
+            self._wakeup.wait(_RETRY_S)
 
     def _compute(self, step: Step) -> None:
         index = StepIndex(step, self._model.device)
@@ -273,6 +275,8 @@ class Engine:
             if span is not None:
                 span.end()
         self._scheduler.commit(step)
+        for row in step.rows:
+            row.sequence.stalled_since_s = None
         self.totals.steps[step.kind] += 1
         self.totals.prefilled_tokens += sum(row.num_rows for row in step.chunks)
         self._score(step, logits, spans)
@@ -287,13 +291,8 @@ class Engine:
             try:
                 sampled = sample(chosen, [self._sample_row(sequence) for sequence in sequences])
             except UnusableLogitsError as error:
-                failure = Failure(
-                    code="INTERNAL",
-                    reason="UNUSABLE_LOGITS",
-                    message="the model gave no usable scores (NaN or infinite)",
-                )
                 for idx in error.row_idxs:
-                    self._end(sequences[idx], None, failure)
+                    self._end(sequences[idx], None, _UNUSABLE_LOGITS)
                 rows = [row for idx, row in enumerate(rows) if idx not in error.row_idxs]
                 continue
             for sequence, token, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
@@ -319,8 +318,14 @@ class Engine:
                 continue
             begin, end = spans[sequence]
             nexts = sequence.prompt_ids[row.begin + 1 : row.end + 1]
-            if nexts:
-                self._tell(sequence).logprobs += token_logprobs(logits[begin:end], nexts, sequence.num_logprobs or 0)
+            skip = max(0, sequence.num_scored - row.begin)
+            if nexts[skip:]:
+                scored = token_logprobs(logits[begin + skip : end], nexts[skip:], sequence.num_logprobs or 0)
+                if any(math.isnan(one.chosen) for one in scored):
+                    self._end(sequence, None, _UNUSABLE_LOGITS)
+                    continue
+                self._tell(sequence).logprobs += scored
+                sequence.num_scored = row.begin + len(nexts)
             if row.reaches_end:
                 self._end(sequence, Finish.STOP)
 
@@ -363,22 +368,26 @@ class Engine:
             self._forget(sequence)
 
     def _submit(self, sequences: Seq[Sequence]) -> None:
+        if sequences[0].owner not in self._owners:
+            return
+        if any(_key(sequence) in self._by_key for sequence in sequences):
+            message = f"request_id {sequences[0].request_id!r} is running already"
+            failure = Failure(code="INVALID_ARGUMENT", reason="DUPLICATE_REQUEST_ID", message=message)
+            for sequence in sequences:
+                sequence.finish = Finish.CANCELLED
+                self._tell(sequence).failure = failure
+            return
         for sequence in sequences:
-            if sequence.owner not in self._owners:
-                return
-            key = (sequence.owner, sequence.request_id, sequence.choice_index)
-            if key in self._by_key:
-                message = f"request_id {sequence.request_id!r} is running already"
-                self._tell(sequence).failure = Failure(
-                    code="INVALID_ARGUMENT", reason="DUPLICATE_REQUEST_ID", message=message
-                )
+            sequence.end_if_long()
+            if sequence.has_ended:  # a replay that had all its tokens
+                self._tell(sequence)
                 continue
-            self._by_key[key] = sequence
+            self._by_key[_key(sequence)] = sequence
             self._is_idle.clear()
             if sequence.sampling.has_penalties:
                 self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids)
             self._scheduler.add(sequence)
-        self.totals.prompt_tokens += len(sequences[0].prompt_ids)
+            self.totals.prompt_tokens += len(sequence.prompt_ids)
 
     def _of(self, owner: int, request_id: str, choice_index: int | None) -> list[Sequence]:
         return [
@@ -398,7 +407,7 @@ class Engine:
             sequence.finish = Finish.CANCELLED
         self._scheduler.end(sequence)
         self._counts.pop(sequence, None)
-        self._by_key.pop((sequence.owner, sequence.request_id, sequence.choice_index), None)
+        self._by_key.pop(_key(sequence), None)
         if not self._by_key:
             self._is_idle.set()
 
@@ -432,6 +441,10 @@ class Engine:
         for owner, items in news.items():
             if owner in self._owners:
                 self._deliver(owner, list(items.values()), load, self.num_step)
+
+
+def _key(sequence: Sequence) -> tuple[int, str, int]:
+    return sequence.owner, sequence.request_id, sequence.choice_index
 
 
 def _kept_rows(step: Step) -> tuple[list[int], dict[Sequence, tuple[int, int]]]:

@@ -8,14 +8,14 @@ those that live.
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.link.base import LinkStats, RouterLink
-from collegium.link.frame import Dispatch, FrameError, LinkError, LinkTimeout, Reply, Status
+from collegium.link.frame import Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
 from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.routing import route
@@ -35,8 +35,6 @@ class CallTotals:
 
     retries: int = 0
     needed_bytes: int = 0
-    misses: int = 0
-    wait_us: int = 0
 
 
 class ExpertCalls:
@@ -56,7 +54,7 @@ class ExpertCalls:
         self._live: list[tuple[str, RouterLink]] = []
         self._table: list[NDArray[np.int64]] = []
         self._seq = 0
-        self._closed_stats: dict[str, LinkStats] = {}
+        self._closed = LinkStats()
         self.totals = CallTotals()
         self.step = 0
         self.traceparent = ""
@@ -75,14 +73,21 @@ class ExpertCalls:
             link = self._links.pop(worker_id, None)
             self._version += 1
             if link is not None:
-                _add(self._closed_stats.setdefault(worker_id, LinkStats()), link.stats)
+                self._closed.add(link.stats)
         if link is not None:
             link.close()
+
+    def rename_link(self, old_id: str, new_id: str) -> None:
+        """Go on with the link of a worker that has a new lease. Thread-safe."""
+        with self._lock:
+            if old_id in self._links:
+                self._links[new_id] = self._links.pop(old_id)
+                self._version += 1
 
     def set_placement(self, placement: Placement) -> None:
         """Use a placement from the next layer on; an older epoch is ignored. Thread-safe."""
         with self._lock:
-            if placement.epoch >= self._placement.epoch:
+            if placement.epoch > self._placement.epoch:
                 self._placement = placement
                 self._version += 1
 
@@ -98,14 +103,11 @@ class ExpertCalls:
             return sorted(self._links)
 
     def link_stats(self) -> dict[str, LinkStats]:
-        """Totals by worker, closed links included. Thread-safe."""
+        """Totals by worker, and those of all closed links under "". Thread-safe."""
         with self._lock:
-            stats = {w: LinkStats() for w in self._closed_stats.keys() | self._links.keys()}
-            for worker_id, total in stats.items():
-                if worker_id in self._closed_stats:
-                    _add(total, self._closed_stats[worker_id])
-                if worker_id in self._links:
-                    _add(total, self._links[worker_id].stats)
+            stats = {"": replace(self._closed)}
+            for worker_id, link in self._links.items():
+                stats[worker_id] = replace(link.stats)
             return stats
 
     def close(self) -> None:
@@ -145,6 +147,7 @@ class ExpertCalls:
         sent: list[tuple[WorkerShare, str, RouterLink, int]] = []
         done: list[tuple[WorkerShare, Tensor]] = []
         failed: list[WorkerShare] = []
+        refusal = ""
         for share in shares:
             worker_id, link = live[share.worker]
             self._seq = (self._seq + 1) & 0xFFFFFFFF
@@ -164,12 +167,12 @@ class ExpertCalls:
             try:
                 link.send(dispatch)
                 sent.append((share, worker_id, link, self._seq))
-            except FrameError as error:
-                raise ExpertFailedError(f"a dispatch does not fit link {link.link_id}: {error}") from error
+            except FrameError as error:  # what is sent already must still be received, or its credits are lost
+                refusal = f"a dispatch does not fit link {link.link_id}: {error}"
+                break
             except LinkError as error:
                 self._lose(worker_id, link, error)
                 failed.append(share)
-        refusal = ""
         for share, worker_id, link, seq in sent:
             try:
                 reply = link.receive(seq, deadline_s)
@@ -183,15 +186,10 @@ class ExpertCalls:
             elif reply.status != Status.OK or reply.y is None:
                 refusal = f"worker {worker_id}: {reply.message or reply.status.name}"
             else:
-                self._count(reply)
                 done.append((share, reply.y))
         if refusal:
             raise ExpertFailedError(refusal)
         return done, failed
-
-    def _count(self, reply: Reply) -> None:
-        self.totals.misses += reply.num_misses
-        self.totals.wait_us += reply.wait_us
 
     def _worker_of(self, layer: int) -> NDArray[np.int64]:
         if self._routed_version != self._version:
@@ -214,8 +212,3 @@ class ExpertCalls:
             self.drop_link(worker_id)
             if self._on_lost is not None:
                 self._on_lost(worker_id, str(error))
-
-
-def _add(total: LinkStats, more: LinkStats) -> None:
-    for field in fields(LinkStats):
-        setattr(total, field.name, getattr(total, field.name) + getattr(more, field.name))

@@ -4,7 +4,6 @@ Owned by the event loop; connecting itself runs in a thread. Says whether the ro
 """
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ import grpc
 
 from collegium.fabric import logs, rpc
 from collegium.fabric.errors import CollegiumError, from_rpc_error
+from collegium.fabric.hosts import host_identity
 from collegium.fabric.views import from_proto
 from collegium.link.connect import connect
 from collegium.link.frame import LinkError
@@ -44,8 +44,9 @@ class LinkKeeper:
         self._transports = ["unix", "tcp"] if transport == "auto" else [transport]
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lost: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by address: a worker may get a new id and be the same process
+        self._ids: dict[str, str] = {}  # worker id by address
+        self._lost: dict[str, asyncio.Event] = {}  # by address
         self.router_id = ""
 
     def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
@@ -53,16 +54,19 @@ class LinkKeeper:
         if view.placement.epoch:
             self._calls.set_placement(from_proto(view.placement))
         workers = {
-            m.member_id: m.address
+            m.address: m.member_id
             for m in view.members
             if m.role == balancer_pb2.ROLE_WORKER and m.state == balancer_pb2.MEMBER_STATE_SERVING
         }
-        for worker_id in self._tasks.keys() - workers.keys():
-            self._forget(worker_id)
-        for worker_id, address in workers.items():
-            if worker_id not in self._tasks:
-                self._lost[worker_id] = asyncio.Event()
-                self._tasks[worker_id] = asyncio.create_task(self._keep(worker_id, address), name=f"link-{worker_id}")
+        for address in self._tasks.keys() - workers.keys():
+            self._forget(address)
+        for address, worker_id in workers.items():
+            if address not in self._tasks:
+                self._ids[address], self._lost[address] = worker_id, asyncio.Event()
+                self._tasks[address] = asyncio.create_task(self._keep(address), name=f"link-{address}")
+            elif self._ids[address] != worker_id:
+                self._calls.rename_link(self._ids[address], worker_id)
+                self._ids[address] = worker_id
 
     def on_lost(self, worker_id: str, why: str) -> None:
         """Hear from the engine that a link broke. Thread-safe."""
@@ -70,44 +74,47 @@ class LinkKeeper:
 
     async def close(self) -> None:
         """End all tasks and links."""
-        for worker_id in list(self._tasks):
-            self._forget(worker_id)
+        for address in list(self._tasks):
+            self._forget(address)
         self._calls.close()
 
     def _note_loss(self, worker_id: str, why: str) -> None:
         _log.warning("link lost", worker_id=worker_id, why=why)
-        if worker_id in self._lost:
-            self._lost[worker_id].set()
+        for address, known in self._ids.items():
+            if known == worker_id:
+                self._lost[address].set()
         self._on_change()
 
-    def _forget(self, worker_id: str) -> None:
-        self._tasks.pop(worker_id).cancel()
-        self._lost.pop(worker_id, None)
-        self._calls.drop_link(worker_id)
+    def _forget(self, address: str) -> None:
+        self._tasks.pop(address).cancel()
+        self._lost.pop(address)
+        self._calls.drop_link(self._ids.pop(address))
         self._on_change()
 
-    async def _keep(self, worker_id: str, address: str) -> None:
+    async def _keep(self, address: str) -> None:
         pause = _RETRY_S[0]
+        lost = self._lost[address]
         while True:
-            lost = self._lost[worker_id]
             lost.clear()
             try:
-                await self._open(worker_id, address)
+                await self._open(address)
                 pause = _RETRY_S[0]
                 await lost.wait()
             except (CollegiumError, LinkError, OSError, ValueError) as error:
-                _log.warning("link cannot be opened", worker_id=worker_id, address=address, why=str(error))
+                _log.warning("link cannot be opened", address=address, why=str(error))
+            except Exception:
+                _log.exception("link cannot be opened", address=address)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY_S[1])
 
-    async def _open(self, worker_id: str, address: str) -> None:
+    async def _open(self, address: str) -> None:
         request = expert_pb2.OpenLinkRequest(
             router_id=self.router_id,
             model_digest=self._digest,
             dtype=str(self._model.dtype).removeprefix("torch."),
             transports=self._transports,
             max_rows=self._max_rows,
-            host=socket.gethostname(),
+            host=host_identity(),
         )
         async with rpc.channel(address) as channel:
             try:
@@ -124,9 +131,7 @@ class LinkKeeper:
             d_model=self._d_model,
             deadline_s=time.monotonic() + _OPEN_S,
         )
-        if worker_id not in self._tasks:  # it left meanwhile
-            link.close()
-            return
+        worker_id = self._ids[address]
         self._calls.add_link(worker_id, link)
         _log.info("link open", worker_id=worker_id, transport=answer.transport, address=answer.address)
         self._on_change()

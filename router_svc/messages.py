@@ -17,18 +17,19 @@ _FINISH = {
 }
 
 
-def sequences_of(
-    submission: router_pb2.Submission, owner: int, eos_ids: Seq[int], max_model_len: int
-) -> list[Sequence]:
+def sequences_of(submission: router_pb2.Submission, owner: int, model: inference_pb2.Model) -> list[Sequence]:
     """Make the sequences of a submission, one a choice. Raises ValueError naming a field that no gateway should have
     sent.
     """
     prompt = list(submission.prompt_ids)
     if not prompt:
         raise ValueError("prompt_ids is empty")
-    room = max_model_len - len(prompt)
+    for name, ids in (("prompt_ids", prompt), ("stop_ids", submission.stopping.stop_ids)):
+        if any(i >= model.vocab_size for i in ids):
+            raise ValueError(f"{name} has {max(ids)}, the vocabulary ends at {model.vocab_size - 1}")
+    room = model.max_model_len - len(prompt)
     if room < (0 if submission.is_score else 1):
-        raise ValueError(f"prompt_ids has {len(prompt)} tokens, the router takes {max_model_len}")
+        raise ValueError(f"prompt_ids has {len(prompt)} tokens, the router takes {model.max_model_len}")
     asked, rules = submission.sampling, submission.stopping
     sampling = SamplingParams(
         temperature=asked.temperature,
@@ -43,7 +44,7 @@ def sequences_of(
     stop = StopRules(
         max_tokens=min(rules.max_tokens, room) if rules.HasField("max_tokens") else room,
         min_tokens=rules.min_tokens,
-        eos_ids=frozenset() if rules.ignore_eos else frozenset(eos_ids),
+        eos_ids=frozenset() if rules.ignore_eos else frozenset(model.eos_ids),
         stop_ids=frozenset(rules.stop_ids),
     )
     deadline_s = time.monotonic() + submission.deadline_ms / 1e3 if submission.deadline_ms else float("inf")
@@ -85,10 +86,19 @@ def load_of(load: Load) -> router_pb2.RouterLoad:
 
 
 def refusal(submission: router_pb2.Submission, error: ValueError) -> router_pb2.AttachResponse:
-    """Make the frame that refuses a submission."""
-    failure = router_pb2.Failure(
-        code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(error), reason="INVALID_SUBMISSION"
-    )
+    """Make the frame that refuses a submission for good."""
+    return _failed(submission, grpc.StatusCode.INVALID_ARGUMENT, str(error), "INVALID_SUBMISSION")
+
+
+def hand_over(submission: router_pb2.Submission) -> router_pb2.AttachResponse:
+    """Make the frame that sends a submission to another router."""
+    return _failed(submission, grpc.StatusCode.UNAVAILABLE, "the router is draining", "DRAINING")
+
+
+def _failed(
+    submission: router_pb2.Submission, code: grpc.StatusCode, message: str, reason: str
+) -> router_pb2.AttachResponse:
+    failure = router_pb2.Failure(code=code.value[0], message=message, reason=reason)
     choices = submission.choices or [router_pb2.ChoiceStart()]
     return router_pb2.AttachResponse(
         news=[

@@ -26,7 +26,6 @@ from collegium.model.architectures import (
 )
 from collegium.model.kernels import pack_linears
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, ProbeCache, attend_packed
-from router_svc.rotary import group_by_cohort
 
 ExpertCall = Callable[
     [int, Tensor, Tensor, Tensor], Tensor
@@ -91,14 +90,6 @@ class RouterModel:
         return out.logits[0]
 
 
-def torch_dtype(name: str, model_dir: Path) -> torch.dtype:
-    """Resolve "float32", "bfloat16" or "auto" (the checkpoint's own; float16 is served as bfloat16)."""
-    if name == "auto":
-        config = read_config(model_dir)
-        name = "float32" if str(config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
 def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> RouterModel:
     """Load a checkpoint without experts and learn its cache's shapes. Process-global while it runs: one load at a time.
 
@@ -108,7 +99,10 @@ def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device)
     architecture = architecture_of(raw)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(model_dir)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # transformers validates by classes of several libraries
+        raise CheckpointError(f"{model_dir / 'config.json'} is not usable: {error}") from error
     _refuse_unsupported(config)
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
     register_patch_mapping({_EXPERTS_CLASS: RemoteExperts})
@@ -134,7 +128,6 @@ def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device)
     if device.type == "cpu":
         pack_linears(model)
     model.to(device)
-    group_by_cohort(model)
     text = config.get_text_config()
     max_positions = getattr(text, "max_position_embeddings", None) or config_int(raw, "max_seq_len")
     loaded = RouterModel(
@@ -143,10 +136,10 @@ def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device)
         dtype=dtype,
         device=device,
         vocab_size=int(text.vocab_size),
-        max_positions=int(max_positions or 2048),
+        max_positions=_served_positions(config, int(max_positions or 2048)),
         num_experts=config_int(raw, architecture.num_experts_key) or 0,
         top_k=config_int(raw, architecture.top_k_key) or 0,
-        eos_ids=_eos_ids(model),
+        eos_ids=tuple(i for i in _eos_ids(model) if 0 <= i < int(text.vocab_size)),
         cache_shapes=_probe(model, device),
         moe_layers=moe_layers,
     )
@@ -161,6 +154,16 @@ def _refuse_unsupported(config: PreTrainedConfig) -> None:
             "config.json: rope type 'dynamic' makes positions depend on the batch and is not supported; "
             "use yarn, linear or llama3"
         )
+
+
+def _served_positions(config: PreTrainedConfig, max_positions: int) -> int:
+    # "longrope" changes the frequencies of a whole sequence when it outgrows the trained length, which transformers
+    # does by computing it anew; sequences end there instead.
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return max_positions
+    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return min(max_positions, int(trained or max_positions))
 
 
 def _number_layers(model: PreTrainedModel) -> tuple[int, ...]:

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.scheduler import Step
 
 # The name must not contain "sdpa" or "flash": transformers checks capabilities by such names.
 ATTENTION_NAME = "collegium_paged"
+
+_SHORT_TOKENS = 64  # below this, padding costs less than another call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +32,7 @@ class CacheShape:
 
     key: tuple[int, int]  # (heads, width)
     value: tuple[int, int]
-
-    @property
-    def is_latent(self) -> bool:
-        """Whether it is MLA's pair of latent and rotary key, which the model expands itself."""
-        return self.key[0] == 1 and self.value[0] == 1 and self.key[1] != self.value[1]
+    is_latent: bool = False  # MLA's pair of latent and rotary key, which the model expands itself
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes a position takes in this layer."""
@@ -56,8 +55,40 @@ class ProbeCache:
         return key, value
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        """Return zeros of the output's shape [1, T, H, Dv]."""
+        """Return zeros of the output's shape [1, T, H, Dv]. Another key than `update` got is one the model expanded."""
+        shape = self.shapes[layer_idx]
+        is_latent = (key.shape[1], key.shape[3]) != shape.key
+        self.shapes[layer_idx] = CacheShape(key=shape.key, value=shape.value, is_latent=is_latent)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """Decode rows of like length, computed together.
+
+    rows: [b] indices among the step's decode rows, None for all; slots: [b, L]; lengths: [b, 1].
+    """
+
+    rows: Tensor | None
+    slots: Tensor
+    lengths: Tensor
+
+
+def group_lengths(lengths: Seq[int]) -> list[list[int]]:
+    """Split rows into groups whose longest is at most twice the shortest, or short anyway: indices into `lengths`.
+
+    One row of thousands beside many of tens would otherwise make each of them as long as itself.
+    """
+    groups: list[list[int]] = []
+    shortest = 0
+    for idx in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or lengths[idx] > 2 * shortest:
+            groups.append([])
+            shortest = max(lengths[idx], _SHORT_TOKENS)
+        groups[-1].append(idx)
+    if len(groups) == 1:
+        groups[0].sort()
+    return groups
 
 
 class StepIndex:
@@ -74,17 +105,24 @@ class StepIndex:
         self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
         self.slots = torch.tensor(slots, device=device)  # [T]
         self.num_decodes = len(step.decodes)
-        self.decode_lengths = [row.end for row in step.decodes]
+        self.decode_groups = [self._group(step, members) for members in group_lengths([r.end for r in step.decodes])]
         self.chunks = [(row.num_rows, row.end) for row in step.chunks]
         self.chunk_slots = [self._slots_of([row.sequence.blocks], row.end)[0, : row.end] for row in step.chunks]
-        self.decode_slots = torch.empty(0, dtype=torch.long, device=device)
-        if step.decodes:
-            longest = max(self.decode_lengths)
-            self.decode_slots = self._slots_of([r.sequence.blocks for r in step.decodes], longest)[
-                :, :longest
-            ].contiguous()
         self._masks: dict[tuple[str, int, int | None], Tensor] = {}
         self._flat_slots: Tensor | None = None
+
+    def _group(self, step: Step, members: list[int]) -> DecodeGroup:
+        rows = [step.decodes[i] for i in members]
+        longest = max(row.end for row in rows)
+        slots = self._slots_of([row.sequence.blocks for row in rows], longest)[:, :longest]
+        lengths = torch.tensor([row.end for row in rows], device=self.device)[:, None]
+        # Filled up with the row's own first position: what is masked must still be a number of its own sequence.
+        slots = torch.where(torch.arange(longest, device=self.device) < lengths, slots, slots[:, :1])
+        return DecodeGroup(
+            rows=None if len(members) == len(step.decodes) else torch.tensor(members, device=self.device),
+            slots=slots.contiguous(),
+            lengths=lengths,
+        )
 
     def _slots_of(self, tables: Seq[Seq[int]], num_tokens: int) -> Tensor:
         """Slot ids by position, [sequences, at least num_tokens]; short tables are filled up with block 0, to be
@@ -96,20 +134,20 @@ class StepIndex:
 
     @property
     def all_slots(self) -> Tensor:
-        """Slots of everything that the step attends to, packed: decode rows padded to the longest, then chunks."""
+        """Slots of all that the step attends to, packed: decode groups, then chunks."""
         if self._flat_slots is None:
-            self._flat_slots = torch.cat([self.decode_slots.flatten(), *self.chunk_slots])
+            self._flat_slots = torch.cat([*(g.slots.flatten() for g in self.decode_groups), *self.chunk_slots])
         return self._flat_slots
 
-    def decode_mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, 1, L] bool, true where a row may look; None where all may look everywhere."""
-        key = ("decode", 0, window)
+    def decode_mask(self, idx: int, window: int | None) -> Tensor:
+        """[b, 1, 1, L] bool of decode group `idx`, true where a row may look."""
+        key = ("decode", idx, window)
         if key not in self._masks:
-            lengths = torch.tensor(self.decode_lengths, device=self.device)[:, None]
-            at = torch.arange(self.decode_slots.shape[1], device=self.device)
-            mask = at < lengths
+            group = self.decode_groups[idx]
+            at = torch.arange(group.slots.shape[1], device=self.device)
+            mask = at < group.lengths
             if window:
-                mask &= at >= lengths - window
+                mask &= at >= group.lengths - window
             self._masks[key] = mask[:, None, None, :]
         return self._masks[key]
 
@@ -185,15 +223,22 @@ class PagedCache:
         out: list[Tensor] = []
         num_decodes = index.num_decodes
         packed_at = 0
-        if num_decodes:
-            length = index.decode_slots.shape[1]
+        decoded: list[Tensor] = []
+        for idx, group in enumerate(index.decode_groups):
+            count, length = group.slots.shape
             if shape.is_latent:
-                packed_at = num_decodes * length
-                k, v = (x[0, :, :packed_at].unflatten(1, (num_decodes, length)).transpose(0, 1) for x in (key, value))
+                span = slice(packed_at, packed_at + count * length)
+                packed_at += count * length
+                k, v = (x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (key, value))
             else:
-                k, v = self._gather(layer_idx, index.decode_slots.flatten(), num_decodes)
-            q = query[0, :, :num_decodes].transpose(0, 1)[:, :, None]  # [B, H, 1, D]
-            out.append(attention(q, k, v, index.decode_mask(window), **rules)[:, :, 0])  # [B, H, Dv]
+                k, v = self._gather(layer_idx, group.slots.flatten(), count)
+            q = query[0, :, :num_decodes] if group.rows is None else query[0].index_select(1, group.rows)
+            q = q.transpose(0, 1)[:, :, None]  # [b, H, 1, D]
+            decoded.append(attention(q, k, v, index.decode_mask(idx, window), **rules)[:, :, 0])  # [b, H, Dv]
+        if len(decoded) > 1:
+            order = torch.cat([group.rows for group in index.decode_groups if group.rows is not None]).argsort()
+            decoded = [torch.cat(decoded).index_select(0, order)]
+        out += decoded
         at = num_decodes
         for idx, (num_rows, end) in enumerate(index.chunks):
             if shape.is_latent:
@@ -253,6 +298,20 @@ def attention(
     return out.view(batch, heads, rows, -1)
 
 
+def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
+    """Say how far back a layer looks, as the masks of transformers 5.23 do; None: everywhere.
+
+    Some models pass a window to attention that their mask does not apply, others apply one that they do not pass.
+    """
+    match config.model_type:
+        case "mixtral" | "qwen3_moe" | "phimoe":
+            return config.sliding_window
+        case "qwen2_moe" | "gpt_oss":
+            return config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        case _:
+            return None
+
+
 def attend_packed(
     module: torch.nn.Module,
     query: Tensor,
@@ -260,7 +319,6 @@ def attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: object,
@@ -269,14 +327,14 @@ def attend_packed(
     cache = kwargs["paged"]
     assert isinstance(cache, PagedCache | ProbeCache)
     layer_idx = module.layer_idx
-    assert isinstance(layer_idx, int)
+    assert isinstance(layer_idx, int) and isinstance(module.config, PreTrainedConfig)
     out = cache.attend(
         layer_idx,
         query,
         key,
         value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=window_of(module.config, layer_idx),
         sinks=s_aux,
         softcap=softcap,
     )

@@ -9,7 +9,7 @@ thread.
 from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
-from router_svc.sequence import Finish, Sequence
+from router_svc.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,19 +82,12 @@ class Scheduler:
             s.num_remaining for s in self._running if not s.is_decoding
         )
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All of them."""
-        return self._running + self._waiting
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""
         self._waiting.append(sequence)
 
-    def end(self, sequence: Sequence, finish: Finish | None = None) -> None:
+    def end(self, sequence: Sequence) -> None:
         """Take a sequence out and give its blocks back. Nothing happens where it is out already."""
-        if finish is not None and sequence.finish is None:
-            sequence.finish = finish
         if sequence.is_running:
             self._running.remove(sequence)
             sequence.is_running = False
@@ -142,7 +135,7 @@ class Scheduler:
 
     def _admit(self, chunks: list[Row], budget: int) -> int:
         held: list[Sequence] = []  # passed over: paused, or waiting for another choice's prompt
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+        while self._waiting and budget > 0:
             sequence = self._waiting[0]
             if sequence.is_paused or sequence.waits_for_leader:
                 held.append(self._waiting.pop(0))
@@ -150,9 +143,12 @@ class Scheduler:
             found = [] if sequence.is_score else self.pool.find(sequence.block_names(sequence.num_tokens - 1))
             num_cached = len(found) * BLOCK_TOKENS
             num_rows = min(sequence.num_tokens - num_cached, budget)
-            lacking = num_blocks_for(num_cached + num_rows) - len(found) + self.pool.num_unheld(found)
-            if not self.pool.can_allocate(lacking):
-                break
+            # Room for all its tokens, not this chunk's alone: half a prompt that must give way was computed in vain.
+            lacking = num_blocks_for(sequence.num_tokens) - len(found) + self.pool.num_unheld(found)
+            if len(self._running) >= self._max_num_seqs or not self.pool.can_allocate(lacking):
+                if not self._preempt_paused():
+                    break
+                continue
             self.pool.share(found)
             sequence.blocks = list(found)
             sequence.num_computed = num_cached
@@ -166,6 +162,13 @@ class Scheduler:
             budget -= num_rows
         self._waiting[:0] = held
         return budget
+
+    def _preempt_paused(self) -> bool:
+        """Take the place and the blocks of a sequence whose reader has stalled; False where there is none."""
+        stalled = next((s for s in self._running if s.is_paused), None)
+        if stalled is not None:
+            self._preempt(stalled)
+        return stalled is not None
 
     def _make_room(self, sequence: Sequence, num_rows: int) -> bool:
         """Free blocks for more rows of a running sequence; False where it had to give up its own."""

@@ -63,7 +63,8 @@ class Sequence:
     is_reported: bool = False  # whether its cached tokens were reported
     finish: Finish | None = None
     stop_id: int | None = None
-    began_ns: int = 0
+    num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
+    stalled_since_s: float | None = None  # since when its steps find no worker
     _names: list[bytes] = field(default_factory=list)
 
     @property
@@ -90,7 +91,9 @@ class Sequence:
     def waits_for_leader(self) -> bool:
         """Whether another choice of its request still computes the prompt that they share."""
         leader = self.leader
-        return leader is not None and not leader.has_ended and leader.num_computed < len(leader.prompt_ids)
+        if leader is None or leader.has_ended or leader.is_paused:
+            return False
+        return leader.num_computed < len(leader.prompt_ids)
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Tokens by position, over the border of prompt and output."""
@@ -117,13 +120,18 @@ class Sequence:
     def append(self, token: int) -> None:
         """Add a drawn token and end where a rule says so."""
         self.output_ids.append(token)
-        if token in self.rules.ending_ids and len(self.output_ids) >= self.rules.min_tokens:
+        if token in self.rules.ending_ids and len(self.output_ids) > self.rules.min_tokens:
             self.finish, self.stop_id = Finish.STOP, token
-        elif len(self.output_ids) >= self.rules.max_tokens:
+        else:
+            self.end_if_long()
+
+    def end_if_long(self) -> None:
+        """End where nothing more may be drawn."""
+        if not self.is_score and len(self.output_ids) >= self.rules.max_tokens:
             self.finish = Finish.LENGTH
 
     def banned_ids(self) -> Seq[int]:
-        """Ids that must not be drawn now: those that would end it before min_tokens."""
-        if len(self.output_ids) + 1 < self.rules.min_tokens:
+        """Ids that must not be drawn now: those that would end it among its first min_tokens tokens."""
+        if len(self.output_ids) < self.rules.min_tokens:
             return sorted(self.rules.ending_ids)
         return ()

@@ -6,7 +6,7 @@ reading is cut off when its outbox is full; gateways always drain their streams.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -15,7 +15,7 @@ from collegium.fabric import logs
 from collegium.fabric.errors import Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 from router_svc.engine import Engine, Load, News
-from router_svc.messages import frame_of, refusal, sequences_of
+from router_svc.messages import frame_of, hand_over, refusal, sequences_of
 
 _log = logs.get("router")
 _OUTBOX_FRAMES = 4096  # at one frame a step: minutes of a gateway that does not read
@@ -36,6 +36,7 @@ class Outboxes:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
+        self.on_cut: Callable[[int], None] = lambda owner: None  # told of an owner whose gateway does not read
         self._attached: dict[int, _Attached] = {}
         self._ids = itertools.count(1)
 
@@ -48,9 +49,6 @@ class Outboxes:
     def close(self, owner: int) -> None:
         """Forget an owner."""
         self._attached.pop(owner, None)
-
-    def __len__(self) -> int:
-        return len(self._attached)
 
     def deliver(self, owner: int, news: list[News], load: Load, step: int) -> None:
         """Queue a frame. Thread-safe."""
@@ -67,6 +65,7 @@ class Outboxes:
             attached.is_cut = True
             attached.outbox.get_nowait()
             attached.outbox.put_nowait(None)
+            self.on_cut(owner)
             _log.warning("gateway does not read its stream and is cut off", gateway_id=attached.gateway_id)
 
     def end_all(self) -> None:
@@ -88,6 +87,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def open(self, engine: Engine, model: inference_pb2.Model) -> None:
         """Begin to serve a loaded model."""
         self._engine, self._model = engine, model
+        self._outboxes.on_cut = engine.detach
 
     async def Describe(self, request: router_pb2.DescribeRequest, context: Context) -> router_pb2.DescribeResponse:
         """Say which model this router runs."""
@@ -136,8 +136,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
         for submission in frame.submissions:
+            if self.is_draining:
+                self._outboxes.put(owner, hand_over(submission))
+                continue
             try:
-                engine.submit(sequences_of(submission, owner, self._model.eos_ids, self._model.max_model_len))
+                engine.submit(sequences_of(submission, owner, self._model))
             except ValueError as error:
                 self._outboxes.put(owner, refusal(submission, error))
         for ref in frame.cancellations:

@@ -21,7 +21,7 @@ class Settings(ServiceSettings):
     )
     max_batch_tokens: int = setting("rows of one step", default=512, at_least=1, at_most=16384)
     max_num_seqs: int = setting("sequences that grow at once", default=128, at_least=1)
-    link_transport: str = setting("data path to workers", default="auto", choices=("auto", "unix", "tcp", "nccl"))
+    link_transport: str = setting("data path to workers", default="auto", choices=("auto", "unix", "tcp"))
     expert_timeout_s: float = setting("longest wait for one expert call, in seconds", default=10.0, at_least=0.1)
     expert_wait_s: float = setting("longest wait for any expert worker, in seconds", default=30.0, at_least=0.1)
     drain_s: float = setting("longest wait for running requests at SIGTERM, in seconds", default=5.0, at_least=0.0)

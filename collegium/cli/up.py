@@ -7,7 +7,6 @@ stdout, everything else to stderr.
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import signal
 import sys
@@ -85,19 +84,21 @@ def up(
         if redis_url:
             check_redis_url(redis_url)
         check_counts(workers=workers, routers=routers, gateways=gateways)
-        resolved = resolve_dtype(dtype, model_dir)
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise SettingsError(f"--dtype={dtype!r} cannot be used: give float32, bfloat16 or auto")
         try:
             allotment = parse_threads(threads, num_cores=num_cores(), num_routers=routers, num_workers=workers)
         except ValueError as error:
             raise SettingsError(f"--threads={threads!r} cannot be used: {error}") from None
+        manifest = make_manifest(model_dir, interrupts)
         spec = ClusterSpec(
             model=model_dir,
-            manifest=make_manifest(model_dir, interrupts),
+            manifest=manifest,
             num_workers=workers,
             num_routers=routers,
             num_gateways=gateways,
             grpc_port=grpc_port,
-            dtype=resolved,
+            dtype=resolve_dtype(dtype, manifest),
             threads=allotment,
             redis_url=redis_url,
             can_restart=not no_restart,
@@ -224,15 +225,11 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
         raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
 
 
-def resolve_dtype(dtype: str, model_dir: Path) -> str:
-    """Turn auto into the checkpoint's own type, float32 where it says something that is not served."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise SettingsError(f"--dtype={dtype!r} cannot be used: give float32, bfloat16 or auto")
-    if dtype != "auto":
-        return dtype
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    own = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if own == "bfloat16" else "float32"
+def resolve_dtype(dtype: str, manifest: Path) -> str:
+    """Turn auto into the type of the checkpoint's experts, as every service would."""
+    from collegium.model.manifest import load_manifest
+
+    return load_manifest(manifest).dtype if dtype == "auto" else dtype
 
 
 def num_cores() -> int:

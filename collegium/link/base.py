@@ -5,7 +5,7 @@ Every transport stands behind these two protocols and passes one conformance sui
 
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -25,6 +25,11 @@ class LinkStats:
     bytes_back: int = 0
     late_replies: int = 0  # replies to a dispatch that its router had abandoned
     expired: int = 0  # dispatches that reached the worker past their deadline
+
+    def add(self, more: "LinkStats") -> None:
+        """Add another link's counters to these."""
+        for counter in fields(LinkStats):
+            setattr(self, counter.name, getattr(self, counter.name) + getattr(more, counter.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

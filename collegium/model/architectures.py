@@ -55,6 +55,7 @@ class Architecture:
     patterns: Mapping[str, Role]
     num_experts_key: str
     top_k_key: str
+    num_layers_key: str = "num_hidden_layers"
 
 
 _PER_EXPERT = r"^(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.{}\.weight$"
@@ -122,6 +123,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             patterns=_STACKED,
             num_experts_key="ffn_config.moe_num_experts",
             top_k_key="ffn_config.moe_top_k",
+            num_layers_key="n_layers",
         ),
     )
 }

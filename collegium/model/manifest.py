@@ -181,10 +181,12 @@ def build_manifest(model_dir: Path, *, progress: Callable[[int, int], None] | No
     if num_experts is None or top_k is None:
         missing = architecture.num_experts_key if num_experts is None else architecture.top_k_key
         raise CheckpointError(f"{model_dir / 'config.json'} lacks {missing}")
+    num_layers = config_int(config, architecture.num_layers_key)
     found: dict[int, dict[int, dict[Role, TensorRef]]] = {}
     for name in files:
         for ref, layer, expert in _expert_tensors(model_dir / name, architecture, num_experts):
-            found.setdefault(layer, {}).setdefault(expert, {})[ref.role] = ref
+            if num_layers is None or layer < num_layers:  # further ones predict more than one token and are not served
+                found.setdefault(layer, {}).setdefault(expert, {})[ref.role] = ref
     if not found:
         raise CheckpointError(f"{model_dir} holds no expert tensors of a {architecture.model_type} checkpoint")
     d_model, d_ffn = _check_complete(model_dir, architecture, found, num_experts)
@@ -241,7 +243,9 @@ def _files_of(model_dir: Path) -> dict[str, tuple[int, int]]:
     """List the checkpoint's safetensors files, as its index says where there is one."""
     read_config(model_dir)
     index = model_dir / "model.safetensors.index.json"
-    if index.exists():
+    if (model_dir / "model.safetensors").exists():  # as transformers chooses
+        names = ["model.safetensors"]
+    elif index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
