@@ -126,9 +126,23 @@ _BASE: dict[str, dict[str, Any]] = {
 _OTHER: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 24, "num_hidden_layers": 2},
     "olmoe": {"num_experts": 7, "num_experts_per_tok": 7, "norm_topk_prob": True, "clip_qkv": 3.0},
-    "qwen2_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_hidden_layers": 4, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 4,
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 2,
+    },
     "qwen3_moe": {"num_experts": 9, "num_experts_per_tok": 1, "norm_topk_prob": False, "tie_word_embeddings": True},
-    "deepseek_v2": {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "q_lora_rank": 24},
+    "deepseek_v2": {
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "q_lora_rank": 24,
+        "kv_lora_rank": 8,
+    },  # as wide as the rotary part: the cache's shapes alone do not tell it is latent
     "deepseek_v3": {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "norm_topk_prob": False, "n_shared_experts": 2},
     "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 16, "num_key_value_heads": 4},
     "granitemoe": {
@@ -139,7 +153,7 @@ _OTHER: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.5,
         "tie_word_embeddings": True,
     },
-    "phimoe": {"num_local_experts": 5, "num_key_value_heads": 4, "num_hidden_layers": 2},
+    "phimoe": {"num_local_experts": 5, "num_key_value_heads": 4, "num_hidden_layers": 2, "sliding_window": 12},
     "glm4_moe": {"n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "use_qk_norm": True},
     "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 3},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3, "hidden_size": 64}},
