@@ -50,7 +50,7 @@ def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> N
 
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
-    tracing.setup_tracing("worker", config.otlp_endpoint, config.trace_ratio)
+    tracing.setup_tracing("collegium-worker", config.otlp_endpoint, config.trace_ratio)
     try:
         manifest = load_manifest(config.manifest)
     except CheckpointError as error:

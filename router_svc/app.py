@@ -96,7 +96,7 @@ def describe(config: Settings, model: RouterModel, max_model_len: int) -> infere
 
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
-    tracing.setup_tracing("router", config.otlp_endpoint, config.trace_ratio)
+    tracing.setup_tracing("collegium-router", config.otlp_endpoint, config.trace_ratio)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     server = rpc.Server("router", services=("collegium.v1.Router",))
     loop = asyncio.get_running_loop()

@@ -11,7 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 from hypothesis import settings
 
+from tests.collector import collector
 from tests.oracle import Oracle
+
+__all__ = ["collector", "oracle"]
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")
