@@ -59,7 +59,7 @@ def test_a_score_equals_the_reference_and_is_the_same_in_small_chunks(oracle: Or
     checkpoint = oracle.checkpoint("qwen3_moe")
     prompts = [one.prompt_ids for one in oracle.choose_prompts(checkpoint, NUM_PROMPTS, MAX_TOKENS)]
     expected = oracle.score(checkpoint, prompts)
-    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=7) as cluster:
+    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=7, kv_tokens=64) as cluster:
         answers = cluster.run([Request(prompt_ids=p, max_tokens=1, is_score=True, num_logprobs=0) for p in prompts])
     for logprobs, (answer,) in zip(expected, answers, strict=True):
         assert [p.chosen for p in answer.logprobs] == pytest.approx(logprobs, abs=1e-4)
@@ -160,3 +160,32 @@ def test_a_corrupt_expert_fails_its_requests_by_name_and_no_others(oracle: Oracl
     assert visits_damaged == {True, False}
     assert any(failures) and not all(failures)
     assert all("expert 3 of MoE layer 1" in failure for failure in failures if failure)
+
+
+def test_rows_of_a_worker_that_dies_are_computed_by_another(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("mixtral")
+    references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
+    with OneProcess(checkpoint, num_workers=3, transport="unix") as cluster:
+        compute, num_calls = cluster.calls.compute, 0
+
+        def dying(layer, x, ids, weights):  # type: ignore[no-untyped-def]
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls in (10, 25):
+                cluster.workers[num_calls // 20].stop()
+            return compute(layer, x, ids, weights)
+
+        cluster.model.set_expert_call(dying)
+        answers = cluster.run([Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references])
+        assert cluster.calls.worker_ids == ["worker-2"]
+        assert cluster.calls.totals.retries >= 1
+    assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+
+
+def test_one_long_request_beside_many_short_ones_changes_nothing(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("deepseek_v2")
+    lengths = (230, 9, 12, 70)
+    references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS, lengths=lengths)
+    with OneProcess(checkpoint, num_workers=2) as cluster:
+        answers = cluster.run([Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references])
+    assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
