@@ -5,6 +5,8 @@ same experts), greedy, no early end. The three ways take turns within every roun
 all of them; ratios are those of medians over rounds.
 
     python benchmarks/serving.py MODEL_DIR [--concurrency 1,4,16,64] [--rounds 3] [--json]
+
+`--ways cluster,traced` measures what traces cost: the same cluster twice, one of them exporting to a collector.
 """
 
 import argparse
@@ -17,11 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
@@ -88,8 +93,10 @@ def plain_transformers(model: Path, dtype: str, num_threads: int) -> Iterator[Wa
 
 
 @contextmanager
-def cluster(model: Path, dtype: str, num_workers: int, threads: Allotment) -> Iterator[Way]:
-    """A cluster of real processes, through the SDK."""
+def cluster(
+    model: Path, dtype: str, num_workers: int, threads: Allotment, env: Mapping[str, str] | None = None
+) -> Iterator[Way]:
+    """A cluster of real processes, through the SDK; `env` goes to every service."""
     spec = ClusterSpec(
         model=model,
         manifest=ensure_manifest(model),
@@ -98,6 +105,7 @@ def cluster(model: Path, dtype: str, num_workers: int, threads: Allotment) -> It
         threads=threads,
         log_level="warning",
         flags={"gateway": ("--max-requests", "256")},
+        env=env or {},
     )
     with Cluster(spec) as running:
 
@@ -120,6 +128,25 @@ async def _through_sdk(targets: Sequence[str], prompts: list[list[int]], max_tok
         began = time.perf_counter()
         stamps = await asyncio.gather(*(one(prompt) for prompt in prompts))
         return _burst(time.perf_counter() - began, began, stamps)
+
+
+@contextmanager
+def trace_sink() -> Iterator[str]:
+    """A collector that takes every span and keeps none; gives its address."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Sink(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"http://127.0.0.1:{port}"
+        server.stop(0).wait()
+
+
+class _Sink(trace_service_pb2_grpc.TraceServiceServicer):
+    def Export(
+        self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> trace_service_pb2.ExportTraceServiceResponse:
+        return trace_service_pb2.ExportTraceServiceResponse()
 
 
 @contextmanager
@@ -222,7 +249,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--router-threads", type=int, default=1)
     parser.add_argument("--worker-threads", type=int, default=1)
-    parser.add_argument("--ways", default="transformers,cluster,inproc", help="transformers always runs")
+    parser.add_argument(
+        "--ways",
+        default="transformers,cluster,inproc",
+        help="beside transformers, which always runs: cluster, traced, inproc",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     args = parser.parse_args()
     vocab_size = int(json.loads((args.model / "config.json").read_text())["vocab_size"])
@@ -240,6 +271,10 @@ def main() -> None:
         if "cluster" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
             ways["cluster"] = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads))
+        if "traced" in args.ways:
+            threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
+            env = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.enter_context(trace_sink())}
+            ways["traced"] = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads, env))
         if "inproc" in args.ways:
             ways["inproc"] = stack.enter_context(
                 one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads)
