@@ -2,8 +2,8 @@
 
     python benchmarks/make_model.py OUT_DIR
 
-12 layers of width 768, 32 experts of width 768 of which each token wakes 4, vocabulary 4096, bf16: 1.4 GB. Its routing is
-near uniform, so it says nothing about caches or balance. Without a tokenizer: it serves token ids.
+12 layers of width 768, 32 experts of width 768 of which each token wakes 4, vocabulary 4096, bf16: 1.4 GB. Its routing
+is near uniform, so it says nothing about caches or balance. Without a tokenizer: it serves token ids.
 """
 
 import argparse

@@ -151,8 +151,8 @@ class StepIndex:
             self._masks[key] = mask[:, None, None, :]
         return self._masks[key]
 
-    def chunk_mask(self, idx: int, window: int | None) -> Tensor:
-        """[n, L] bool of chunk `idx`."""
+    def chunk_mask(self, idx: int, window: int | None, share: int) -> Tensor:
+        """[share * n, L] bool of chunk `idx`, its rows repeated for the query heads that share a key head."""
         key = ("chunk", idx, window)
         if key not in self._masks:
             num_rows, end = self.chunks[idx]
@@ -161,7 +161,7 @@ class StepIndex:
             mask = at <= row
             if window:
                 mask &= at > row - window
-            self._masks[key] = mask
+            self._masks[key] = mask.repeat(share, 1)
         return self._masks[key]
 
 
@@ -248,7 +248,8 @@ class PagedCache:
                 k, v = self._gather(layer_idx, index.chunk_slots[idx], 1)
             q = query[:, :, at : at + num_rows]
             at += num_rows
-            out.append(attention(q, k, v, index.chunk_mask(idx, window), **rules)[0].transpose(0, 1))  # [n, H, Dv]
+            mask = index.chunk_mask(idx, window, q.shape[1] // k.shape[1])
+            out.append(attention(q, k, v, mask, **rules)[0].transpose(0, 1))  # [n, H, Dv]
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
     def _gather(self, layer_idx: int, slots: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     *,
     scaling: float,
     sinks: Tensor | None,
@@ -272,25 +273,21 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with shared key-value heads.
 
-    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, n, L]. sinks [H]: a learnt logit per
-    head that takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
+    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, H / G * n, L]. sinks [H]: a learnt logit
+    per head that takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
     """
     batch, heads, rows, width = query.shape
     groups = key.shape[1]
     share = heads // groups
     # The query heads of a group look at the same keys: they become further rows of one head, and no key is repeated.
     folded = query.reshape(batch, groups, share * rows, width)
-    if mask is not None:
-        mask = mask.expand(batch, 1, rows, mask.shape[-1]) if mask.dim() == 4 else mask.expand(rows, mask.shape[-1])
-        mask = mask.repeat(*([1] * (mask.dim() - 2)), share, 1) if share > 1 else mask
     if sinks is None and not softcap:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     else:
         scores = (folded @ key.transpose(2, 3)) * scaling
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf"))
         if sinks is not None:
             sink = sinks.to(scores.dtype).view(1, groups, share, 1, 1).expand(batch, -1, -1, rows, 1)
             scores = torch.cat([scores, sink.reshape(batch, groups, share * rows, 1)], -1)
