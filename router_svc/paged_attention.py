@@ -273,8 +273,8 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with shared key-value heads.
 
-    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, H / G * n, L]. sinks [H]: a learnt logit
-    per head that takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
+    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, H / G * n, L]. sinks [H]: a logit learnt
+    per head, which takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
     """
     batch, heads, rows, width = query.shape
     groups = key.shape[1]
