@@ -273,7 +273,7 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with shared key-value heads.
 
-    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, H / G * n, L]. sinks [H]: a logit learnt
+    query [B, H, n, D], key and value [B, G, L, D], mask broadcastable to [B, 1, H/G * n, L]. sinks [H]: a logit learnt
     per head, which takes probability and gives nothing (gpt_oss). Returns [B, H, n, Dv].
     """
     batch, heads, rows, width = query.shape
