@@ -34,7 +34,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(call pinned,torch)
 	@echo "setup: installing the other pinned packages"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(call pinned,uv)
-	@$(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "setup: done"
