@@ -32,7 +32,7 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
         _check_agreement(manifest, model)
     except (CheckpointError, UnsupportedModelError) as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
-    except RuntimeError as error:  # torch, of a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
         raise FailedPrecondition(
             str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
         ) from error
