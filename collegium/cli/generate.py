@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -20,7 +21,9 @@ def generate(
         list[str] | None, typer.Option("--message", help="What the user says, rendered by the model's chat template.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Most tokens per choice.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Most tokens per choice; default: up to the model's length.")
+    ] = None,
     min_tokens: Annotated[int, typer.Option("--min-tokens", help="Nothing ends a choice before.")] = 0,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0: greedy, the default.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k likeliest tokens.")] = None,
@@ -33,11 +36,13 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of sequence.")] = False,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a choice; repeatable.")] = None,
     stop_ids: Annotated[str | None, typer.Option("--stop-ids", help="Ids that end a choice, such as 1,2.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Number of choices.")] = 1,
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of choices.")] = 1,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="Log-probabilities of the chosen and the n likeliest tokens.")
     ] = None,
-    request_id: Annotated[str | None, typer.Option("--request-id", help="Id for `cancel` and for logs.")] = None,
+    request_id: Annotated[
+        str | None, typer.Option("--request-id", help="Id for logs and for the SDK's cancel().")
+    ] = None,
     timeout_s: t.TimeoutS = None,
     api_key: t.ApiKey = None,
     tls: t.Tls = False,
@@ -84,19 +89,25 @@ def generate(
 def _show_stream(stream: Stream, *, has_text: bool) -> None:
     begin_s = time.monotonic()
     first_s: float | None = None
-    num_tokens = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     finish_reason = ""
-    for chunk in stream:
-        if first_s is None and chunk.token_ids:
-            first_s = time.monotonic() - begin_s
-        num_tokens += len(chunk.token_ids)
-        finish_reason = chunk.finish_reason or finish_reason
-        t.print_text(chunk.text if has_text else "".join(f"{token_id} " for token_id in chunk.token_ids))
-    t.print_line("")
+    try:
+        for chunk in stream:
+            if first_s is None and chunk.token_ids:
+                first_s = time.monotonic() - begin_s
+            token_ids += chunk.token_ids
+            logprobs += chunk.logprobs
+            finish_reason = chunk.finish_reason or finish_reason
+            t.print_text(chunk.text if has_text else "".join(f"{token_id} " for token_id in chunk.token_ids))
+    finally:
+        if token_ids or finish_reason:
+            t.print_line("")
+    _show_logprobs(token_ids, logprobs)
     total_s = time.monotonic() - begin_s
     first_ms = (total_s if first_s is None else first_s) * 1e3
     sys.stderr.write(
-        f"{num_tokens} tokens ({finish_reason}), the first after {first_ms:.0f} ms, {total_s:.2f} s in all\n"
+        f"{len(token_ids)} tokens ({finish_reason}), the first after {first_ms:.0f} ms, {total_s:.2f} s in all\n"
     )
 
 
@@ -104,6 +115,15 @@ def _show_choices(completion: Completion) -> None:
     for choice in completion.choices:
         t.print_line(f"--- choice {choice.index}, {choice.finish_reason}")
         t.print_line(choice.text or " ".join(map(str, choice.token_ids)))
+        _show_logprobs(choice.token_ids, choice.logprobs)
+
+
+def _show_logprobs(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+    # There are none unless they were asked for.
+    if logprobs:
+        for token_id, entry in zip(token_ids, logprobs, strict=True):
+            top = "".join(f"  {other}:{value:.4f}" for other, value in entry.top)
+            t.print_line(f"{token_id:>8} {entry.chosen:>10.4f}{top}")
 
 
 def _as_json(completion: Completion) -> t.Json:

@@ -12,23 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
 import typer
+from rich.markup import escape
 
+from collegium.cli.complaint import told
 from collegium.cli.generate import generate
-from collegium.cli.manifest import manifest
 from collegium.cli.score import score
 from collegium.cli.status import status
-from collegium.fabric.errors import CollegiumError, SettingsError, Unavailable
+from collegium.fabric.errors import CollegiumError, SettingsError
 
-# Commands that need more than the base package: where they are, and the extra that brings what they need.
-_LAZY: Mapping[str, tuple[str, str]] = {"up": ("collegium.cli.cluster", "all")}
-
-
-_HERE: Mapping[str, Callable[..., None]] = {
-    "generate": generate,
-    "score": score,
-    "status": status,
-    "manifest": manifest,
-}
+# Commands that need more than the base package: where they are.
+_LAZY: Mapping[str, str] = {"up": "collegium.cli.cluster", "manifest": "collegium.cli.manifest"}
+_HERE: Mapping[str, Callable[..., None]] = {"generate": generate, "score": score, "status": status}
+_INTERRUPTED = 130
+_INSTALL = "run pip install '.[all]' in a checkout of the project"
 
 
 def build(argv: Sequence[str]) -> typer.Typer:
@@ -39,9 +35,10 @@ def build(argv: Sequence[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Serve Mixture-of-Experts models as a cluster, and talk to one.",
     )
-    if next((word for word in argv if not word.startswith("-")), None) not in _HERE:
-        for name in _LAZY:
-            _add_lazy(app, name)
+    meant = next((word for word in argv if not word.startswith("-")), None)
+    for name, module in _LAZY.items():
+        if meant == name or meant not in (*_HERE, *_LAZY):
+            _add_lazy(app, name, module)
     for name, command in _HERE.items():
         app.command(name)(command)
     return app
@@ -52,14 +49,15 @@ def main() -> int:
     try:
         build(sys.argv[1:])()
     except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            return _complain("interrupted", _INTERRUPTED)
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except SettingsError as error:
         return _complain(str(error), 2)
     except CollegiumError as error:
-        hint = "; is a gateway at --target?" if isinstance(error, Unavailable) and not error.field else ""
-        return _complain(f"{error.code.name}: {error.message}{hint}", 1)
+        return _complain(told(error), 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,8 +65,7 @@ def main() -> int:
     return 0
 
 
-def _add_lazy(app: typer.Typer, name: str) -> None:
-    module, extra = _LAZY[name]
+def _add_lazy(app: typer.Typer, name: str, module: str) -> None:
     try:
         command: Callable[..., None] = getattr(import_module(module), name)
     except ImportError as error:
@@ -78,10 +75,11 @@ def _add_lazy(app: typer.Typer, name: str) -> None:
         return
 
     def refuse() -> None:
-        raise SettingsError(f"`{name}` needs more than the base package ({why}); pip install 'collegium[{extra}]'")
+        raise SettingsError(f"`{name}` needs more than the base package ({why}); {_INSTALL}")
 
     unchecked = {"ignore_unknown_options": True, "allow_extra_args": True}
-    app.command(name, help=f"Needs collegium[{extra}].", context_settings=unchecked)(refuse)
+    needs = escape(f"Needs more than the base package; {_INSTALL}.")
+    app.command(name, help=needs, context_settings=unchecked)(refuse)
 
 
 def _complain(text: str, exit_status: int) -> int:

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from collegium.cli import target as t
-from collegium.fabric.errors import InvalidArgument
+from collegium.cli.preflight import check_model_dir
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+from collegium.model.manifest import ManifestPathError, ensure_manifest
 
 
 def manifest(
@@ -19,10 +21,11 @@ def manifest(
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: the cache.")] = None,
 ) -> None:
     """Write a checkpoint's manifest, or find the one that was written before; prints its path."""
-    from collegium.model.manifest import ensure_manifest
-
+    check_model_dir(model_dir)
     columns = (TextColumn("manifest"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+    with Progress(
+        *columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
+    ) as progress:
         task = progress.add_task("manifest", total=None)
 
         def show(done: int, total: int) -> None:
@@ -30,6 +33,9 @@ def manifest(
 
         try:
             path = ensure_manifest(model_dir, out=out, progress=show)
+        except ManifestPathError as error:
+            field = "--out" if out is not None else "XDG_CACHE_HOME"
+            raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field=field) from error
         except (ValueError, OSError) as error:
             raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
     t.print_line(str(path))

@@ -23,15 +23,19 @@ def score(
     """Score a text: how likely each token is after those before it."""
     with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
         result = client.score(t.read_prompt(prompt), prompt_ids=t.read_ids(prompt_ids), model=model)
+    num_scored = len(result.token_ids) - 1  # the first has nothing before it
     if json:
         t.print_json(
             {
                 "token_ids": list(result.token_ids),
-                "logprobs": list(result.logprobs),
-                "perplexity": result.perplexity,
+                "logprobs": [None, *result.logprobs[1:]],
+                "perplexity": result.perplexity if num_scored else None,
             }
         )
         return
-    for token_id, logprob in zip(result.token_ids, result.logprobs, strict=True):
+    t.print_line(f"{result.token_ids[0]:>8} {'-':>10}")
+    for token_id, logprob in zip(result.token_ids[1:], result.logprobs[1:], strict=True):
         t.print_line(f"{token_id:>8} {logprob:>10.4f}")
-    t.print_line(f"perplexity {result.perplexity:.4f} over {len(result.token_ids)} tokens")
+    perplexity = f"{result.perplexity:.4f}" if num_scored else "-"
+    tokens = "1 token" if num_scored == 1 else f"{num_scored} tokens"
+    t.print_line(f"perplexity {perplexity} over {tokens} (the first has nothing before it)")

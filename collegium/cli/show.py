@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import grpc
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from collegium.client import Client
 from collegium.fabric.channels import TlsTrust
@@ -93,13 +94,13 @@ def worker_counters(addresses: Mapping[str, str]) -> dict[str, dict[str, float]]
 
 def completion_table(
     completion: Completion, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
-) -> Table:
+) -> Group:
     """Lay out a completion's numbers and what each worker did for it."""
     title = (
         f"{completion.num_tokens} tokens, first after {completion.first_token_s * 1e3:.0f} ms, "
         f"then {completion.tokens_per_s:.1f} tokens/s"
     )
-    table = Table(title=title, title_justify="left", min_width=len(title))
+    table = Table()
     for column in ("worker", "rows out", "rows back", "bytes out", "bytes back"):
         table.add_column(column, justify="left" if column == "worker" else "right")
     for name, counters in after.items():
@@ -115,17 +116,17 @@ def completion_table(
             gained('collegium_link_bytes_total{direction="out"}'),
             gained('collegium_link_bytes_total{direction="back"}'),
         )
-    return table
+    return Group(Text(title), table)
 
 
-def address_table(rows: Sequence[tuple[str, str, int]], threads: Mapping[str, int]) -> Table:
+def address_table(rows: Sequence[tuple[str, str, int]], threads: Mapping[str, int]) -> Group:
     """Lay out the members: (name, address, process id) and the compute threads by role."""
-    table = Table(title="The cluster", title_justify="left")
+    table = Table()
     for column in ("service", "address", "process", "threads"):
         table.add_column(column, justify="right" if column in ("process", "threads") else "left")
     for name, address, pid in rows:
         table.add_row(name, address, str(pid), str(threads.get(name.partition("-")[0], "")))
-    return table
+    return Group(Text("The cluster"), table)  # a table's own title is padded to its width
 
 
 def console(out: TextIO) -> Console:

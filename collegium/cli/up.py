@@ -7,6 +7,8 @@ stdout, everything else to stderr.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import math
 import os
 import signal
 import sys
@@ -20,11 +22,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from collegium.cli.child import ChildFailed
+from collegium.cli.preflight import check_kv_memory, check_logs, check_model_dir, check_prompt, check_tls
 from collegium.cli.spec import ClusterSpec, check_counts
 from collegium.cli.threads import parse_threads
+from collegium.fabric.api_keys import read_keys
 from collegium.fabric.channels import TlsTrust
-from collegium.fabric.errors import Cancelled, CollegiumError, InvalidArgument, SettingsError
+from collegium.fabric.errors import Cancelled, CollegiumError, FailedPrecondition, InvalidArgument, SettingsError
 from collegium.fabric.redis_url import check_redis_url
+from collegium.model.manifest import ManifestPathError, ensure_manifest, load_manifest
 
 if TYPE_CHECKING:
     from collegium.cli.cluster import Cluster
@@ -48,13 +54,13 @@ def up(
     once: Annotated[bool, typer.Option("--once", help="End after the first completion.")] = False,
     no_restart: Annotated[bool, typer.Option("--no-restart", help="Leave dead services dead.")] = False,
     prompt: Annotated[str, typer.Option(help="Prompt of the first completion.")] = "This package provides",
-    max_tokens: Annotated[int, typer.Option(help="Length of the first completion; 0: none.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Temperature of the first completion; 0: greedy.")] = 0.6,
-    top_k: Annotated[int, typer.Option(help="Likeliest tokens that the first completion chooses from.")] = 20,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Length of the first completion; 0: none.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of the first completion; 0: greedy.")] = 0.6,
+    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens that the first completion chooses from.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first completion.")] = 0,
     kv_memory: Annotated[str, typer.Option(help="Memory of each router for keys and values, such as 1GiB.")] = "",
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt and output; 0: the model's own.")] = 0,
-    max_batch_tokens: Annotated[int, typer.Option(help="Rows of one step; 0: the router's default.")] = 0,
+    max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt and output; 0: the model's own.")] = 0,
+    max_batch_tokens: Annotated[int, typer.Option(min=0, help="Rows of one step; 0: the router's default.")] = 0,
     device: Annotated[str, typer.Option(help="torch device of the routers.")] = "cpu",
     tls_cert: Annotated[Path | None, typer.Option(help="The gateways' certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
@@ -79,7 +85,12 @@ def up(
     )
     gateway_flags = _given(("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--api-keys", api_keys))
     try:
-        _check_model_dir(model_dir)
+        check_model_dir(model_dir)
+        check_tls(tls_cert, tls_key, tls_ca)
+        check_logs(log_level, log_format)
+        check_kv_memory(kv_memory)
+        check_prompt(prompt, max_tokens)
+        keys = [] if api_keys is None else read_keys(api_keys)
         redis_url = os.environ.get("REDIS_URL", "")
         if redis_url:
             check_redis_url(redis_url)
@@ -108,11 +119,19 @@ def up(
             tls_ca=tls_ca or tls_cert,
         )
         demo = _Demo(
-            prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, api_keys=api_keys
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            api_key=next(iter(keys), None),
         )
         run_cluster(spec, interrupts, demo if max_tokens > 0 else None, once=once)
     except Cancelled:
-        say("stopped")
+        raise KeyboardInterrupt from None  # which every command ends with in the same way
+    except ChildFailed as error:
+        say(error.summary if error.has_relayed_lines else error.message)
+        raise typer.Exit(2 if error.exit_status == 2 else 1) from None
     except SettingsError as error:
         say(str(error))
         raise typer.Exit(2) from None
@@ -128,7 +147,7 @@ class _Demo:
     temperature: float
     top_k: int
     seed: int
-    api_keys: Path | None
+    api_key: str | None
 
 
 class _Interrupts:
@@ -157,22 +176,26 @@ def run_cluster(spec: ClusterSpec, is_interrupted: Callable[[], bool], demo: _De
     cluster = Cluster(spec, say=say, is_interrupted=is_interrupted)
     start_s = time.monotonic()
     say(
-        f"starting {spec.num_workers} workers, {spec.num_routers} routers and {spec.num_gateways} gateways in "
-        f"{spec.dtype}, {spec.threads.per_router} threads per router, {spec.threads.per_worker} per worker"
+        f"starting {_count(spec.num_workers, 'worker')}, {_count(spec.num_routers, 'router')} and "
+        f"{_count(spec.num_gateways, 'gateway')} in {spec.dtype}, {_count(spec.threads.per_router, 'thread')} per "
+        f"router, {spec.threads.per_worker} per worker"
     )
     try:
         cluster.start()
         cluster.wait_until_serving(limit_s=_START_LIMIT_S)
         say(f"the cluster is SERVING after {time.monotonic() - start_s:.1f} s")
-        out = console(sys.stdout)
         if demo is not None:
             _show_completion(cluster, spec, demo)
         rows = [(member.name, member.address, cluster.pid(member.name)) for member in cluster.members]
-        out.print(address_table(rows, {"router": spec.threads.per_router, "worker": spec.threads.per_worker}))
+        threads = {"router": spec.threads.per_router, "worker": spec.threads.per_worker}
+        console(sys.stdout).print(address_table(rows, threads))
         if not once:
             say(f"serving at {', '.join(cluster.targets)} until Ctrl-C")
-            cluster.wait_until(is_interrupted, float("inf"))
+            with contextlib.suppress(Cancelled):  # the usual end
+                cluster.wait_until(lambda: False, math.inf)
     finally:
+        if is_interrupted():
+            say("stopping")
         cluster.stop()
     say("every process has ended")
 
@@ -195,7 +218,7 @@ def _show_completion(cluster: Cluster, spec: ClusterSpec, demo: _Demo) -> None:
 
     def ask() -> None:
         try:
-            answer.set_result(stream_completion(targets, demand, sys.stdout, api_key=_first_key(demo), tls=tls))
+            answer.set_result(stream_completion(targets, demand, sys.stdout, api_key=demo.api_key, tls=tls))
         except Exception as error:
             answer.set_exception(error)
 
@@ -207,8 +230,6 @@ def _show_completion(cluster: Cluster, spec: ClusterSpec, demo: _Demo) -> None:
 
 def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
     """Find or make the manifest of a checkpoint, with progress on stderr."""
-    from collegium.model.manifest import ensure_manifest
-
     said_s = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -221,14 +242,14 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
 
     try:
         return ensure_manifest(model_dir, progress=progress)
+    except ManifestPathError as error:
+        raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field="XDG_CACHE_HOME") from error
     except (ValueError, OSError) as error:
         raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
 
 
 def resolve_dtype(dtype: str, manifest: Path) -> str:
     """Turn auto into the type of the checkpoint's experts, as every service would."""
-    from collegium.model.manifest import load_manifest
-
     return load_manifest(manifest).dtype if dtype == "auto" else dtype
 
 
@@ -243,19 +264,9 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _check_model_dir(model_dir: Path) -> None:
-    if not model_dir.is_dir():
-        raise SettingsError(f"MODEL_DIR={model_dir} is not a folder; give the folder of a checkpoint")
-    if not (model_dir / "config.json").is_file():
-        raise SettingsError(f"MODEL_DIR={model_dir} holds no config.json; give the folder of a checkpoint")
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _given(*flags: tuple[str, object]) -> list[str]:
     return [f"{flag}={value}" for flag, value in flags if value]
-
-
-def _first_key(demo: _Demo) -> str | None:
-    if demo.api_keys is None:
-        return None
-    lines = demo.api_keys.read_text(encoding="utf-8").splitlines()
-    return next((line.strip() for line in lines if line.strip() and not line.strip().startswith("#")), None)

@@ -13,10 +13,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded, ResourceExhausted, Unavailable
+from collegium.fabric.channels import split_address
+from collegium.fabric.errors import (
+    Cancelled,
+    CollegiumError,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    SettingsError,
+    Unavailable,
+)
 
 # An address that has failed is asked last for this long.
 _SHY_S = 2.0
+_CORES_DEADLINE = "Deadline Exceeded"  # gRPC's core says this, among other words, and nothing of what to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +40,15 @@ class RetryPolicy:
 
 
 class Addresses:
-    """Where gateways are. Safe to share among threads."""
+    """Where gateways are; InvalidArgument where that is no HOST:PORT. Safe to share among threads."""
 
     def __init__(self, target: str | Sequence[str]) -> None:
         names = [target] if isinstance(target, str) else list(target)
         names = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
         if not names:
-            raise ValueError("target is empty; give HOST:PORT, or several")
+            raise InvalidArgument("the target is empty", field="target", remedy="give HOST:PORT, or several")
+        for name in names:
+            _check_address(name)
         self.names = tuple(dict.fromkeys(names))
         self._turn = itertools.count()
         self._failed_s: dict[str, float] = {}
@@ -83,7 +95,7 @@ class Attempts:
             return None
         left_s = self._deadline_s - now_s
         if left_s <= 0:
-            raise DeadlineExceeded("the deadline has passed", field="timeout_s", remedy="give more time")
+            raise _out_of_time()
         return left_s
 
     def succeed(self, now_s: float) -> None:
@@ -93,6 +105,8 @@ class Attempts:
 
     def fail(self, error: CollegiumError, now_s: float) -> float:
         """Take a failure; gives the pause before the next try, at `address`, or raises the error for good."""
+        if isinstance(error, DeadlineExceeded) and _CORES_DEADLINE in error.message:
+            raise _out_of_time() from error
         if not is_transient(error):
             raise error
         self._addresses.note(self.address, has_failed=isinstance(error, Unavailable), now_s=now_s)
@@ -113,6 +127,21 @@ class Attempts:
         ours_s = min(policy.first_pause_s * 2 ** (self._round - 1), policy.longest_pause_s)
         pause_s = max(ours_s, error.retry_after_s or 0.0)
         return pause_s * (1 + policy.jitter * self._rng.random())
+
+
+def _check_address(name: str) -> None:
+    try:
+        _, port = split_address(name, "target")
+    except SettingsError:
+        port = 0
+    if port == 0:
+        raise InvalidArgument(
+            f"{name!r} is no address", field="target", remedy="give HOST:PORT with a port from 1 to 65535"
+        )
+
+
+def _out_of_time() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline has passed", field="timeout_s", remedy="give more time")
 
 
 def is_transient(error: CollegiumError) -> bool:

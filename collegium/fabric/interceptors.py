@@ -6,6 +6,7 @@ its call ends.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -89,19 +90,27 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
             return await behaviour(request, context)
         except CollegiumError as error:
             _mark(span, error)
-            await context.abort(error.code, error.message, trailing_metadata(error))
+            await _abort(context, error)
         except aio.AbortError:
             raise
         except Exception as error:
             _log.exception("a call failed by a fault of ours", method=method)
             fault = Internal("internal error; the server's log has the details", reason="FAULT")
             _mark(span, error)
-            await context.abort(fault.code, fault.message, trailing_metadata(fault))
+            await _abort(context, fault)
         finally:
             if span is not None:
                 span.end()
 
     return guarded
+
+
+async def _abort(context: Context, error: CollegiumError) -> None:
+    try:
+        await context.abort(error.code, error.message, trailing_metadata(error))
+    except aio.InternalError:
+        # The caller has just left, which done() does not tell: gRPC would log this as an error of the server.
+        raise asyncio.CancelledError from None
 
 
 def _server_span(method: str, context: Context) -> Span:

@@ -191,9 +191,9 @@ def _is_bool(fields: Mapping[str, tuple[dataclasses.Field[object], object]], nam
 
 def _unknown(word: str, fields: Mapping[str, object]) -> str:
     flag = word.partition("=")[0]
-    known = [f"--{_kebab(name)}" for name in fields]
-    near = difflib.get_close_matches(flag, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    # Without the dashes: they are alike in all, and made strangers close.
+    near = difflib.get_close_matches(flag.lstrip("-"), [_kebab(name) for name in fields], n=1)
+    hint = f"did you mean --{near[0]}? " if near else ""
     return f"{flag} is not a setting; {hint}--help lists them all"
 
 

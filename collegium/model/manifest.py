@@ -5,6 +5,7 @@ neither transformers nor the names of an architecture. Reads safetensors headers
 L MoE layers, E experts, D model, F ffn.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,12 @@ from collegium.model.architectures import (
 )
 
 VERSION = 1
+
+
+class ManifestPathError(OSError):
+    """The manifest cannot be written where it should go; the checkpoint is not at fault."""
+
+
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _READ_BYTES = 16 << 20  # large enough for sequential reads, small enough to show progress
 
@@ -106,7 +113,7 @@ def ensure_manifest(
     """Return the path of the checkpoint's manifest, made now unless a cached one still fits its files.
 
     `progress(done_bytes, total_bytes)` is called as the pass goes on. The cache lies under XDG_CACHE_HOME (or
-    ~/.cache). Raises CheckpointError or UnsupportedModelError.
+    ~/.cache). Folders are made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
     """
     model_dir = model_dir.resolve()
     files = _files_of(model_dir)
@@ -118,12 +125,25 @@ def ensure_manifest(
             cached = None
         if cached is not None and cached.model_dir == str(model_dir) and dict(cached.files) == files:
             return path
-    manifest = build_manifest(model_dir, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps({"version": VERSION, **asdict(manifest)}), encoding="utf-8")
-    partial.replace(path)
+    if path.is_dir():  # said before the pass, which can be long
+        raise ManifestPathError(f"{path} is a folder; name a file")
+    if out is not None and not path.parent.is_dir():
+        raise ManifestPathError(f"{path.parent} is not a folder; make it first")
+    _write(path, build_manifest(model_dir, progress=progress))
     return path
+
+
+def _write(path: Path, manifest: Manifest) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"version": VERSION, **asdict(manifest)}), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ManifestPathError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -115,16 +115,99 @@ async def test_score_and_status_print_what_they_found(command: Command) -> None:
     assert "placement epoch 0" in listed.out
 
 
+async def test_a_score_says_over_how_many_tokens_it_is(command: Command) -> None:
+    async with rig(FakeRouter()) as served:
+        target = ("--target", served.address)
+        three, one, as_json, one_as_json = [
+            await command("score", *target, "--prompt-ids", ids, *rest)
+            for ids, *rest in (("1,2,3",), ("1",), ("1,2,3", "--json"), ("1", "--json"))
+        ]
+    lines = three.out.splitlines()
+    assert lines[0].split() == ["1", "-"]
+    assert lines[-1].endswith("over 2 tokens (the first has nothing before it)")
+    assert one.out.splitlines()[-1] == "perplexity - over 0 tokens (the first has nothing before it)"
+    score = json.loads(as_json.out)
+    assert score["logprobs"][0] is None
+    assert None not in (*score["logprobs"][1:], score["perplexity"])
+    assert json.loads(one_as_json.out) == {"token_ids": [1], "logprobs": [None], "perplexity": None}
+
+
+async def test_log_probabilities_are_a_line_per_token_after_the_text(command: Command) -> None:
+    async with rig(FakeRouter()) as served:
+        argv = ("generate", "--target", served.address, "--prompt-ids", "1,2", "--max-tokens", "3", "--logprobs", "2")
+        one, two = await command(*argv), await command(*argv, "-n", "2")
+    ids = [str(token_id) for token_id in expected([1, 2], 3)]
+    lines = one.out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ids
+    assert all(len(line.split()) == 4 for line in lines)
+    assert sum(line.split()[:1] == [ids[0]] and len(line.split()) == 4 for line in two.out.splitlines()) == 2
+
+
+async def test_a_deadline_and_an_interrupt_end_a_line_that_was_begun(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = FakeRouter(next_token=scripted([500] * 4))
+    router.hold()
+    router.step(2)
+    async with rig(router) as served:
+        argv = ("generate", "--target", served.address, "--prompt-ids", "1", "--timeout-s", "1")
+        late = await command(*argv)
+
+        def interrupt(text: str) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("collegium.cli.target.print_text", interrupt)
+        monkeypatch.setattr("collegium.cli.target.print_line", lambda text: sys.stdout.write(f"{text}\n"))
+        router.release()
+        interrupted = await command(*argv)
+    assert late.status == 1
+    assert late.out.endswith("\n") and len(late.out) > 1
+    assert late.err == "collegium: DEADLINE_EXCEEDED: --timeout-s: the deadline has passed; give more time\n"
+    assert (interrupted.status, interrupted.out, interrupted.err) == (130, "\n", "collegium: interrupted\n")
+
+
+async def test_tls_where_there_is_none_is_told_in_one_line_with_what_to_do() -> None:
+    async with rig(FakeRouter()) as served:
+        ended = await collegium("status", "--target", served.address, "--tls", "--timeout-s", "2")
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith("collegium: UNAVAILABLE")
+    assert "leave --tls and --tls-ca out" in ended.err
+
+
+async def test_a_manifest_is_written_where_it_is_asked_for_and_nothing_else_is_said(
+    command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "m.json"
+    written = await command("manifest", str(DEMO), "--out", str(out))
+    assert (written.status, written.out, written.err) == (0, f"{out}\n", "")
+    folder = await command("manifest", str(DEMO), "--out", str(tmp_path))
+    assert (folder.status, folder.out) == (1, "")
+    assert folder.err == f"collegium: FAILED_PRECONDITION: --out: {tmp_path} is a folder; name a file\n"
+    assert os.listdir(tmp_path) == [out.name]
+
+
+async def test_without_extras_a_command_says_what_to_install(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    monkeypatch.delitem(sys.modules, "collegium.cli.manifest", raising=False)
+    monkeypatch.delitem(sys.modules, "collegium.model.manifest", raising=False)
+    ended, helped = await command("manifest", str(DEMO)), await command("--help")
+    assert ended.status == 2
+    assert "`manifest` needs more than the base package" in ended.err
+    assert "pip install '.[all]'" in ended.err
+    assert ".[all]" in helped.out
+
+
 async def test_errors_end_with_their_status_on_stderr_and_nothing_on_stdout(command: Command) -> None:
     async with rig(FakeRouter()) as served:
         target = ("--target", served.address)
         cases = {
-            "INVALID_ARGUMENT: sampling.temperature": ("generate", *target, "--prompt", "x", "--temperature", "nan"),
-            "INVALID_ARGUMENT: token_ids": ("generate", *target, "--prompt-ids", "99999", "--json"),
-            "INVALID_ARGUMENT: --prompt-ids": ("generate", *target, "--prompt-ids", "a,b"),
-            "INVALID_ARGUMENT: max_tokens": ("generate", *target, "--prompt", "x", "--max-tokens=-4"),
-            "INVALID_ARGUMENT: prompt": ("score", *target, "--prompt", os.fsdecode(b"\xff")),
-            "NOT_FOUND: model": ("score", *target, "--prompt", "x", "--model", "other", "--json"),
+            "INVALID_ARGUMENT: --temperature: nan": ("generate", *target, "--prompt", "x", "--temperature", "nan"),
+            "INVALID_ARGUMENT: --prompt-ids: token": ("generate", *target, "--prompt-ids", "99999", "--json"),
+            "INVALID_ARGUMENT: --prompt-ids: 'a,b'": ("generate", *target, "--prompt-ids", "a,b"),
+            "INVALID_ARGUMENT: --max-tokens": ("generate", *target, "--prompt", "x", "--max-tokens=-4"),
+            "INVALID_ARGUMENT: --prompt: the text": ("score", *target, "--prompt", os.fsdecode(b"\xff")),
+            "INVALID_ARGUMENT: --target: the target is empty": ("status", "--target", ""),
+            "NOT_FOUND: --model": ("score", *target, "--prompt", "x", "--model", "other", "--json"),
             "UNAVAILABLE": ("status", "--target", "127.0.0.1:1", "--timeout-s", "0.5"),
         }
         found = [await command(*argv) for argv in cases.values()]

@@ -68,6 +68,14 @@ def test_a_member_that_cannot_start_fails_the_cluster_with_its_last_lines(tmp_pa
         broken.kill_all()
 
 
+def test_a_member_that_came_back_is_said_to_serve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collegium.cli.cluster.members_of", lambda spec, url: members_of(spec, url)[:1])
+    told: list[str] = []
+    with Cluster(spec_of(tmp_path), say=told.append) as balancer_alone:
+        balancer_alone.kill("balancer")
+        balancer_alone.wait_until(lambda: any("balancer SERVING again after" in line for line in told), LIMIT_S)
+
+
 def test_without_restarts_the_dead_stay_dead_and_the_others_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,13 +152,15 @@ def test_killing_up_while_it_starts_leaves_no_process() -> None:
         wait_until_gone(pids)
 
 
-def test_an_interrupt_while_it_starts_ends_everything_well() -> None:
+def test_an_interrupt_while_it_starts_ends_everything_with_status_130() -> None:
     with running(str(DEMO), "--grpc-port", "0", "--workers", "1") as up:
         up.wait_for("balancer SERVING")
         pids = descendants(up.process.pid)
         up.process.send_signal(signal.SIGINT)
-        assert up.end() == 0, up.everything()
+        assert up.end() == 130, up.everything()
     wait_until_gone(pids)
+    assert "up | stopping\n" in up.err
+    assert up.err[-1] == "collegium: interrupted\n"
 
 
 def test_a_port_in_use_is_named_with_its_flag() -> None:
@@ -177,8 +179,12 @@ def test_a_port_in_use_is_named_with_its_flag() -> None:
         ([str(DEMO), "--workers", "0"], {}, "--workers=0 cannot be used: give at least 1"),
         ([str(DEMO), "--dtype", "int4"], {}, "--dtype='int4' cannot be used: give float32, bfloat16 or auto"),
         ([str(DEMO), "--threads", "all"], {}, "--threads='all' cannot be used: give auto"),
+        ([str(DEMO), "--api-keys", "/nowhere"], {}, "--api-keys=/nowhere cannot be read"),
+        ([str(DEMO), "--tls-cert", "/nowhere", "--tls-key", "/nowhere"], {}, "--tls-cert=/nowhere cannot be read"),
+        ([str(DEMO), "--prompt", ""], {}, "--prompt='' cannot be used"),
+        ([str(DEMO), "--max-tokens", "-1"], {}, "--max-tokens"),
     ],
-    ids=["REDIS_URL", "folder", "workers", "dtype", "threads"],
+    ids=["REDIS_URL", "folder", "workers", "dtype", "threads", "keys", "certificate", "prompt", "length"],
 )
 def test_what_cannot_be_used_ends_it_with_status_2(args: list[str], env: dict[str, str], message: str) -> None:
     with running(*args, env=env) as up:
@@ -186,8 +192,9 @@ def test_what_cannot_be_used_ends_it_with_status_2(args: list[str], env: dict[st
     assert message in up.everything()
 
 
-def test_a_setting_that_a_service_refuses_ends_it_with_that_services_last_lines() -> None:
-    with running(str(DEMO), "--grpc-port", "0", "--workers", "1", "--api-keys", "/nowhere") as up:
-        assert up.end() == 1
-    assert "--api-keys=/nowhere cannot be read" in up.everything()
-    assert any("gateway-0 exited with status 2; its last lines:" in line for line in up.err)
+def test_a_setting_that_only_a_service_reads_ends_it_with_status_2_and_is_told_once() -> None:
+    env = {"COLLEGIUM_MAX_REQUESTS": "0"}
+    with running(str(DEMO), "--grpc-port", "0", "--workers", "1", env=env) as up:
+        assert up.end() == 2
+    assert sum("COLLEGIUM_MAX_REQUESTS='0' cannot be used" in line for line in up.err) == 1
+    assert "up | gateway-0 exited with status 2\n" in up.err

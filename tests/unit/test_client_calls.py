@@ -29,7 +29,7 @@ GONE = Unavailable("gone")
 
 
 def attempts(
-    target: str = "a,b", *, rounds: int = 3, timeout_s: float | None = None, addresses: Addresses | None = None
+    target: str = "a:1,b:1", *, rounds: int = 3, timeout_s: float | None = None, addresses: Addresses | None = None
 ) -> Attempts:
     policy = RetryPolicy(rounds=rounds, first_pause_s=1.0, longest_pause_s=4.0, jitter=0.0)
     return Attempts(addresses or Addresses(target), policy, now_s=0.0, timeout_s=timeout_s, rng=random.Random(0))
@@ -44,20 +44,20 @@ def test_another_address_is_tried_at_once_and_the_same_ones_after_growing_pauses
     for _ in range(7):
         pause_s = tries.fail(GONE, 0.0)
         seen.append((tries.address, pause_s))
-    assert seen == [("a", None), ("b", 0), ("a", 1), ("b", 0), ("a", 2), ("b", 0), ("a", 4), ("b", 0)]
+    assert seen == [("a:1", None), ("b:1", 0), ("a:1", 1), ("b:1", 0), ("a:1", 2), ("b:1", 0), ("a:1", 4), ("b:1", 0)]
     with pytest.raises(Unavailable):
         tries.fail(GONE, 0.0)
 
 
 def test_progress_begins_the_count_anew() -> None:
-    tries = attempts("a", rounds=2)
+    tries = attempts("a:1", rounds=2)
     for _ in range(10):
         assert tries.fail(GONE, 0.0) == 1.0
         tries.succeed(0.0)
 
 
 def test_the_servers_delay_is_kept() -> None:
-    assert attempts("a").fail(ResourceExhausted("full", retry_after_s=7.5), 0.0) == 7.5
+    assert attempts("a:1").fail(ResourceExhausted("full", retry_after_s=7.5), 0.0) == 7.5
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_stream_that_its_gateway_cut_is_taken_up_again() -> None:
 
 
 def test_no_pause_reaches_past_the_deadline() -> None:
-    tries = attempts("a", timeout_s=1.5, rounds=9)
+    tries = attempts("a:1", timeout_s=1.5, rounds=9)
     assert tries.time_left_s(0.5) == 1.0
     assert tries.fail(GONE, 0.1) == 1.0
     with pytest.raises(Unavailable):
@@ -84,16 +84,26 @@ def test_no_pause_reaches_past_the_deadline() -> None:
 
 
 def test_addresses_take_turns_and_those_that_failed_come_last_for_a_while() -> None:
-    addresses = Addresses(["a", "b,c"])
-    assert [addresses.order(0.0)[0] for _ in range(4)] == ["a", "b", "c", "a"]
-    addresses.note("b", has_failed=True, now_s=0.0)
-    assert all(addresses.order(1.0)[-1] == "b" for _ in range(3))
-    assert "b" in [addresses.order(3.0)[0] for _ in range(3)]
-    addresses.note("b", has_failed=True, now_s=3.0)
-    addresses.note("b", has_failed=False, now_s=3.0)
-    assert "b" in [addresses.order(3.0)[0] for _ in range(3)]
-    with pytest.raises(ValueError, match="HOST:PORT"):
-        Addresses(" , ")
+    addresses = Addresses(["a:1", "b:1,c:1"])
+    assert [addresses.order(0.0)[0] for _ in range(4)] == ["a:1", "b:1", "c:1", "a:1"]
+    addresses.note("b:1", has_failed=True, now_s=0.0)
+    assert all(addresses.order(1.0)[-1] == "b:1" for _ in range(3))
+    assert "b:1" in [addresses.order(3.0)[0] for _ in range(3)]
+    addresses.note("b:1", has_failed=True, now_s=3.0)
+    addresses.note("b:1", has_failed=False, now_s=3.0)
+    assert "b:1" in [addresses.order(3.0)[0] for _ in range(3)]
+
+
+@pytest.mark.parametrize("target", ["", " , ", "localhost", "h:0", "h:70000", "h:x", "a:1,b"])
+def test_a_target_that_is_no_address_is_refused_by_name(target: str) -> None:
+    with pytest.raises(InvalidArgument, match="HOST:PORT") as caught:
+        Addresses(target)
+    assert caught.value.field == "target"
+
+
+def test_the_deadline_that_grpc_notes_is_told_with_a_remedy() -> None:
+    with pytest.raises(DeadlineExceeded, match="timeout_s: the deadline has passed; give more time"):
+        attempts().fail(DeadlineExceeded("Stream removed (Deadline Exceeded)"), 0.0)
 
 
 # Requests.

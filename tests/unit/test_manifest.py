@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from collegium.model.architectures import ARCHITECTURES, CheckpointError, UnsupportedModelError
 from collegium.model.experts import PackedExpert
-from collegium.model.manifest import build_manifest, ensure_manifest, load_manifest
+from collegium.model.manifest import ManifestPathError, build_manifest, ensure_manifest, load_manifest
 from collegium.model.weights import read_expert
 from expert_svc.store import ExpertStore
 from tests.checkpoints import Variant
@@ -53,6 +53,20 @@ def test_a_cached_manifest_is_used_until_a_file_changes(
     (checkpoint / "model.safetensors").touch()
     ensure_manifest(checkpoint, progress=lambda done, total: seen.append((done, total)))
     assert seen
+
+
+def test_a_manifest_that_cannot_be_written_says_so_before_the_pass_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    before = sorted(tmp_path.iterdir())
+    for out, why in ((tmp_path, "is a folder"), (tmp_path / "absent" / "m.json", "make it first")):
+        with pytest.raises(ManifestPathError, match=why):
+            ensure_manifest(checkpoint, out=out, progress=lambda done, total: seen.append((done, total)))
+    assert not seen
+    with pytest.raises(ManifestPathError, match="cannot be written"):
+        ensure_manifest(checkpoint, out=tmp_path / ("x" * 250))  # too long a name for the partial file
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def edit_config(checkpoint: Path, **changes: object) -> None:

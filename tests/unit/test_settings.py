@@ -48,6 +48,7 @@ def test_every_type_is_read_from_both_forms_of_a_flag() -> None:
     [
         (["--model=/m", "--num-block", "1"], "--num-block is not a setting; did you mean --num-blocks?"),
         (["--model=/m", "stray"], "stray is not a setting"),
+        (["--bogus", "1"], "--bogus is not a setting; --help lists them all"),
         ([], "--model is missing; give it, or set COLLEGIUM_MODEL"),
         (["--model=/m", "--num-blocks=x"], "--num-blocks='x' cannot be used: give a whole number"),
         (["--model=/m", "--num-blocks=0"], "--num-blocks='0' cannot be used: give at least 1"),

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collegium.cli.child import RestartPolicy
-from collegium.cli.show import Completion
+from collegium.cli.child import ChildFailed, RestartPolicy
+from collegium.cli.complaint import told
+from collegium.cli.preflight import check_kv_memory, check_logs, check_model_dir, check_prompt, check_tls
+from collegium.cli.show import Completion, address_table, completion_table, console
 from collegium.cli.spec import ClusterSpec, members_of, service_env
 from collegium.cli.threads import Allotment, allot, parse_threads
 from collegium.cli.up import resolve_dtype
-from collegium.fabric.errors import SettingsError
+from collegium.fabric.errors import (
+    CollegiumError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SettingsError,
+    Unauthenticated,
+    Unavailable,
+)
+from collegium.model.manifest import ensure_manifest, load_manifest
+from tests.gateway_rig import DEMO, certificate
 
 SPEC = ClusterSpec(model=Path("/m"), manifest=Path("/m.json"), num_workers=2, num_routers=2, num_gateways=2)
 
@@ -96,18 +110,122 @@ def test_an_impossible_cluster_names_the_flag(change: dict[str, int], flag: str)
         ClusterSpec(model=Path("/m"), manifest=Path("/m.json"), **change)
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [('{"dtype": "bfloat16"}', "bfloat16"), ('{"torch_dtype": "float16"}', "float32"), ("{}", "float32")],
-)
-def test_auto_is_the_checkpoints_own_type_where_it_is_served(config: str, dtype: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(config)
-    assert resolve_dtype("auto", tmp_path) == dtype
-    assert resolve_dtype("float32", tmp_path) == "float32"
-    with pytest.raises(SettingsError, match="--dtype"):
-        resolve_dtype("int3", tmp_path)
+def test_auto_is_the_type_that_the_manifest_tells_every_service(tmp_path: Path) -> None:
+    manifest = ensure_manifest(DEMO, out=tmp_path / "m.json")
+    assert resolve_dtype("auto", manifest) == load_manifest(manifest).dtype
+    assert resolve_dtype("float32", manifest) == "float32"
 
 
 def test_the_rate_counts_tokens_after_the_first_one() -> None:
     assert Completion(num_tokens=11, first_token_s=1.0, total_s=3.0, finish_reason="length").tokens_per_s == 5.0
     assert Completion(num_tokens=1, first_token_s=1.0, total_s=1.0, finish_reason="stop").tokens_per_s == 0.0
+
+
+def test_no_line_of_a_table_ends_in_blanks() -> None:
+    out = io.StringIO()
+    completion = Completion(num_tokens=11, first_token_s=1.0, total_s=3.0, finish_reason="length")
+    console(out).print(completion_table(completion, {}, {"worker-0": {}}))
+    console(out).print(address_table([("worker-0", "127.0.0.1:1", 1)], {"worker": 1}))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "11 tokens, first after 1000 ms, then 5.0 tokens/s"
+    assert "The cluster" in lines
+    assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_certificate_and_key_go_together_and_each_error_names_its_flag(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    (tmp_path / "other").mkdir()
+    other_key = certificate(tmp_path / "other")[1]
+    absent = tmp_path / "absent.pem"
+    check_tls(None, None, None)
+    check_tls(cert, key, None)
+    check_tls(cert, key, cert)
+    for files, message in {
+        (cert, None, None): f"--tls-cert={cert} is given without --tls-key",
+        (None, key, None): f"--tls-key={key} is given without --tls-cert",
+        (None, None, cert): f"--tls-ca={cert} is given without --tls-cert",
+        (absent, key, None): f"--tls-cert={absent} cannot be read: No such file",
+        (cert, absent, None): f"--tls-key={absent} cannot be read: No such file",
+        (cert, key, absent): f"--tls-ca={absent} cannot be read: No such file",
+        (key, key, None): f"--tls-cert={key} cannot be used: it holds no certificate",
+        (cert, cert, None): f"--tls-key={cert} cannot be used: it holds no private key",
+        (cert, other_key, None): f"--tls-cert={cert} and --tls-key={other_key} cannot be used together",
+    }.items():
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            check_tls(*files)
+
+
+def test_flags_of_services_are_checked_before_a_service_is_started(tmp_path: Path) -> None:
+    check_logs("warning", "json")
+    check_kv_memory("")
+    check_kv_memory("1GiB")
+    check_prompt("", 0)
+    for check, args, message in (
+        (check_logs, ("loud", "text"), "--log-level='loud' cannot be used: give one of debug"),
+        (check_logs, ("info", "xml"), "--log-format='xml' cannot be used"),
+        (check_kv_memory, ("much",), "--kv-memory='much' cannot be used: give a number of bytes"),
+        (check_kv_memory, ("0",), "--kv-memory='0' cannot be used: give at least 1"),
+        (check_prompt, ("", 4), "--prompt='' cannot be used"),
+    ):
+        with pytest.raises(SettingsError, match=re.escape(message)):
+            check(*args)  # type: ignore[operator]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"config\.json cannot be read: .*; fetch the checkpoint again"):
+        check_model_dir(tmp_path)
+
+
+def test_what_was_relayed_can_be_told_without_its_lines() -> None:
+    error = ChildFailed("x exited with status 2", last_lines=["a", "b"], has_relayed_lines=True, exit_status=2)
+    assert error.summary == "x exited with status 2"
+    assert error.message == "x exited with status 2; its last lines:\n  a\n  b"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            InvalidArgument("0 tokens are no answer", field="stopping.max_tokens", remedy="give at least 1"),
+            "INVALID_ARGUMENT: --max-tokens: 0 tokens are no answer; give at least 1",
+        ),
+        (InvalidArgument("2 cannot be used", field="sampling.top_p"), "INVALID_ARGUMENT: --top-p: 2 cannot be used"),
+        (InvalidArgument("65 is too many", field="num_choices"), "INVALID_ARGUMENT: --n: 65 is too many"),
+        (InvalidArgument("0 choices are no answer", field="n"), "INVALID_ARGUMENT: --n: 0 choices are no answer"),
+        (InvalidArgument("21 is too many", field="num_logprobs"), "INVALID_ARGUMENT: --logprobs: 21 is too many"),
+        (
+            InvalidArgument("the prompt is empty", field="text", remedy="send token_ids"),
+            "INVALID_ARGUMENT: --prompt: the prompt is empty; send --prompt-ids",
+        ),
+        (
+            InvalidArgument("an empty string", field="stopping.stop_strings[0]"),
+            "INVALID_ARGUMENT: --stop: an empty string",
+        ),
+        (
+            InvalidArgument("one is needed", field="prompt", remedy="give one of prompt, prompt_ids and messages"),
+            "INVALID_ARGUMENT: --prompt: one is needed; give one of --prompt, --prompt-ids and --message",
+        ),
+        (
+            Unauthenticated("there is no API key", field="authorization", remedy="send the metadata"),
+            "UNAUTHENTICATED: there is no API key; give --api-key KEY, or set COLLEGIUM_API_KEY",
+        ),
+        (NotFound("model 'a' is unknown", field="model"), "NOT_FOUND: --model: model 'a' is unknown"),
+        (FailedPrecondition("/x is a folder", field="--out"), "FAILED_PRECONDITION: --out: /x is a folder"),
+        (
+            Unavailable("Ssl handshake failed: CERTIFICATE_VERIFY_FAILED"),
+            "UNAVAILABLE: Ssl handshake failed: CERTIFICATE_VERIFY_FAILED; "
+            "the gateway's certificate is not trusted: give --tls-ca FILE",
+        ),
+        (
+            Unavailable("Tls handshake failed: WRONG_VERSION_NUMBER"),
+            "UNAVAILABLE: Tls handshake failed: WRONG_VERSION_NUMBER; "
+            "the gateway may not speak TLS: leave --tls and --tls-ca out",
+        ),
+        (
+            Unavailable("Socket closed"),
+            "UNAVAILABLE: Socket closed; the gateway may speak TLS: give --tls, or --tls-ca FILE",
+        ),
+        (Unavailable("refused"), "UNAVAILABLE: refused; is a gateway at --target?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_name_flags_and_say_what_to_try(error: CollegiumError, line: str) -> None:
+    assert told(error) == line

@@ -1,0 +1,82 @@
+"""What can be wrong about `up`'s flags, found before anything is started.
+
+Every check raises SettingsError that names the flag. What only a service can know, such as a model's own length, is
+left to that service.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from pathlib import Path
+
+from collegium.fabric.byte_size import ByteSize
+from collegium.fabric.channels import read_file
+from collegium.fabric.errors import SettingsError
+from collegium.fabric.settings import ServiceSettings, read
+
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+_KEY = b"PRIVATE KEY-----"
+
+
+def check_model_dir(model_dir: Path) -> None:
+    """Check that a folder may be a checkpoint."""
+    if not model_dir.is_dir():
+        raise SettingsError(f"MODEL_DIR={model_dir} is not a folder; give the folder of a checkpoint")
+    if not (model_dir / "config.json").is_file():
+        raise SettingsError(f"MODEL_DIR={model_dir} holds no config.json; give the folder of a checkpoint")
+    try:
+        json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SettingsError(
+            f"MODEL_DIR={model_dir}: its config.json cannot be read: {error}; fetch the checkpoint again"
+        ) from None
+
+
+def check_tls(cert: Path | None, key: Path | None, ca: Path | None) -> None:
+    """Check that certificate and key are there together, can be read, and fit."""
+    if cert is None or key is None:
+        for flag, other, path in (("--tls-cert", "--tls-key", cert), ("--tls-key", "--tls-cert", key)):
+            if path is not None:
+                raise SettingsError(f"{flag}={path} is given without {other}; give both or neither")
+        if ca is not None:
+            raise SettingsError(f"--tls-ca={ca} is given without --tls-cert and --tls-key; give all, or none")
+        return
+    _check_pem(cert, "--tls-cert", _CERTIFICATE, "certificate")
+    _check_pem(key, "--tls-key", _KEY, "private key")
+    if ca is not None:
+        _check_pem(ca, "--tls-ca", _CERTIFICATE, "certificate")
+    try:
+        # The password is for keys that have one: without it, OpenSSL would ask at the terminal. gRPC takes none.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except (ssl.SSLError, OSError) as error:
+        why = getattr(error, "reason", None) or str(error)
+        raise SettingsError(f"--tls-cert={cert} and --tls-key={key} cannot be used together: {why}") from None
+
+
+def check_logs(level: str, form: str) -> None:
+    """Check how services are to log."""
+    read(ServiceSettings, [f"--log-level={level}", f"--log-format={form}"], {})
+
+
+def check_kv_memory(text: str) -> None:
+    """Check a size; empty is the router's default."""
+    if not text:
+        return
+    try:
+        size = ByteSize.parse(text)
+    except ValueError as error:
+        raise SettingsError(f"--kv-memory={text!r} cannot be used: {error}") from None
+    if size < 1:
+        raise SettingsError(f"--kv-memory={text!r} cannot be used: give at least 1 byte")
+
+
+def check_prompt(prompt: str, max_tokens: int) -> None:
+    """Check the first completion's prompt, where there is to be one."""
+    if max_tokens > 0 and not prompt:
+        raise SettingsError("--prompt='' cannot be used: give some text, or --max-tokens 0 for no completion")
+
+
+def _check_pem(path: Path, flag: str, mark: bytes, what: str) -> None:
+    if mark not in read_file(path, flag):
+        raise SettingsError(f"{flag}={path} cannot be used: it holds no {what} in PEM")
