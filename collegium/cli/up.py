@@ -53,11 +53,13 @@ def up(
     ] = "auto",
     once: Annotated[bool, typer.Option("--once", help="End after the first completion.")] = False,
     no_restart: Annotated[bool, typer.Option("--no-restart", help="Leave dead services dead.")] = False,
-    prompt: Annotated[str, typer.Option(help="Prompt of the first completion.")] = "This package provides",
+    prompt: Annotated[str, typer.Option(help="Prompt of the first completion.")] = (
+        "This package contains a library for reading and writing image files. It"
+    ),
     max_tokens: Annotated[int, typer.Option(min=0, help="Length of the first completion; 0: none.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of the first completion; 0: greedy.")] = 0.6,
     top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens that the first completion chooses from.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the first completion.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first completion.")] = 6,
     kv_memory: Annotated[str, typer.Option(help="Memory of each router for keys and values, such as 1GiB.")] = "",
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt and output; 0: the model's own.")] = 0,
     max_batch_tokens: Annotated[int, typer.Option(min=0, help="Rows of one step; 0: the router's default.")] = 0,
