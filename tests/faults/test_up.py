@@ -126,7 +126,7 @@ def test_once_streams_a_completion_shows_the_tables_and_leaves_nothing() -> None
     assert len(pids) >= 6
     wait_until_gone(pids)
     out = "".join(up.out)
-    assert out.startswith("This package provides")
+    assert out.startswith("This package contains a library")
     for word in ("12 tokens", "tokens/s", "worker-0", "worker-1", "router-0", "gateway-0", "balancer"):
         assert word in out
     assert not any(line.startswith(("up |", "router-0 |")) for line in up.out), "logs belong on stderr"
