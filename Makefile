@@ -1,7 +1,7 @@
 # The commands of this project. CONTRIBUTING.md says when to use which.
 #
-#   TORCH_INDEX_URL=URL  take torch from another package index, for example
-#                        https://download.pytorch.org/whl/cpu for a build without CUDA
+#   TORCH_INDEX_URL=URL  take torch from another package index, for example one with builds
+#                        without CUDA
 #   PYTHON=python3.12    make the environment with another interpreter (3.11 or later)
 #   ONCE=1               `make run` exits after its one completion
 
