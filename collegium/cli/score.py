@@ -21,13 +21,16 @@ def score(
     json: t.AsJson = False,
 ) -> None:
     """Score a text: how likely each token is after those before it."""
+    text = t.read_prompt(prompt)
     with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
-        result = client.score(t.read_prompt(prompt), prompt_ids=t.read_ids(prompt_ids), model=model)
+        result = client.score(text, prompt_ids=t.read_ids(prompt_ids), model=model)
     num_scored = len(result.token_ids) - 1  # the first has nothing before it
     if json:
         t.print_json(
             {
                 "token_ids": list(result.token_ids),
+                "text": text or "",  # as in generate's object, so that one reader does for both
+                "finish_reason": None,
                 "logprobs": [None, *result.logprobs[1:]],
                 "perplexity": result.perplexity if num_scored else None,
             }

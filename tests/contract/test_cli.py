@@ -105,7 +105,7 @@ async def test_score_and_status_print_what_they_found(command: Command) -> None:
         status = await command("status", "--target", served.address, "--json")
         listed = await command("status", "--target", served.address)
     score = json.loads(scored.out)
-    assert set(score) == {"token_ids", "logprobs", "perplexity"}
+    assert set(score) == {"token_ids", "text", "finish_reason", "logprobs", "perplexity"}
     assert len(score["logprobs"]) == 3
     cluster = json.loads(status.out)
     assert [member["role"] for member in cluster["members"]] == ["gateway", "router"]
@@ -129,7 +129,8 @@ async def test_a_score_says_over_how_many_tokens_it_is(command: Command) -> None
     score = json.loads(as_json.out)
     assert score["logprobs"][0] is None
     assert None not in (*score["logprobs"][1:], score["perplexity"])
-    assert json.loads(one_as_json.out) == {"token_ids": [1], "logprobs": [None], "perplexity": None}
+    alone = json.loads(one_as_json.out)
+    assert (alone["token_ids"], alone["logprobs"], alone["perplexity"]) == ([1], [None], None)
 
 
 async def test_log_probabilities_are_a_line_per_token_after_the_text(command: Command) -> None:
