@@ -163,7 +163,10 @@ async def test_a_deadline_and_an_interrupt_end_a_line_that_was_begun(
         interrupted = await command(*argv)
     assert late.status == 1
     assert late.out.endswith("\n") and len(late.out) > 1
-    assert late.err == "collegium: DEADLINE_EXCEEDED: --timeout-s: the deadline has passed; give more time\n"
+    # The client or the gateway may be the first to see it; both say what to do, on one line.
+    assert late.err.startswith("collegium: DEADLINE_EXCEEDED: ")
+    assert "give more time" in late.err
+    assert late.err.count("\n") == 1
     assert (interrupted.status, interrupted.out, interrupted.err) == (130, "\n", "collegium: interrupted\n")
 
 
