@@ -179,11 +179,6 @@ class PagedCache:
         }
         self._index: StepIndex | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all pools."""
-        return sum(p.numel() * p.element_size() for pair in self._pools.values() for p in pair)
-
     def begin(self, index: StepIndex) -> None:
         """Set the step that the next forward pass computes."""
         self._index = index
