@@ -21,7 +21,11 @@ from collegium.cli.status import status
 from collegium.fabric.errors import CollegiumError, SettingsError
 
 # Commands that need more than the base package: where they are.
-_LAZY: Mapping[str, str] = {"up": "collegium.cli.cluster", "manifest": "collegium.cli.manifest"}
+_LAZY: Mapping[str, str] = {
+    "up": "collegium.cli.cluster",
+    "manifest": "collegium.cli.manifest",
+    "replay": "collegium.cli.replay",
+}
 _HERE: Mapping[str, Callable[..., None]] = {"generate": generate, "score": score, "status": status}
 _INTERRUPTED = 130
 _INSTALL = "run pip install '.[all]' in a checkout of the project"
