@@ -7,30 +7,33 @@ computes is the services' own code; only the processes are missing.
 import queue
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from collegium.fabric.byte_size import MemoryBudget
 from collegium.link import inproc
 from collegium.link.base import ExpectedLink, RouterLink, WorkerPort
 from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES
 from collegium.link.tcp_port import TcpPort
-from collegium.model.experts import PackedExpert
 from collegium.model.manifest import build_manifest
 from collegium.model.placement import LayerSize, Worker, plan_homes
 from collegium.model.sampling import SamplingParams, TokenLogprobs
-from collegium.model.weights import read_expert
+from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
-from expert_svc.store import ExpertStore
+from expert_svc.memory import make_buffer, make_source
+from expert_svc.tiers import Source
 from router_svc.engine import Engine, Load, News
 from router_svc.expert_calls import ExpertCalls
+from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.sequence import Sequence, StopRules
+from router_svc.unsafe_routing import UnsafeRouting
 
 _OWNER = 1
 
@@ -75,36 +78,71 @@ class OneProcess:
         worker_threads: int = 1,
         transport: str = "inproc",
         model: RouterModel | None = None,
+        expert_memory: str = "",
+        host_memory: str = "",
+        policy: str = "ewma",
+        num_load_threads: int = 2,
+        can_prefetch: bool = True,
+        num_hinted_layers: int = 2,
+        wrap_source: Callable[[Source], Source] | None = None,
+        unsafe_routing: UnsafeRouting | None = None,
     ):
         """Load and start. `kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix".
 
-        `model`: one that is loaded already, and that no other instance uses at the same time.
+        `model`: one that is loaded already, and that no other instance uses at the same time. The memories and the
+        policy are each worker's, as its flags take them; `wrap_source` may put something between slots and tiers.
         """
         manifest = build_manifest(model_dir)
         self.manifest = manifest
         self.model = model or load_router_model(model_dir, dtype, torch.device("cpu"))
         num_layers, num_experts = len(manifest.layers), self.model.num_experts
-        self.calls = ExpertCalls(num_layers=num_layers, num_experts=num_experts, timeout_s=60.0)
+        foresight = unsafe_routing or Foresight(self.model)
+        self.calls = ExpertCalls(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            timeout_s=60.0,
+            foresight=foresight if can_prefetch else None,
+            num_ahead=num_hinted_layers,
+        )
         self.workers: list[ComputeLoop] = []
-        self.stores: list[ExpertStore] = []
+        self.buffers: list[ExpertBuffer] = []
         names = [f"worker-{i}" for i in range(num_workers)]
         size = [LayerSize(num_experts=num_experts, expert_bytes=manifest.num_params) for _ in manifest.layers]
         self.placement = plan_homes(size, [Worker(worker_id=name) for name in names])
         self._ports: list[WorkerPort] = []
         for name in names:
-            store = ExpertStore(lambda layer, expert: PackedExpert(read_expert(manifest, layer, expert, dtype)))
-            store.warm(self.placement.experts_of(name))
+            budgets = {
+                "expert_memory": MemoryBudget.parse(expert_memory),
+                "host_memory": MemoryBudget.parse(host_memory),
+            }
+            source: Source | None = None
+            if wrap_source is not None:
+                source = wrap_source(make_source(manifest, dtype, **budgets))
+            buffer = make_buffer(
+                manifest,
+                dtype,
+                **budgets,
+                policy=policy,
+                num_load_threads=num_load_threads,
+                can_prefetch=can_prefetch,
+                source=source,
+            )
+            homes = self.placement.experts_of(name)
+            buffer.set_homes(homes)
+            buffer.warm(homes)
             port = inproc.InprocPort(worker_id=name) if transport == "inproc" else TcpPort(worker_id=name, unix="@")
             loop = ComputeLoop(
-                port, store, manifest.form, num_experts=[num_experts] * num_layers, num_threads=worker_threads
+                port, buffer, manifest.form, num_experts=[num_experts] * num_layers, num_threads=worker_threads
             )
+            buffer.on_load(port.wake)
             loop.start()
             self.workers.append(loop)
-            self.stores.append(store)
+            self.buffers.append(buffer)
             self._ports.append(port)
         self.calls.set_placement(self.placement)
         for link_id, (name, port) in enumerate(zip(names, self._ports, strict=True), 1):
-            self.calls.add_link(name, self._connect(port, link_id, max_batch_tokens, dtype, transport))
+            link = self._connect(port, link_id, max_batch_tokens, dtype, transport)
+            self.calls.add_link(name, link, wants_hints=self.buffers[link_id - 1].can_prefetch)
         self._news: queue.SimpleQueue[list[News]] = queue.SimpleQueue()
         self.engine = Engine(
             self.model,
@@ -114,6 +152,7 @@ class OneProcess:
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             num_threads=num_threads,
+            unsafe_routing=unsafe_routing,
         )
         self.engine.attach(_OWNER)
         self.engine.start()
@@ -131,6 +170,8 @@ class OneProcess:
         self.calls.close()
         for worker in self.workers:
             worker.stop()
+        for buffer in self.buffers:
+            buffer.close()
 
     def run(self, requests: Seq[Request], timeout_s: float = 300.0) -> list[list[Answer]]:
         """Serve requests to their ends: answers[request][choice]. Raises TimeoutError."""

@@ -12,16 +12,15 @@ from collegium.fabric.leases import Membership
 from collegium.link.base import Arrival
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError
-from collegium.model.experts import PackedExpert
 from collegium.model.manifest import Manifest, load_manifest
-from collegium.model.weights import read_expert
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
 from expert_svc.counters import WorkerCounters
 from expert_svc.homes import HomeKeeper
+from expert_svc.memory import make_buffer, make_sample
+from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.service import ExpertService
 from expert_svc.settings import Settings
-from expert_svc.store import ExpertStore
 
 _log = logs.get("worker")
 
@@ -69,20 +68,40 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         ) from error
     tcp_address = dict(port.addresses)["tcp"]
     events = asyncio.get_running_loop()
-    store = ExpertStore(lambda layer, expert: PackedExpert(read_expert(manifest, layer, expert, dtype)))
+    try:
+        buffer = await asyncio.to_thread(
+            make_buffer,
+            manifest,
+            dtype,
+            expert_memory=config.expert_memory,
+            host_memory=config.host_memory,
+            policy=config.eviction,
+            num_load_threads=config.load_threads,
+            can_prefetch=config.prefetch != "off",
+        )
+    except (MemoryError, RuntimeError) as error:  # torch's own, where the system gives no more
+        raise FailedPrecondition(
+            f"the memory that --expert-memory and --host-memory ask for cannot be had: {error}",
+            reason="OUT_OF_MEMORY",
+            field="--expert-memory",
+            remedy="lower one of them",
+        ) from error
+    buffer.on_load(port.wake)
+    sample = make_sample(manifest, buffer)
     loop = ComputeLoop(
         port,
-        store,
+        buffer,
         manifest.form,
         num_experts=[len(layer.experts) for layer in manifest.layers],
         num_threads=num_threads,
+        trial=PrefetchTrial() if config.prefetch == "auto" and buffer.is_prefetching else None,
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )
-    counters = WorkerCounters(loop, store, port)
+    counters = WorkerCounters(loop, buffer, port, sample)
     service = ExpertService(
         port,
-        store,
+        buffer,
         manifest,
         dtype,
         data_address=rpc.advertised(tcp_address, config.data_advertise),
@@ -100,6 +119,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         metrics_url,
         num_threads,
         model=shape_of(manifest, dtype),
+        capacity_bytes=buffer.budget_bytes,
         counters=counters.read,
     )
     async with membership:
@@ -112,7 +132,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
 
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
-        follower = asyncio.create_task(HomeKeeper(store, membership, on_ready).follow(), name="homes")
+        follower = asyncio.create_task(HomeKeeper(buffer, membership, on_ready).follow(), name="homes")
         follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()
@@ -125,6 +145,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             ended = (await asyncio.gather(follower, return_exceptions=True))[0]
             await server.stop(0.5)
             await asyncio.to_thread(loop.stop)
+            await asyncio.to_thread(buffer.close)
             tracing.shutdown_tracing()
     failed = loop.error or (None if isinstance(ended, asyncio.CancelledError) else ended)
     if failed is not None:

@@ -1,7 +1,8 @@
-"""The worker's data loop: poll the port, join, make experts resident, run them, reply.
+"""The worker's data loop: poll the port, join, run what is resident while the rest is loaded, reply.
 
-Owned by one thread, which alone touches the port's buffers. The sum of all that it did is in Counters, read by others
-without a lock: single numbers, only ever added to by this thread.
+Owned by one thread, which alone touches the port's buffers. While it waits for loads it goes on listening, so that
+hints for the next layer are heard early. The sum of all that it did is in Counters, read by others without a lock:
+single numbers, only ever added to by this thread.
 """
 
 import threading
@@ -9,16 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from collegium.link.base import Arrival, WorkerPort
-from collegium.link.frame import LinkClosed, Reply, Status
+from collegium.link.frame import Dispatch, LinkClosed, Reply, Status
 from collegium.model.architectures import CheckpointError, ExpertForm
-from collegium.model.experts import run_experts
+from collegium.model.experts import ExpertRun, PackedExpert
+from expert_svc.buffer import ExpertBuffer, Visit
 from expert_svc.joining import DispatchQueue, join
-from expert_svc.store import ExpertStore
+from expert_svc.prefetch_trial import PrefetchTrial
 
 _IDLE_POLL_S = 1.0
+_NONE = np.empty(0, np.uint16)
+_WORD_EVERY_S = 0.02
 _MAX_JOINED_ROWS = 16_384  # bounds the activations of one call
 
 SpanSink = Callable[[Sequence[Arrival], int, int], None]  # (dispatches, began ns, ended ns)
@@ -37,6 +43,7 @@ class Counters:
     num_expert_calls: int = 0
     num_failed: int = 0
     compute_us: int = 0
+    stall_us: int = 0  # of compute_us, what went by waiting for loads
     wait_us: int = 0
 
     def as_dict(self) -> dict[str, float]:
@@ -50,22 +57,24 @@ class ComputeLoop:
     def __init__(
         self,
         port: WorkerPort,
-        store: ExpertStore,
+        buffer: ExpertBuffer,
         form: ExpertForm,
         *,
         num_experts: Sequence[int],
         num_threads: int,
+        trial: PrefetchTrial | None = None,
         on_traced: SpanSink | None = None,
         on_end: Callable[[], None] = lambda: None,
     ):
-        """`num_experts[layer]` bounds what a dispatch may ask for. `on_traced` is told of batches with sampled
-        dispatches.
+        """`num_experts[layer]` bounds what a dispatch may ask for. `trial` decides whether prefetches pay; without one
+        they are made whenever hints come. `on_traced` is told of batches with sampled dispatches.
         """
         self.counters = Counters()
-        self._port, self._store, self._form = port, store, form
+        self._port, self._buffer, self._form, self._trial = port, buffer, form, trial
         self._num_experts, self._num_threads, self._on_traced = num_experts, num_threads, on_traced
         self._on_end = on_end
         self._queue = DispatchQueue()
+        self._last_word_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self.error: BaseException | None = None
@@ -102,7 +111,7 @@ class ComputeLoop:
             self._on_end()
 
     def _turn(self) -> None:
-        self._queue.add(self._port.poll(0.0 if len(self._queue) else _IDLE_POLL_S))
+        self._listen(0.0 if len(self._queue) else _IDLE_POLL_S)
         if not len(self._queue):
             return
         taken = self._queue.take(_MAX_JOINED_ROWS)
@@ -110,6 +119,16 @@ class ComputeLoop:
         self._serve(taken)
         if self._on_traced is not None and any(a.dispatch.traceparent for a in taken):
             self._on_traced(taken, began_ns, time.time_ns())
+
+    def _listen(self, timeout_s: float) -> None:
+        """Queue what arrives, and pass hints on."""
+        self._queue.add(self._port.poll(timeout_s))
+        for arrival in self._port.hints():
+            hint = arrival.hint
+            if hint.layer < len(self._num_experts):
+                bound = self._num_experts[hint.layer]
+                wanted = [(e, c) for e, c in zip(hint.experts.tolist(), hint.counts.tolist(), strict=True) if e < bound]
+                self._buffer.hint(hint.layer, [expert for expert, _ in wanted], [count for _, count in wanted])
 
     def _serve(self, arrivals: Sequence[Arrival]) -> None:
         now = time.monotonic()
@@ -147,18 +166,37 @@ class ComputeLoop:
 
     def _compute(self, arrivals: Sequence[Arrival], now: float) -> None:
         batch = join([a.dispatch for a in arrivals])
-        misses = self._store.num_misses
-        experts = [self._store.get(batch.layer, e) for e in batch.experts]
-        misses = self._store.num_misses - misses
-        y = run_experts(batch.x, experts, batch.counts, batch.pair_rows, batch.pair_weights, self._form)
+        counters, buffer = self.counters, self._buffer
+        if self._trial is not None:
+            self._trial.note(now, batch.layer, batch.num_decode_rows)
+            buffer.is_prefetching = self._trial.is_on
+        self._last_word_s = now
+        visit = buffer.begin(batch.layer, batch.experts, batch.decode_counts, batch.num_decode_rows)
+        try:
+            run = ExpertRun(batch.x, batch.counts, batch.pair_rows, self._form)
+            while not visit.is_over:
+                if groups := buffer.landed(visit):
+                    run.compute(groups, _slots(visit, groups))
+                    buffer.release(visit, groups)
+                    self._tell_progress(arrivals)
+                elif not visit.is_over:
+                    self._wait_for_loads()
+        finally:
+            buffer.finish(visit)
+        y = run.result(batch.pair_rows, batch.pair_weights)
         compute_us = round((time.monotonic() - now) * 1e6)
-        counters = self.counters
         for arrival, rows in zip(arrivals, y.split(batch.row_counts), strict=True):
             wait_us = round((now - arrival.received_s) * 1e6)
             counters.wait_us += wait_us
             self._port.reply(
                 arrival.link_id,
-                Reply(seq=arrival.dispatch.seq, y=rows, compute_us=compute_us, wait_us=wait_us, num_misses=misses),
+                Reply(
+                    seq=arrival.dispatch.seq,
+                    y=rows,
+                    compute_us=compute_us,
+                    wait_us=wait_us,
+                    missed=_missed(arrival.dispatch, visit),
+                ),
             )
         counters.num_batches += 1
         counters.num_dispatches += len(arrivals)
@@ -170,6 +208,32 @@ class ComputeLoop:
             counters.num_joined_batches += 1
             counters.num_joined_dispatches += len(arrivals)
 
+    def _wait_for_loads(self) -> None:
+        began_s = time.monotonic()
+        if not self._buffer.help():
+            self._listen(_IDLE_POLL_S)  # a load that lands wakes the port
+        self.counters.stall_us += round((time.monotonic() - began_s) * 1e6)
+
+    def _tell_progress(self, arrivals: Sequence[Arrival]) -> None:
+        """Let the routers know that this batch is slow and not lost; said only when something of it has been done."""
+        now_s = time.monotonic()
+        if now_s - self._last_word_s >= _WORD_EVERY_S:
+            self._last_word_s = now_s
+            for link_id in {arrival.link_id for arrival in arrivals}:
+                self._port.progress(link_id)
+
     def _fail(self, arrival: Arrival, status: Status, message: str) -> None:
         self.counters.num_failed += 1
         self._port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, status=status, message=message))
+
+
+def _slots(visit: Visit, groups: Sequence[int]) -> list[PackedExpert]:
+    slots = [visit.slots[group] for group in groups]
+    return [slot for slot in slots if slot is not None]
+
+
+def _missed(dispatch: Dispatch, visit: Visit) -> NDArray[np.uint16]:
+    """Of the experts that a visit had to load, those that this dispatch asked for."""
+    if not visit.missed:
+        return _NONE
+    return dispatch.experts[np.isin(dispatch.experts, visit.missed)]

@@ -1,18 +1,22 @@
-"""Keep the worker's homes resident: load what a plan gives it, report, and let go of what it no longer is home to.
+"""Warm the worker's homes: load what a plan gives it as far as its slots go, report, and say what no plan gives it.
 
-Owned by the event loop; loading runs in a thread of its own. Make before break: the homes of the plan in force and of
-the coming one are kept together until the coming one is published.
+Owned by the event loop; loading runs in a thread of its own, when nothing else wants the core. Make before break: the
+homes of the plan in force and of the coming one are kept together until the coming one is published.
 """
 
 import asyncio
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterable
 
+from collegium.buffering.policies import ExpertId
 from collegium.fabric import logs
 from collegium.fabric.leases import Membership
 from collegium.fabric.views import from_proto
 from collegium.model.architectures import CheckpointError
 from collegium.v1 import balancer_pb2
-from expert_svc.store import ExpertId, ExpertStore
+from expert_svc.buffer import ExpertBuffer
 
 _log = logs.get("homes")
 _SAY_EVERY = 0.25  # share of a load between two lines of progress
@@ -22,9 +26,9 @@ _RETRY_S = 5.0
 class HomeKeeper:
     """Follows the cluster's view for one worker."""
 
-    def __init__(self, store: ExpertStore, membership: Membership, on_ready: Callable[[], None]):
-        """`on_ready` is called once the worker's homes are resident, or known to be none."""
-        self._store, self._membership, self._on_ready = store, membership, on_ready
+    def __init__(self, buffer: ExpertBuffer, membership: Membership, on_ready: Callable[[], None]):
+        """`on_ready` is called once the worker's homes are warm, or known to be none."""
+        self._buffer, self._membership, self._on_ready = buffer, membership, on_ready
         self._ready_plan = 0
 
     async def follow(self) -> None:
@@ -37,6 +41,7 @@ class HomeKeeper:
         worker_id = self._membership.member_id
         placement, planned = from_proto(view.placement), from_proto(view.planned)
         current, coming = placement.experts_of(worker_id), planned.experts_of(worker_id)
+        self._buffer.set_homes([*current, *coming])
         if planned.epoch > self._ready_plan and worker_id in planned.worker_ids:
             if not await self._warm(coming, planned.epoch):
                 return
@@ -44,7 +49,7 @@ class HomeKeeper:
             self._membership.set_ready_plan(planned.epoch)
         elif worker_id in placement.worker_ids and not planned.epoch:
             await self._warm(current, placement.epoch)
-            if gone := self._store.release_others(current):
+            if gone := self._buffer.release_others(current):
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)
         self._on_ready()
 
@@ -58,13 +63,31 @@ class HomeKeeper:
                 said = done / total
                 _log.info("loading experts", done=done, total=total, epoch=epoch)
 
-        missing = [e for e in wanted if not self._store.is_resident(e)]
-        if not missing:
+        if all(self._buffer.is_resident(expert_id) for expert_id in wanted):
             return True
         try:
-            await asyncio.to_thread(self._store.warm, missing, progress)
+            await asyncio.to_thread(_in_the_background, lambda: self._buffer.warm(wanted, progress))
         except CheckpointError as error:
             _log.error("an expert cannot be loaded; the worker stays out of the plan", why=str(error), epoch=epoch)
             await asyncio.sleep(_RETRY_S)
             return False
         return True
+
+
+def _in_the_background(work: Callable[[], object]) -> None:
+    """Do it in a thread of its own that gets the core when nobody else wants it."""
+    failure: list[Exception] = []
+
+    def run() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not every system lets a thread say so
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        try:
+            work()
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="warm", daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]

@@ -20,14 +20,16 @@ from collegium.link.frame import Dispatch
 class JoinedBatch:
     """One expert call: rows of one or several dispatches of one layer.
 
-    x: [R, D]; experts, counts: [G]; pair_rows, pair_weights: [P] ordered by expert; row_counts: rows of each dispatch,
-    in order.
+    x: [R, D]; experts, counts: [G]; decode_counts: [G], of counts those of decoding rows; pair_rows, pair_weights: [P]
+    ordered by expert; row_counts: rows of each dispatch, in order.
     """
 
     layer: int
     x: Tensor
     experts: list[int]
     counts: list[int]
+    decode_counts: list[int]
+    num_decode_rows: int
     pair_rows: NDArray[np.int64]
     pair_weights: NDArray[np.float32]
     row_counts: list[int]
@@ -69,13 +71,17 @@ class DispatchQueue:
 def join(dispatches: Sequence[Dispatch]) -> JoinedBatch:
     """Make one batch of dispatches of one layer, so that each expert runs once on the rows of all of them."""
     first = dispatches[0]
+    num_decode_rows = sum(d.x.shape[0] - d.num_prompt_rows for d in dispatches)
     if len(dispatches) == 1:
+        counts, pair_rows = first.counts.tolist(), first.pair_rows.astype(np.int64)
         return JoinedBatch(
             layer=first.layer,
             x=first.x,
             experts=first.experts.tolist(),
-            counts=first.counts.tolist(),
-            pair_rows=first.pair_rows.astype(np.int64),
+            counts=counts,
+            decode_counts=_decode_counts(counts, pair_rows < num_decode_rows) if first.num_prompt_rows else counts,
+            num_decode_rows=num_decode_rows,
+            pair_rows=pair_rows,
             pair_weights=first.pair_weights,
             row_counts=[first.x.shape[0]],
         )
@@ -86,12 +92,22 @@ def join(dispatches: Sequence[Dispatch]) -> JoinedBatch:
     weights = np.concatenate([d.pair_weights for d in dispatches])
     order = np.argsort(expert_of, kind="stable")
     experts, counts = np.unique(expert_of, return_counts=True)
+    is_decode = np.concatenate([d.pair_rows < d.x.shape[0] - d.num_prompt_rows for d in dispatches])[order]
     return JoinedBatch(
         layer=first.layer,
         x=torch.cat([d.x for d in dispatches]),
         experts=experts.tolist(),
         counts=counts.tolist(),
+        decode_counts=_decode_counts(counts.tolist(), is_decode),
+        num_decode_rows=num_decode_rows,
         pair_rows=rows[order],
         pair_weights=weights[order],
         row_counts=row_counts,
     )
+
+
+def _decode_counts(counts: list[int], is_decode: NDArray[np.bool_]) -> list[int]:
+    """Count the pairs of decoding rows by group: counts [G], is_decode [P] ordered by group."""
+    starts = np.cumsum([0, *counts[:-1]])
+    decode_counts: list[int] = np.add.reduceat(is_decode, starts, dtype=np.int64).tolist()
+    return decode_counts

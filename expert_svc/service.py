@@ -18,7 +18,7 @@ from collegium.link.base import ExpectedLink, WorkerPort
 from collegium.link.frame import SECRET_BYTES
 from collegium.model.manifest import Manifest
 from collegium.v1 import expert_pb2, expert_pb2_grpc
-from expert_svc.store import ExpertStore
+from expert_svc.buffer import ExpertBuffer
 
 _log = logs.get("worker")
 _SECRET_LIFE_S = 10.0
@@ -33,7 +33,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
     def __init__(
         self,
         port: WorkerPort,
-        store: ExpertStore,
+        buffer: ExpertBuffer,
         manifest: Manifest,
         dtype: torch.dtype,
         *,
@@ -41,7 +41,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         counters: Callable[[], Mapping[str, float]],
     ):
         """`data_address` is what routers are told for transport "tcp"."""
-        self._port, self._store, self._manifest, self._dtype = port, store, manifest, dtype
+        self._port, self._buffer, self._manifest, self._dtype = port, buffer, manifest, dtype
         self._data_address, self._counters = data_address, counters
         self.worker_id = ""  # set by whoever holds the lease
         self._ids = itertools.count(1)
@@ -79,17 +79,19 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             address=address,
             num_credits=_NUM_CREDITS,
             worker_id=self.worker_id,
+            wants_hints=self._buffer.can_prefetch,
         )
 
     async def GetWorker(self, request: expert_pb2.GetWorkerRequest, context: Context) -> expert_pb2.GetWorkerResponse:
         """Describe this worker."""
         resident = [
-            expert_pb2.ResidentLayer(layer=layer, experts=experts) for layer, experts in self._store.residency().items()
+            expert_pb2.ResidentLayer(layer=layer, experts=experts)
+            for layer, experts in self._buffer.residency().items()
         ]
         return expert_pb2.GetWorkerResponse(
             worker_id=self.worker_id,
             resident=resident,
-            resident_bytes=self._store.resident_bytes,
+            resident_bytes=self._buffer.resident_bytes,
             counters=self._counters(),
         )
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from collegium.fabric.settings import ServiceSettings, setting
+from collegium.buffering.policies import POLICIES
+from collegium.fabric.settings import MemoryBudget, ServiceSettings, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +16,21 @@ class Settings(ServiceSettings):
     data_bind: str = setting("address that links connect to, HOST:PORT; port 0 chooses one", default="127.0.0.1:0")
     data_advertise: str = setting(
         "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""
+    )
+    expert_memory: MemoryBudget = setting(
+        "memory for experts' weights, or a share of all the model's experts; empty: as much as its experts need",
+        default=MemoryBudget(),
+    )
+    host_memory: MemoryBudget = setting(
+        "memory that stands between expert memory and the disk, or a share of all experts; empty: none",
+        default=MemoryBudget(),
+    )
+    eviction: str = setting("which expert makes room for a missed one", default="ewma", choices=POLICIES)
+    load_threads: int = setting("threads that load experts beside the computing one", default=2, at_least=1)
+    prefetch: str = setting(
+        "load what routers' hints name: on, off, or auto: as long as it is seen to pay",
+        default="auto",
+        choices=("auto", "on", "off"),
     )
     drain_s: float = setting(
         "time that routers get to send elsewhere at SIGTERM, in seconds", default=0.2, at_least=0.0

@@ -14,11 +14,13 @@ from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
 from router_svc.counters import read_counters
 from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertCalls
+from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
 from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
+from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_unsafe_routing
 
 _log = logs.get("router")
 
@@ -79,6 +81,20 @@ def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
     return num_blocks, longest
 
 
+def read_unsafe_routing(config: Settings, model: RouterModel) -> UnsafeRouting | None:
+    """Read the routing that replaces the gates', where it was asked for. Raises FailedPrecondition."""
+    if config.unsafe_routing is None:
+        return None
+    try:
+        routing = load_unsafe_routing(config.unsafe_routing, num_experts=model.num_experts, top_k=model.top_k)
+    except UnsafeRoutingError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_ROUTING", field="--unsafe-routing") from error
+    _log.warning(
+        "UNSAFE ROUTING: experts are played from a file and EVERY ANSWER IS WORTHLESS", file=str(config.unsafe_routing)
+    )
+    return routing
+
+
 def describe(config: Settings, model: RouterModel, max_model_len: int) -> inference_pb2.Model:
     """Make the public description of the model."""
     return inference_pb2.Model(
@@ -94,6 +110,11 @@ def describe(config: Settings, model: RouterModel, max_model_len: int) -> infere
     )
 
 
+def expert_bytes(manifest: Manifest, model: RouterModel) -> list[int]:
+    """Bytes of one expert in a worker's memory, by MoE layer."""
+    return [manifest.num_params * model.dtype.itemsize for _ in manifest.layers]
+
+
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
     tracing.setup_tracing("collegium-router", config.otlp_endpoint, config.trace_ratio)
@@ -107,12 +128,16 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     metrics_url = metrics.serve_metrics(config.metrics_bind)
     model, manifest = await asyncio.to_thread(load, config)
     num_blocks, max_model_len = plan_memory(config, model)
+    unsafe_routing = read_unsafe_routing(config, model)
     keeper: LinkKeeper | None = None
     calls = ExpertCalls(
         num_layers=len(model.moe_layers),
         num_experts=model.num_experts,
         timeout_s=config.expert_timeout_s,
         on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
+        # What a gate foretells says nothing about choices that are played.
+        num_ahead=config.prefetch_layers,
+        foresight=Foresight(model) if config.prefetch != "off" and unsafe_routing is None else None,
     )
     num_threads = config.threads or torch.get_num_threads()
     engine = Engine(
@@ -125,6 +150,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         num_threads=num_threads,
         expert_wait_s=config.expert_wait_s,
         on_end=lambda: loop.call_soon_threadsafe(stop.request),  # without an engine: end, and be started anew
+        unsafe_routing=unsafe_routing,
     )
     membership = Membership(
         config.balancer,
@@ -136,7 +162,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     )
     async with membership:
         service.router_id = membership.member_id
-        service.open(engine, describe(config, model, max_model_len))
+        service.open(engine, describe(config, model, max_model_len), expert_bytes(manifest, model))
 
         def on_change() -> None:
             is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
@@ -164,6 +190,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         try:
             await stop.wait()
             service.is_draining = True
+            service.end_traces()
             if not engine.is_alive:
                 outboxes.end_all()
             on_change()

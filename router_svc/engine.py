@@ -23,8 +23,10 @@ from router_svc.expert_calls import ExpertCalls, ExpertFailedError, ExpertsUnava
 from router_svc.kv_blocks import BlockPool
 from router_svc.model_loader import RouterModel
 from router_svc.paged_attention import PagedCache, StepIndex
+from router_svc.recorder import Recorder
 from router_svc.scheduler import Scheduler, Step
 from router_svc.sequence import Finish, Sequence
+from router_svc.unsafe_routing import UnsafeRouting
 
 _log = logs.get("engine")
 
@@ -96,6 +98,7 @@ class Engine:
         num_threads: int,
         expert_wait_s: float = 30.0,
         on_end: Callable[[], None] = lambda: None,
+        unsafe_routing: UnsafeRouting | None = None,
     ):
         """Make an engine; `start` starts it.
 
@@ -117,10 +120,13 @@ class Engine:
         self._is_stopping = False
         self._news: dict[int, dict[Sequence, News]] = {}  # by owner
         self._owners: set[int] = set()
+        self._num_submitted = 0
         self.totals = EngineTotals()
         self.num_step = 0
         self.error: BaseException | None = None
-        model.set_expert_call(calls.compute)
+        self.recorder = Recorder()
+        self._unsafe_routing = unsafe_routing
+        model.set_expert_call(calls.compute if unsafe_routing is None else unsafe_routing.played(calls.compute))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread ---
@@ -265,7 +271,10 @@ class Engine:
         ids = [token for row in step.rows for token in row.sequence.tokens(row.begin, row.end)]
         keep, spans = _kept_rows(step)
         span = self._trace(step)
-        self._calls.step = self.num_step
+        self._calls.step, self._calls.num_decode_rows = self.num_step, len(step.decodes)
+        self._calls.on_layer = self.recorder.begin(step)
+        if self._unsafe_routing is not None:
+            self._unsafe_routing.begin(step)
         input_ids = torch.tensor([ids], device=self._model.device)
         kept = torch.tensor(keep or [0], device=self._model.device)
         try:
@@ -275,6 +284,7 @@ class Engine:
             if span is not None:
                 span.end()
         self._scheduler.commit(step)
+        self.recorder.commit(step, self.num_step)
         for row in step.rows:
             row.sequence.stalled_since_s = None
         self.totals.steps[step.kind] += 1
@@ -378,6 +388,8 @@ class Engine:
                 self._tell(sequence).failure = failure
             return
         for sequence in sequences:
+            self._num_submitted += 1
+            sequence.number = self._num_submitted
             sequence.end_if_long()
             if sequence.has_ended:  # a replay that had all its tokens
                 self._tell(sequence)

@@ -7,7 +7,7 @@ those that live.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.link.base import LinkStats, RouterLink
-from collegium.link.frame import Dispatch, FrameError, LinkError, LinkTimeout, Status
+from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
 from collegium.model.placement import NO_PLACEMENT, Placement
+from router_svc.foresight import Foretells
+from router_svc.hinting import Hinting, HintTotals
 from router_svc.routing import route
+
+# Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
+OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
 
 
 class ExpertsUnavailableError(Exception):
@@ -30,20 +35,43 @@ class ExpertFailedError(Exception):
 
 
 @dataclass(slots=True)
-class CallTotals:
+class CallTotals(HintTotals):
     """What all links of this router did since its start, closed ones included."""
 
     retries: int = 0
     needed_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """A share on its way."""
+
+    share: WorkerShare
+    worker_id: str
+    link: RouterLink
+    seq: int
+
+
 class ExpertCalls:
-    """The router's way to the experts."""
+    """The router's way to the experts.
+
+    `step`, `num_decode_rows`, `traceparent` and `on_layer` are the engine's to set before each step.
+    """
 
     def __init__(
-        self, *, num_layers: int, num_experts: int, timeout_s: float, on_lost: Callable[[str, str], None] | None = None
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        timeout_s: float,
+        on_lost: Callable[[str, str], None] | None = None,
+        foresight: Foretells | None = None,
+        num_ahead: int = 1,
     ):
-        """`on_lost(worker_id, why)` is called from the engine's thread when a link is given up."""
+        """`on_lost(worker_id, why)` is called from the engine's thread when a link is given up.
+
+        With `foresight`, workers are told of the likely choices of the next `num_ahead` layers while they compute one.
+        """
         self._num_layers, self._num_experts, self._timeout_s = num_layers, num_experts, timeout_s
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards the three below: written by the control loop, read by the engine
@@ -52,19 +80,27 @@ class ExpertCalls:
         self._version = 0
         self._routed_version = -1
         self._live: list[tuple[str, RouterLink]] = []
+        self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
         self._table: list[NDArray[np.int64]] = []
         self._seq = 0
         self._closed = LinkStats()
         self.totals = CallTotals()
+        self._num_ahead = num_ahead
+        self._hinting = None if foresight is None else Hinting(foresight, self.totals)
         self.step = 0
+        self.num_decode_rows = 0  # they come first in a step
         self.traceparent = ""
+        self.on_layer: OnLayer | None = None
 
     # --- control loop ---
 
-    def add_link(self, worker_id: str, link: RouterLink) -> None:
+    def add_link(self, worker_id: str, link: RouterLink, *, wants_hints: bool = True) -> None:
         """Use a link from the next layer on. Thread-safe."""
         with self._lock:
             self._links[worker_id] = link
+            self._wanting = {one for one in self._wanting if one in self._links.values()}
+            if wants_hints:
+                self._wanting.add(link)
             self._version += 1
 
     def drop_link(self, worker_id: str) -> None:
@@ -124,32 +160,40 @@ class ExpertCalls:
         """
         worker_of = self._worker_of(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
-        plan = plan_dispatch(ids.cpu().numpy(), weights.float().cpu().numpy(), worker_of)
+        host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
+        plan = plan_dispatch(host_ids, host_weights, worker_of)
         self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
+        missed: list[NDArray[np.uint16]] = []
         pending: tuple[WorkerShare, ...] = plan.shares
         answers: list[tuple[WorkerShare, Tensor]] = []
+        is_first = True
         while pending:
-            done, failed = self._exchange(layer, host_x, pending)
+            deadline_s = time.monotonic() + self._timeout_s
+            sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s)
+            if is_first and self._hinting is not None:  # the rows are away: nobody waits for this
+                self._hinting.settle(layer, host_ids)
+                self._foretell(self._hinting, layer, x)
+            is_first = False
+            done, failed = self._receive(sent, refusal, deadline_s, missed)
+            failed += unsent
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
                 worker_of = self._worker_of(layer)
             answers += done
             pending = tuple(new for share in failed for new in replan(share, worker_of, plan.num_tokens))
+        if self.on_layer is not None:
+            self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
         return combine(answers, plan.num_tokens, x.shape[1], x.dtype).to(x.device)
 
-    def _exchange(
-        self, layer: int, x: Tensor, shares: tuple[WorkerShare, ...]
-    ) -> tuple[list[tuple[WorkerShare, Tensor]], list[WorkerShare]]:
-        """Send every share and wait for every answer: (answered, to be planned anew)."""
-        deadline_s = time.monotonic() + self._timeout_s
-        live = self._live
-        sent: list[tuple[WorkerShare, str, RouterLink, int]] = []
-        done: list[tuple[WorkerShare, Tensor]] = []
+    def _send(
+        self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float
+    ) -> tuple[list[_Sent], list[WorkerShare], str]:
+        """Send every share: (sent, to be planned anew, why nothing more was sent)."""
+        sent: list[_Sent] = []
         failed: list[WorkerShare] = []
-        refusal = ""
         for share in shares:
-            worker_id, link = live[share.worker]
+            worker_id, link = self._live[share.worker]
             self._seq = (self._seq + 1) & 0xFFFFFFFF
             dispatch = Dispatch(
                 seq=self._seq,
@@ -162,34 +206,51 @@ class ExpertCalls:
                 pair_rows=share.pair_rows,
                 pair_weights=share.pair_weights,
                 x=rows_for(x, share),
+                num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self.num_decode_rows)),
                 traceparent=self.traceparent,
             )
             try:
                 link.send(dispatch)
-                sent.append((share, worker_id, link, self._seq))
+                sent.append(_Sent(share=share, worker_id=worker_id, link=link, seq=self._seq))
             except FrameError as error:  # what is sent already must still be received, or its credits are lost
-                refusal = f"a dispatch does not fit link {link.link_id}: {error}"
-                break
+                return sent, failed, f"a dispatch does not fit link {link.link_id}: {error}"
             except LinkError as error:
                 self._lose(worker_id, link, error)
                 failed.append(share)
-        for share, worker_id, link, seq in sent:
+        return sent, failed, ""
+
+    def _receive(
+        self, sent: Sequence[_Sent], refusal: str, deadline_s: float, missed: list[NDArray[np.uint16]]
+    ) -> tuple[list[tuple[WorkerShare, Tensor]], list[WorkerShare]]:
+        """Wait for every answer: (answered, to be planned anew); what workers had to load is added to `missed`."""
+        done: list[tuple[WorkerShare, Tensor]] = []
+        failed: list[WorkerShare] = []
+        for one in sent:
             try:
-                reply = link.receive(seq, deadline_s)
+                reply = one.link.receive(one.seq, deadline_s, patience_s=self._timeout_s)
             except (LinkError, KeyError) as error:
-                self._lose(worker_id, link, error)
-                failed.append(share)
+                self._lose(one.worker_id, one.link, error)
+                failed.append(one.share)
                 continue
             if reply.status == Status.EXPIRED:
-                self._lose(worker_id, link, LinkTimeout("the dispatch had expired when the worker came to it"))
-                failed.append(share)
+                error = LinkTimeout("the dispatch had expired when the worker came to it")
+                self._lose(one.worker_id, one.link, error)
+                failed.append(one.share)
             elif reply.status != Status.OK or reply.y is None:
-                refusal = f"worker {worker_id}: {reply.message or reply.status.name}"
+                refusal = f"worker {one.worker_id}: {reply.message or reply.status.name}"
             else:
-                done.append((share, reply.y))
+                done.append((one.share, reply.y))
+                if self.on_layer is not None and reply.num_misses:
+                    missed.append(reply.missed)
         if refusal:
             raise ExpertFailedError(refusal)
         return done, failed
+
+    def _foretell(self, hinting: Hinting, layer: int, x: Tensor) -> None:
+        if self.num_decode_rows and self._wanting:
+            rows = x[: self.num_decode_rows]
+            for ahead in range(layer + 1, min(layer + 1 + self._num_ahead, self._num_layers)):
+                hinting.tell(ahead, rows, self._table[ahead], self._live)
 
     def _worker_of(self, layer: int) -> NDArray[np.int64]:
         if self._routed_version != self._version:

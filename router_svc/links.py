@@ -132,6 +132,6 @@ class LinkKeeper:
             deadline_s=time.monotonic() + _OPEN_S,
         )
         worker_id = self._ids[address]
-        self._calls.add_link(worker_id, link)
+        self._calls.add_link(worker_id, link, wants_hints=answer.wants_hints)
         _log.info("link open", worker_id=worker_id, transport=answer.transport, address=answer.address)
         self._on_change()

@@ -1,6 +1,7 @@
 """Translate between the router's messages and the engine's values. Owns no state."""
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import grpc
@@ -8,7 +9,10 @@ import grpc
 from collegium.model.sampling import SamplingParams
 from collegium.v1 import inference_pb2, router_pb2
 from router_svc.engine import Load, News
+from router_svc.recorder import StepChoices
 from router_svc.sequence import Finish, Sequence, StopRules
+
+_TRACED_CHOICES = 100_000  # of one message of a trace: some 600 kB
 
 _FINISH = {
     Finish.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -93,6 +97,35 @@ def refusal(submission: router_pb2.Submission, error: ValueError) -> router_pb2.
 def hand_over(submission: router_pb2.Submission) -> router_pb2.AttachResponse:
     """Make the frame that sends a submission to another router."""
     return _failed(submission, grpc.StatusCode.UNAVAILABLE, "the router is draining", "DRAINING")
+
+
+def trace_header(model: inference_pb2.Model, expert_bytes: Seq[int]) -> router_pb2.TraceResponse:
+    """Make the message that opens a trace."""
+    return router_pb2.TraceResponse(header=router_pb2.TraceHeader(model=model, expert_bytes=expert_bytes))
+
+
+def trace_messages(choices: StepChoices) -> Iterator[router_pb2.TraceResponse]:
+    """Make the messages that tell what a step chose: one, or several where it is large."""
+    at = 0
+    while at < len(choices.layers):
+        step = router_pb2.TracedStep(
+            step=choices.step,
+            sequences=choices.sequences,
+            positions=choices.positions,
+            num_decode_rows=choices.num_decode_rows,
+        )
+        num_choices = 0
+        while at < len(choices.layers) and num_choices < _TRACED_CHOICES:
+            layer = choices.layers[at]
+            step.layers.add(
+                layer=layer.layer,
+                experts=layer.ids.ravel().tolist(),
+                weights=layer.weights.ravel().tolist(),
+                missed=layer.missed.tolist(),
+            )
+            num_choices += layer.ids.size
+            at += 1
+        yield router_pb2.TraceResponse(step=step)
 
 
 def _failed(

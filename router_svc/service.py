@@ -1,24 +1,27 @@
-"""The router's gRPC service: describe the model, attach gateways.
+"""The router's gRPC service: describe the model, attach gateways, let callers trace.
 
 Owns one outbox per attached gateway: the engine's thread fills it, the event loop drains it. A gateway that stops
-reading is cut off when its outbox is full; gateways always drain their streams.
+reading is cut off when its outbox is full; gateways always drain their streams. A trace has such an outbox as well.
 """
 
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import grpc
 
 from collegium.fabric import logs
-from collegium.fabric.errors import Unavailable
+from collegium.fabric.errors import CollegiumError, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 from router_svc.engine import Engine, Load, News
-from router_svc.messages import frame_of, hand_over, refusal, sequences_of
+from router_svc.messages import frame_of, hand_over, refusal, sequences_of, trace_header, trace_messages
+from router_svc.recorder import StepChoices
 
 _log = logs.get("router")
 _OUTBOX_FRAMES = 4096  # at one frame a step: minutes of a gateway that does not read
+_TRACED_STEPS = 256  # that may wait for a caller of Trace: some tens of MB at most
 
 Frame = router_pb2.AttachResponse
 Context = grpc.aio.ServicerContext
@@ -81,13 +84,21 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._outboxes = outboxes
         self._engine: Engine | None = None  # until the model is loaded
         self._model = inference_pb2.Model()
+        self._expert_bytes: Seq[int] = ()
+        self._traces: set[asyncio.Queue[StepChoices | CollegiumError]] = set()
         self.router_id = ""
         self.is_draining = False
 
-    def open(self, engine: Engine, model: inference_pb2.Model) -> None:
-        """Begin to serve a loaded model."""
-        self._engine, self._model = engine, model
+    def open(self, engine: Engine, model: inference_pb2.Model, expert_bytes: Seq[int]) -> None:
+        """Begin to serve a loaded model; `expert_bytes`: of one expert, by MoE layer."""
+        self._engine, self._model, self._expert_bytes = engine, model, expert_bytes
         self._outboxes.on_cut = engine.detach
+
+    def end_traces(self) -> None:
+        """End every trace."""
+        for steps in self._traces:
+            if not steps.full():  # then its end stands in it already
+                steps.put_nowait(_draining())
 
     async def Describe(self, request: router_pb2.DescribeRequest, context: Context) -> router_pb2.DescribeResponse:
         """Say which model this router runs."""
@@ -115,6 +126,40 @@ class RouterService(router_pb2_grpc.RouterServicer):
             self._outboxes.close(owner)
             _log.info("gateway detached", gateway_id=attached.gateway_id)
 
+    async def Trace(
+        self, request: router_pb2.TraceRequest, context: Context
+    ) -> AsyncIterator[router_pb2.TraceResponse]:
+        """Stream what the gates choose."""
+        engine, loop = self._ready(), asyncio.get_running_loop()
+        steps: asyncio.Queue[StepChoices | CollegiumError] = asyncio.Queue(_TRACED_STEPS + 1)
+
+        def put(choices: StepChoices) -> None:
+            if steps.qsize() < _TRACED_STEPS:
+                steps.put_nowait(choices)
+            elif not steps.full():
+                steps.put_nowait(
+                    ResourceExhausted("the trace is read more slowly than the router computes", reason="SLOW_READER")
+                )
+
+        def listen(choices: StepChoices) -> None:
+            loop.call_soon_threadsafe(put, choices)
+
+        self._traces.add(steps)
+        engine.recorder.add(listen)
+        try:
+            yield trace_header(self._model, self._expert_bytes)
+            num_tokens = 0
+            while not request.num_tokens or num_tokens < request.num_tokens:
+                choices = await steps.get()
+                if isinstance(choices, CollegiumError):
+                    raise choices
+                for message in trace_messages(choices):
+                    yield message
+                num_tokens += len(choices.sequences)
+        finally:
+            engine.recorder.remove(listen)
+            self._traces.discard(steps)
+
     async def _read(
         self, engine: Engine, owner: int, attached: _Attached, frames: AsyncIterator[router_pb2.AttachRequest]
     ) -> None:
@@ -131,7 +176,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         if self._engine is None:
             raise Unavailable("the router is loading its model", reason="LOADING", retry_after_s=1.0)
         if self.is_draining or not self._engine.is_alive:
-            raise Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
+            raise _draining()
         return self._engine
 
     def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
@@ -149,6 +194,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
             engine.pause(owner, ref.request_id, _choice(ref), True)
         for ref in frame.unpauses:
             engine.pause(owner, ref.request_id, _choice(ref), False)
+
+
+def _draining() -> Unavailable:
+    return Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
 
 
 def _choice(ref: router_pb2.SequenceRef) -> int | None:

@@ -25,3 +25,13 @@ class Settings(ServiceSettings):
     expert_timeout_s: float = setting("longest wait for one expert call, in seconds", default=10.0, at_least=0.1)
     expert_wait_s: float = setting("longest wait for any expert worker, in seconds", default=30.0, at_least=0.1)
     drain_s: float = setting("longest wait for running requests at SIGTERM, in seconds", default=5.0, at_least=0.0)
+    prefetch: str = setting(
+        "tell workers which experts the next layer will probably want: off, or else; what they do with it is theirs",
+        default="auto",
+        choices=("auto", "on", "off"),
+    )
+    prefetch_layers: int = setting("how many layers ahead workers are told", default=2, at_least=1)
+    unsafe_routing: Path | None = setting(
+        "for experiments only, answers are then worthless: a trace whose experts replace those that the gates choose",
+        default=None,
+    )

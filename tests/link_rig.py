@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from collegium.link.base import Arrival, ExpectedLink, RouterLink, WorkerPort
+from collegium.link.base import Arrival, ExpectedLink, HintArrival, RouterLink, WorkerPort
 from collegium.link.connect import connect
-from collegium.link.frame import Dispatch, Reply
+from collegium.link.frame import Dispatch, Hint, Reply
 from collegium.link.inproc import InprocPort
 from collegium.link.tcp_port import TcpPort
 
@@ -67,6 +67,28 @@ def dispatch(seq: int = 1, num_rows: int = 3, **changes: object) -> Dispatch:
         "traceparent": "",
     }
     return Dispatch(**(fields | changes))  # type: ignore[arg-type]
+
+
+def hint(layer: int = 6, num_groups: int = 3, **changes: object) -> Hint:
+    """Experts 0, 1, 2 .. of a layer, expected by 1, 2, 3 .. tokens."""
+    fields: dict[str, object] = {
+        "layer": layer,
+        "experts": np.arange(num_groups, dtype=np.uint16),
+        "counts": np.arange(1, num_groups + 1, dtype=np.uint16),
+    }
+    return Hint(**(fields | changes))  # type: ignore[arg-type]
+
+
+def gather_hints(port: WorkerPort, num: int) -> list[HintArrival]:
+    """Poll until so many hints have come in."""
+    hints: list[HintArrival] = []
+
+    def has_all() -> bool:
+        hints.extend(port.hints())
+        return len(hints) >= num
+
+    pump(port, has_all)
+    return hints
 
 
 def gather(port: WorkerPort, num: int) -> list[Arrival]:

@@ -12,9 +12,9 @@ import torch
 from collegium.link import nccl
 from collegium.link.base import ExpectedLink
 from collegium.link.connect import connect
-from collegium.link.frame import Reply
+from collegium.link.frame import Dispatch, Reply
 from collegium.link.tcp_port import TcpPort
-from tests.link_rig import SECRET, dispatch, soon
+from tests.link_rig import SECRET, dispatch, hint, soon
 
 D, MAX_ROWS, NUM_DISPATCHES = 512, 256, 100
 
@@ -42,12 +42,16 @@ def serve() -> None:
     try:
         while router.poll() is None:
             for arrival in port.poll(0.1):
-                port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, y=arrival.dispatch.x * 2))
+                port.reply(arrival.link_id, _doubled(arrival.dispatch))
     finally:
         router.kill()
         router.wait()
         port.close()
     sys.exit(router.returncode)
+
+
+def _doubled(dispatched: Dispatch) -> Reply:
+    return Reply(seq=dispatched.seq, y=dispatched.x * 2, missed=dispatched.experts[: dispatched.seq % 3])
 
 
 def route(address: str) -> None:
@@ -60,10 +64,12 @@ def route(address: str) -> None:
         sent = [torch.randn(1 + (s * 7) % MAX_ROWS, D, device="cuda") for s in range(seq, seq + 4)]
         for at, x in enumerate(sent):
             link.send(dispatch(seq + at, x.shape[0], x=x))
+        link.hint(hint(seq))
         for at, x in enumerate(sent):
             reply = link.receive(seq + at, soon())
             assert reply.y is not None
             assert torch.equal(reply.y, x * 2)
+            assert reply.num_misses == (seq + at) % 3
     link.close()
     sys.stdout.write(f"exchanged {NUM_DISPATCHES} dispatches\n")
 

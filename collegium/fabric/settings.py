@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from collegium.fabric.byte_size import ByteSize
+from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.errors import SettingsError
 
-__all__ = ["ByteSize", "ServiceSettings", "parse", "read", "render_help", "setting"]
+__all__ = ["ByteSize", "MemoryBudget", "ServiceSettings", "parse", "read", "render_help", "setting"]
 
 T = TypeVar("T")
 _KEY = "collegium.setting"
@@ -226,6 +226,8 @@ def _convert(text: str, hint: object) -> object:
         return _finite(text)
     if hint is ByteSize:
         return ByteSize.parse(text)
+    if hint is MemoryBudget:
+        return MemoryBudget.parse(text)
     if hint is Path:
         return Path(text).expanduser()
     if hint is str:
@@ -266,11 +268,11 @@ def _written(value: object) -> str:
         return ",".join(str(part) for part in typing.cast("tuple[object, ...]", value))
     if isinstance(value, bool):
         return "true" if value else "false"
-    return repr(value) if value == "" else str(value)
+    return str(value) or repr("")
 
 
 def _type_name(hint: object) -> str:
-    names = {str: "TEXT", int: "N", float: "X", Path: "PATH", ByteSize: "BYTES"}
+    names = {str: "TEXT", int: "N", float: "X", Path: "PATH", ByteSize: "BYTES", MemoryBudget: "BYTES|PERCENT"}
     for part in (hint, *typing.get_args(hint)):
         if isinstance(part, type) and part in names:
             return names[part]

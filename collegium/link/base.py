@@ -6,18 +6,21 @@ Every transport stands behind these two protocols and passes one conformance sui
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
-from collegium.link.frame import Dispatch, LinkShape, Reply
+from collegium.link.frame import Dispatch, Hint, LinkShape, Reply
+
+MAX_HINTS: Final = 64  # kept at a worker's port until asked for; older advice is stale by then
 
 
 @dataclass(slots=True, kw_only=True)
 class LinkStats:
-    """What one end of a link counted since it began; bytes are all those of dispatches, replies and progress."""
+    """What one end of a link counted since it began; bytes are all those of dispatches, hints, replies and progress."""
 
     dispatches: int = 0
+    hints: int = 0  # begun at the router's end, whole at the worker's
     rows_out: int = 0  # rows of dispatches, router to worker
     rows_back: int = 0  # rows of replies, worker to router
     pairs_out: int = 0
@@ -70,6 +73,15 @@ class Arrival:
     router_id: str
     dispatch: Dispatch
     received_s: float  # monotonic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HintArrival:
+    """A hint that has arrived whole and is well formed; whether there are such experts is for the worker to say."""
+
+    link_id: int
+    router_id: str
+    hint: Hint
 
 
 class RouterLink(Protocol):
@@ -130,13 +142,23 @@ class RouterLink(Protocol):
         """
         ...
 
-    def receive(self, seq: int, deadline_s: float) -> Reply:
+    def receive(self, seq: int, deadline_s: float, *, patience_s: float = 0.0) -> Reply:
         """Wait for the reply to `seq`; replies to others in flight are kept for their own receive.
 
+        Each sign of life from the worker moves the deadline to at least `patience_s` after it: slow is not lost.
         `deadline_s` is monotonic; what has already arrived is returned even past it. `Reply.y` is a view of memory
         of that dispatch's credit: valid until the credit is used again by a later send. Raises KeyError where `seq`
         is not in flight; LinkTimeout, after which `seq` is abandoned: its reply, when it comes, is read into scratch,
         counted as late, and gives back the credit; LinkClosed.
+        """
+        ...
+
+    def hint(self, hint: Hint) -> bool:
+        """Tell the worker what it may be asked for next: advice that takes no credit and has no reply.
+
+        Never waits for a worker that does not read: returns False where the hint could not go out now and is forgotten.
+        One that has begun to leave is sure to arrive whole, and is True. The arrays may be used again at once. Raises
+        FrameError before a byte leaves where the hint breaks the link's shape; LinkClosed.
         """
         ...
 
@@ -166,16 +188,22 @@ class WorkerPort(Protocol):
         Accepts connections, reads what is there, sends what is queued. Returns dispatches that are whole; sockets
         read at most one of each link, so that links take turns: call again with 0.0 to gather more. A dispatch past
         its deadline is answered EXPIRED and not returned; one whose counts do not add up is answered BAD_FRAME. A
-        frame that cannot be read, or a peer that broke, closes that link alone. Raises LinkClosed after `close`.
+        frame that cannot be read, or a peer that broke, closes that link alone. A hint ends the wait as a dispatch
+        does, and is kept for `hints`. May be called while dispatches that it returned before are unanswered: their
+        arrays stay as they are. Raises LinkClosed after `close`.
         """
+        ...
+
+    def hints(self) -> list[HintArrival]:
+        """Return the hints that polls have read since the last call, oldest first; at most the newest MAX_HINTS."""
         ...
 
     def reply(self, link_id: int, reply: Reply) -> None:
         """Answer a dispatch; never blocks. What the transport does not take now is sent by later polls.
 
         The dispatch's arrays are invalid from here on. The caller does not write `y` again (`inproc` passes it by
-        reference). Dropped without a word where the link is gone. Raises FrameError where `y` does not match the
-        dispatch, KeyError where `reply.seq` is not in flight.
+        reference). Dropped without a word where the link is gone. Raises FrameError where `y` or `missed` does
+        not match the dispatch, KeyError where `reply.seq` is not in flight.
         """
         ...
 

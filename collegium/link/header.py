@@ -2,7 +2,7 @@
 
 Pure: bytes in, values out. Every frame begins alike (magic, version, kind, status, dtype, micro-batch, flags, sequence
 number, body bytes, text bytes, layer) and ends with the sender's clock, from which the reader keeps its ClockOffset.
-A dispatch adds deadline, epoch, step, rows, pairs, groups; a reply compute and wait time, misses, rows.
+A dispatch adds deadline, epoch, step, rows, pairs, groups, prompt rows; a reply compute and wait time, misses, rows.
 """
 
 import struct
@@ -20,6 +20,7 @@ from collegium.link.frame import (
     MAGIC,
     MAX_GROUPS,
     MAX_TEXT_BYTES,
+    NO_EXPERTS,
     SECRET_BYTES,
     VERSION,
     Dispatch,
@@ -78,6 +79,7 @@ class DispatchHeader(NamedTuple):
     num_rows: int
     num_pairs: int
     num_groups: int
+    num_prompt_rows: int
     sent_us: int  # the sender's clock
 
 
@@ -100,7 +102,7 @@ def read_common(buffer: bytes | bytearray | memoryview) -> Common:
         raise FrameError(f"magic is {magic:#06x}, not {MAGIC:#06x}: the peer does not speak this protocol")
     if version != VERSION:
         raise FrameError(f"version is {version}, this end speaks {VERSION}")
-    if not Kind.HELLO <= kind <= Kind.GOODBYE:
+    if not Kind.HELLO <= kind <= Kind.HINT:
         raise FrameError(f"there is no kind {kind}")
     return Common(Kind(kind), seq, body_bytes, flags)
 
@@ -124,6 +126,8 @@ def check_dispatch(dispatch: Dispatch, shape: LinkShape) -> tuple[int, int, int]
     if counts.size != num_groups or experts.size != num_groups:
         raise FrameError(f"{experts.shape} experts but {counts.shape} counts")
     check_sizes(num_rows, num_pairs, num_groups, shape)
+    if not 0 <= dispatch.num_prompt_rows <= num_rows:
+        raise FrameError(f"{dispatch.num_prompt_rows} of {num_rows} rows belong to prompts")
     if len(dispatch.traceparent) > MAX_TEXT_BYTES:
         raise FrameError(f"traceparent has {len(dispatch.traceparent)} characters, at most {MAX_TEXT_BYTES} travel")
     check_counts(counts, pair_rows, num_rows)
@@ -167,7 +171,7 @@ def write_dispatch(
             shape.are_rows_apart,
             dispatch.seq, body_bytes, text_bytes, dispatch.layer,
             int(dispatch.deadline_s * 1e6), dispatch.epoch, dispatch.step,
-            num_rows, num_pairs, num_groups, 0, time.monotonic_ns() // 1000,
+            num_rows, num_pairs, num_groups, dispatch.num_prompt_rows, time.monotonic_ns() // 1000,
         )  # fmt: skip
     except (struct.error, OverflowError, ValueError) as error:  # the last two: a deadline that is infinite or NaN
         raise FrameError(f"a field of the dispatch does not fit its place in the header: {error}") from None
@@ -178,14 +182,16 @@ def read_dispatch(buffer: bytes | bytearray | memoryview, shape: LinkShape) -> D
     """Read a dispatch's header and check every size in it. Raises FrameError."""
     (
         magic, version, kind, _, dtype, micro_batch, flags, seq, body_bytes, text_bytes, layer,
-        deadline_us, epoch, step, num_rows, num_pairs, num_groups, _, sent_us,
+        deadline_us, epoch, step, num_rows, num_pairs, num_groups, num_prompt_rows, sent_us,
     ) = _DISPATCH.unpack_from(buffer)  # fmt: skip
     if magic != MAGIC or version != VERSION or kind != _DISPATCH_KIND:
         read_common(buffer)
-        raise FrameError(f"a router sends dispatches, not {Kind(kind).name}")
+        raise FrameError(f"a router sends dispatches and hints, not {Kind(kind).name}")
     if DTYPES.get(dtype) is not shape.dtype:
         raise FrameError(f"rows have data type {dtype}; the link carries {shape.dtype}")
     check_sizes(num_rows, num_pairs, num_groups, shape)
+    if num_prompt_rows > num_rows:
+        raise FrameError(f"{num_prompt_rows} of {num_rows} rows belong to prompts")
     if flags != (_ROWS_APART if shape.are_rows_apart else 0):
         raise FrameError(f"flags are {flags}, but rows apart is {shape.are_rows_apart} on this link")
     rows_bytes = num_rows * shape.framed_row_bytes
@@ -193,12 +199,14 @@ def read_dispatch(buffer: bytes | bytearray | memoryview, shape: LinkShape) -> D
         raise FrameError(f"a body of {body_bytes} bytes does not hold what the header announces")
     return DispatchHeader(
         seq, body_bytes, text_bytes, layer, micro_batch, deadline_us, epoch, step,
-        num_rows, num_pairs, num_groups, sent_us,
+        num_rows, num_pairs, num_groups, num_prompt_rows, sent_us,
     )  # fmt: skip
 
 
-def check_reply(reply: Reply, num_rows: int, shape: LinkShape) -> None:
-    """Raise FrameError unless a reply that is OK holds exactly the rows that the dispatch asked for."""
+def check_reply(reply: Reply, num_rows: int, num_groups: int, shape: LinkShape) -> None:
+    """Raise FrameError unless a reply that is OK holds exactly the rows that the dispatch asked for,
+    and misses no more experts than the dispatch named.
+    """
     y = reply.y
     if reply.status != 0:
         return
@@ -207,16 +215,24 @@ def check_reply(reply: Reply, num_rows: int, shape: LinkShape) -> None:
         raise FrameError(
             f"y of seq {reply.seq} is {got}; the answer is contiguous {shape.reply_dtype} [{num_rows}, {shape.d_model}]"
         )
+    missed = reply.missed
+    if missed is not NO_EXPERTS and (missed.dtype != _U16 or missed.ndim != 1 or len(missed) > num_groups):
+        raise FrameError(
+            f"missed of seq {reply.seq} is {missed.dtype} {list(missed.shape)}; it travels as {_U16} [M], and M is at "
+            f"most the {num_groups} experts of the dispatch"
+        )
 
 
 def write_reply(buffer: bytearray, reply: Reply, num_rows: int, body_bytes: int) -> None:
     """Write a reply's header. Raises FrameError where a field does not fit."""
-    dtype = DTYPE_CODES[reply.y.dtype] if reply.y is not None and reply.status == 0 else 0
+    dtype = num_misses = 0
+    if reply.y is not None and reply.status == 0:
+        dtype, num_misses = DTYPE_CODES[reply.y.dtype], len(reply.missed)
     try:
         _REPLY.pack_into(
             buffer, 0, MAGIC, VERSION, _REPLY_KIND, reply.status, dtype, 0, 0,
             reply.seq, body_bytes, 0, 0,
-            reply.compute_us, reply.wait_us, reply.num_misses, num_rows, time.monotonic_ns() // 1000,
+            reply.compute_us, reply.wait_us, num_misses, num_rows, time.monotonic_ns() // 1000,
         )  # fmt: skip
     except struct.error as error:
         raise FrameError(f"a field of the reply does not fit its place in the header: {error}") from None
@@ -233,9 +249,15 @@ def read_reply(buffer: bytes | bytearray | memoryview, shape: LinkShape) -> Repl
     if status >= len(_STATUSES):
         raise FrameError(f"there is no status {status}")
     if status == 0:  # Status.OK; an enum's attribute takes as long as the comparison
-        rows_bytes = num_rows * shape.framed_reply_row_bytes
-        if DTYPES.get(dtype) is not shape.reply_dtype or num_rows > shape.max_rows or body_bytes != rows_bytes:
-            raise FrameError(f"a reply of {num_rows} rows of data type {dtype} in {body_bytes} bytes")
+        announced = num_rows * shape.framed_reply_row_bytes + 2 * num_misses
+        if DTYPES.get(dtype) is not shape.reply_dtype or num_rows > shape.max_rows or body_bytes != announced:
+            raise FrameError(
+                f"a reply of {num_rows} rows of data type {dtype} and {num_misses} misses in {body_bytes} bytes"
+            )
+        if num_misses > shape.max_groups:
+            raise FrameError(f"a reply of {num_misses} misses; the link carries at most {shape.max_groups}")
+    elif num_misses:
+        raise FrameError(f"a reply that failed announces {num_misses} misses")
     elif body_bytes > MAX_TEXT_BYTES:
         raise FrameError(f"a message of {body_bytes} bytes; at most {MAX_TEXT_BYTES} travel")
     return ReplyHeader(seq, _STATUSES[status], body_bytes, compute_us, wait_us, num_misses, num_rows)

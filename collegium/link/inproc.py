@@ -11,18 +11,21 @@ import ssl
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from collegium.link import header
-from collegium.link.base import Arrival, ExpectedLink, LinkStats
+from collegium.link.base import MAX_HINTS, Arrival, ExpectedLink, HintArrival, LinkStats
 from collegium.link.expected import ExpectedLinks
 from collegium.link.frame import (
     HEADER_BYTES,
+    NO_EXPERTS,
     Dispatch,
     FrameError,
+    Hint,
     LinkClosed,
     LinkShape,
     LinkTimeout,
@@ -30,8 +33,11 @@ from collegium.link.frame import (
     Reply,
     Status,
 )
+from collegium.link.hint import check_hint, write_hint
 
 log = logging.getLogger("collegium.link")
+
+_Item = tuple[int, Dispatch | Hint | str, int]  # link_id, what came or why the link ends, bytes of a body
 
 _numbers = itertools.count()
 _ports: "weakref.WeakValueDictionary[str, InprocPort]" = weakref.WeakValueDictionary()
@@ -63,6 +69,7 @@ class InprocLink:
         self._abandoned: set[int] = set()
         self._closed_because = ""
         self._owner = threading.Lock()
+        self._hint_room = threading.Semaphore(MAX_HINTS)  # what a socket's buffers would hold: no more wait to be read
 
     @property
     def num_in_flight(self) -> int:
@@ -77,9 +84,7 @@ class InprocLink:
     def send(self, dispatch: Dispatch) -> None:
         """Pass a dispatch to the worker's thread; see RouterLink.send."""
         with self._owner:
-            while not self._answers.empty():
-                self._take(self._answers.get_nowait())
-            self._check_open()
+            self._catch_up()
             num_rows, num_pairs, num_groups = header.check_dispatch(dispatch, self.shape)
             # The header is written and thrown away, so that what a socket could not carry fails here too.
             body_bytes = header.write_dispatch(
@@ -101,7 +106,7 @@ class InprocLink:
             stats.bytes_out += HEADER_BYTES + body_bytes
             self._port.deliver(self.link_id, dispatch, body_bytes)
 
-    def receive(self, seq: int, deadline_s: float) -> Reply:
+    def receive(self, seq: int, deadline_s: float, *, patience_s: float = 0.0) -> Reply:
         """Wait for the reply to `seq`; see RouterLink.receive."""
         with self._owner:
             if seq not in self._in_flight or seq in self._abandoned:
@@ -115,8 +120,28 @@ class InprocLink:
                     self._abandoned.add(seq)
                     raise LinkTimeout(f"no reply from {self.worker_id} within the deadline") from None
                 self._take(answer)
+                if patience_s:
+                    deadline_s = max(deadline_s, self.last_heard_s + patience_s)
             del self._in_flight[seq]
             return self._kept.pop(seq)
+
+    def hint(self, hint: Hint) -> bool:
+        """Pass advice to the worker's thread; see RouterLink.hint."""
+        with self._owner:
+            self._catch_up()
+            check_hint(hint, self.shape)
+            num_bytes = len(write_hint(hint))  # so that what a socket could not carry fails here too
+            if not self._hint_room.acquire(blocking=False):
+                return False
+            self.stats.hints += 1
+            self.stats.bytes_out += num_bytes
+            own = replace(hint, experts=hint.experts.copy(), counts=hint.counts.copy())
+            self._port.deliver(self.link_id, own, num_bytes - HEADER_BYTES)
+            return True
+
+    def has_read_hint(self) -> None:
+        """Make room for another; called by the worker's thread."""
+        self._hint_room.release()
 
     def close(self) -> None:
         """End the link and every wait on it; see RouterLink.close."""
@@ -131,6 +156,12 @@ class InprocLink:
     def answer(self, reply: Reply | None) -> None:
         """Take a reply, or None as a sign of progress, from the worker's thread."""
         self._answers.put(_Answer(reply))
+
+    def _catch_up(self) -> None:
+        """Look at what has come. Raises LinkClosed where that, or something before it, ended the link."""
+        while not self._answers.empty():
+            self._take(self._answers.get_nowait())
+        self._check_open()
 
     def _check_open(self) -> None:
         if self._closed_because:
@@ -165,7 +196,7 @@ class _Accepted:
 
     link: InprocLink
     stats: LinkStats
-    in_flight: dict[int, int]  # seq -> rows
+    in_flight: dict[int, tuple[int, int]]  # seq -> (rows, groups)
 
 
 class InprocPort:
@@ -176,7 +207,8 @@ class InprocPort:
         self._worker_id = worker_id
         self._address = f"inproc-{next(_numbers)}"
         self.addresses: Sequence[tuple[str, str]] = (("inproc", self._address),)
-        self._inbox: queue.SimpleQueue[tuple[int, Dispatch | str, int] | None] = queue.SimpleQueue()  # None: wake
+        self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()  # None: wake
+        self._hints: deque[HintArrival] = deque(maxlen=MAX_HINTS)
         self._expected = ExpectedLinks()
         self._guard = threading.Lock()  # of the two below, which any thread may touch
         self._links: dict[int, _Accepted] = {}
@@ -204,9 +236,9 @@ class InprocPort:
             self._links[link_id] = _Accepted(link=link, stats=LinkStats(), in_flight={})
         return link
 
-    def deliver(self, link_id: int, dispatch: Dispatch, body_bytes: int) -> None:
-        """Take a dispatch from a router's thread."""
-        self._inbox.put((link_id, dispatch, body_bytes))
+    def deliver(self, link_id: int, item: Dispatch | Hint, body_bytes: int) -> None:
+        """Take a dispatch or a hint from a router's thread."""
+        self._inbox.put((link_id, item, body_bytes))
 
     def hang_up(self, link_id: int, reason: str) -> None:
         """Take notice that a router has closed its end."""
@@ -251,20 +283,28 @@ class InprocPort:
         self._check_open()
         return arrivals
 
+    def hints(self) -> list[HintArrival]:
+        """Return the hints that polls have read; see WorkerPort.hints."""
+        hints = list(self._hints)
+        self._hints.clear()
+        return hints
+
     def reply(self, link_id: int, reply: Reply) -> None:
         """Answer a dispatch; see WorkerPort.reply."""
         accepted = self._links.get(link_id)
         if accepted is None:
             return
-        num_rows = accepted.in_flight[reply.seq]
-        header.check_reply(reply, num_rows, accepted.link.shape)
+        num_rows, num_groups = accepted.in_flight[reply.seq]
+        header.check_reply(reply, num_rows, num_groups, accepted.link.shape)
         del accepted.in_flight[reply.seq]
         stats = accepted.stats
         stats.bytes_back += HEADER_BYTES + _body_bytes(reply, accepted.link.shape)
         if reply.status == Status.OK:
             stats.rows_back += num_rows
+            if reply.num_misses:  # they may stand in the router's own arrays
+                reply = replace(reply, missed=reply.missed.copy())
         else:
-            reply = replace(reply, y=None, message=header.clip(reply.message).decode())
+            reply = replace(reply, y=None, missed=NO_EXPERTS, message=header.clip(reply.message).decode())
         accepted.link.answer(reply)
 
     def progress(self, link_id: int) -> None:
@@ -274,7 +314,7 @@ class InprocPort:
             accepted.stats.bytes_back += HEADER_BYTES
             accepted.link.answer(None)
 
-    def _take(self, link_id: int, item: Dispatch | str, body_bytes: int, arrivals: list[Arrival]) -> None:
+    def _take(self, link_id: int, item: Dispatch | Hint | str, body_bytes: int, arrivals: list[Arrival]) -> None:
         """Look at one thing that came from a router."""
         accepted = self._links.get(link_id)
         if accepted is None:
@@ -282,8 +322,14 @@ class InprocPort:
         if isinstance(item, str):
             self._end(accepted, item)
             return
+        if isinstance(item, Hint):
+            accepted.link.has_read_hint()
+            accepted.stats.hints += 1
+            accepted.stats.bytes_out += HEADER_BYTES + body_bytes
+            self._hints.append(HintArrival(link_id=link_id, router_id=accepted.link.router_id, hint=item))
+            return
         now_s = time.monotonic()
-        accepted.in_flight[item.seq] = item.x.shape[0]
+        accepted.in_flight[item.seq] = (item.x.shape[0], len(item.experts))
         stats = accepted.stats
         stats.dispatches += 1
         stats.rows_out += item.x.shape[0]
@@ -330,5 +376,5 @@ def connect(
 def _body_bytes(reply: Reply, shape: LinkShape) -> int:
     """Return what a reply's body would take on a socket."""
     if reply.status == Status.OK and reply.y is not None:
-        return reply.y.shape[0] * shape.reply_row_bytes
+        return reply.y.shape[0] * shape.reply_row_bytes + reply.missed.nbytes
     return len(header.clip(reply.message))

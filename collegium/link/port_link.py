@@ -7,6 +7,7 @@ R rows, P pairs, G groups, D model width, as in frame.py.
 from collections import deque
 from typing import Final
 
+import numpy as np
 import torch
 
 from collegium.link import header
@@ -14,16 +15,17 @@ from collegium.link.base import ExpectedLink, LinkStats
 from collegium.link.clock import ClockOffset
 from collegium.link.frame import (
     HEADER_BYTES,
-    MAX_GROUPS,
     MAX_TEXT_BYTES,
     Dispatch,
     FrameError,
+    Hint,
     Kind,
     LinkClosed,
     LinkShape,
     Reply,
     Status,
 )
+from collegium.link.hint import HintHeader, is_hint, read_hint, read_hint_body
 from collegium.link.memory import buffer_of, byte_view, round_up
 from collegium.link.rows_apart import Landing, RowCarrier
 from collegium.link.stream import Buffers, Stream, rest_of
@@ -38,10 +40,10 @@ class _Slot:
     sizes is read with one call. [ .. experts counts pair_rows pair_weights | x | traceparent ]
     """
 
-    __slots__ = ("f32", "num_rows", "seq", "start_bytes", "u16", "u32", "view", "x", "x_rows")
+    __slots__ = ("f32", "num_groups", "num_rows", "seq", "start_bytes", "u16", "u32", "view", "x", "x_rows")
 
     def __init__(self, shape: LinkShape, device: torch.device) -> None:
-        self.start_bytes = round_up(_WORD * min(shape.max_pairs, MAX_GROUPS) + 2 * _WORD * shape.max_pairs)
+        self.start_bytes = round_up(_WORD * shape.max_groups + 2 * _WORD * shape.max_pairs)
         rows_bytes = shape.max_rows * shape.framed_row_bytes
         memory = torch.empty(self.start_bytes + rows_bytes + MAX_TEXT_BYTES, dtype=torch.uint8)
         self.view = byte_view(memory)
@@ -55,7 +57,7 @@ class _Slot:
         self.f32 = counted.view(torch.float32).numpy()
         self.x_rows = self.x
         self.seq = 0
-        self.num_rows = 0
+        self.num_rows = self.num_groups = 0
 
     def body(self, head: header.DispatchHeader) -> memoryview:
         """Return where the body that a header announces is to be read."""
@@ -91,6 +93,7 @@ class _Slot:
             pair_rows=pair_rows,
             pair_weights=self.f32[pairs - num_pairs : pairs],
             x=self.rows(num_rows),
+            num_prompt_rows=head.num_prompt_rows,
             traceparent=text.decode("ascii", "replace"),
         )
 
@@ -120,8 +123,9 @@ class PortLink:
         self._in_flight: dict[int, _Slot] = {}
         self._head = bytearray(HEADER_BYTES)
         self._head_view = memoryview(self._head)
-        self._reading: header.DispatchHeader | None = None
+        self._reading: header.DispatchHeader | HintHeader | None = None
         self._slot = self._free[0]
+        self._hinted = byte_view(torch.empty(_WORD * shape.max_groups, dtype=torch.uint8))
         self._target = self._head_view
         self._got = 0
         self._out = bytearray(HEADER_BYTES)
@@ -137,8 +141,8 @@ class PortLink:
         """Whether `read` is to be called again though the socket shows nothing: rows land, or TLS holds bytes."""
         return self._landing is not None or self.stream.has_buffered()
 
-    def read(self) -> Dispatch | None:
-        """Read what is here, to the end of one frame at most; return it where it is a dispatch to be computed.
+    def read(self) -> Dispatch | Hint | None:
+        """Read what is here, to the end of one frame at most; return it where somebody should see it.
 
         Raises LinkClosed where the peer has gone, FrameError where a header cannot be followed, OSError.
         """
@@ -147,12 +151,12 @@ class PortLink:
                 if self._reading is None:
                     if not self._read_on():
                         return None
-                    self._open_body(header.read_dispatch(self._head, self.shape))
+                    self._open_body()
                 if not self._read_on():
                     return None
             except BlockingIOError:
                 return None
-            if self._carrier is not None and self._reading is not None:
+            if self._carrier is not None and isinstance(self._reading, header.DispatchHeader):
                 self._landing = self._carrier.receive(self._slot.rows(self._reading.num_rows))
         if self._landing is not None:
             if not self._landing.is_complete():
@@ -170,7 +174,14 @@ class PortLink:
         self._got = got + taken
         return self._got == len(self._target)
 
-    def _open_body(self, head: header.DispatchHeader) -> None:
+    def _open_body(self) -> None:
+        """Look at a whole header; say where its body goes, or refuse it."""
+        self._got = 0
+        if is_hint(self._head):
+            self._reading = advice = read_hint(self._head, self.shape)
+            self._target = self._hinted[: advice.body_bytes]
+            return
+        head = header.read_dispatch(self._head, self.shape)
         if not self._free:
             raise FrameError(f"more than the {self.shape.num_credits} dispatches that the link allows")
         if head.seq in self._in_flight:
@@ -178,14 +189,18 @@ class PortLink:
         self._slot = self._free.pop()
         self._reading = head
         self._target = self._slot.body(head)
-        self._got = 0
 
-    def _finish(self) -> Dispatch | None:
-        """Take in a whole dispatch; answer by ourselves what nobody should compute."""
+    def _finish(self) -> Dispatch | Hint | None:
+        """Take in a whole frame; answer by ourselves what nobody should compute."""
         head, slot, stats = self._reading, self._slot, self.stats
         assert head is not None
         self._reading, self._target, self._got = None, self._head_view, 0
-        slot.seq, slot.num_rows = head.seq, head.num_rows
+        if isinstance(head, HintHeader):
+            stats.hints += 1
+            stats.bytes_out += HEADER_BYTES + head.body_bytes
+            self._clock.heard(head.sent_us, header.now_us())
+            return read_hint_body(head, self._hinted, self.shape)
+        slot.seq, slot.num_rows, slot.num_groups = head.seq, head.num_rows, head.num_groups
         self._in_flight[head.seq] = slot
         stats.dispatches += 1
         stats.rows_out += head.num_rows
@@ -209,19 +224,23 @@ class PortLink:
     def reply(self, reply: Reply) -> None:
         """Answer a dispatch; see WorkerPort.reply."""
         slot = self._in_flight[reply.seq]
-        header.check_reply(reply, slot.num_rows, self.shape)
+        header.check_reply(reply, slot.num_rows, slot.num_groups, self.shape)
         if reply.y is not None and reply.status == Status.OK:
             body = buffer_of(reply.y) if self._carrier is None else b""
             num_rows, body_bytes = slot.num_rows, slot.num_rows * self.shape.framed_reply_row_bytes
+            buffers: Buffers = (self._out, body)
+            if reply.num_misses:
+                buffers = (self._out, body, np.ascontiguousarray(reply.missed))
+                body_bytes += reply.missed.nbytes
         else:
             body = header.clip(reply.message)
             num_rows, body_bytes = 0, len(body)
+            buffers = (self._out, body)
         header.write_reply(self._out, reply, num_rows, body_bytes)
         del self._in_flight[reply.seq]
         self._free.append(slot)
         self.stats.rows_back += num_rows
         self.stats.bytes_back += HEADER_BYTES + body_bytes
-        buffers = (self._out, body)
         taken = 0 if self._outbox else self._send_now(buffers)
         if taken < HEADER_BYTES + body_bytes:
             self._outbox.append(rest_of(buffers, taken))

@@ -4,11 +4,14 @@ The thread that needs the reply sends and receives itself. A frame leaves with o
 was made when the link was opened: one buffer of rows per credit. Knows nothing of what the rows mean.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from collegium.link import header
@@ -16,8 +19,10 @@ from collegium.link.base import LinkStats
 from collegium.link.frame import (
     HEADER_BYTES,
     MAX_TEXT_BYTES,
+    NO_EXPERTS,
     Dispatch,
     FrameError,
+    Hint,
     Kind,
     LinkClosed,
     LinkShape,
@@ -26,24 +31,31 @@ from collegium.link.frame import (
     Reply,
     Status,
 )
+from collegium.link.hint import check_hint, write_hint
 from collegium.link.memory import buffer_of, byte_view
 from collegium.link.rows_apart import Landing, RowCarrier
 from collegium.link.stream import Stream, is_readable, rest_of
 
 _SCRATCH_BYTES: Final = 64 * 1024
 _ROWS_WITHIN_S: Final = 2.0
+_HINT_WITHIN_S: Final = 0.002  # what the rest of a hint may wait for; after that it goes out before the next frame
 
 
 class _Credit:
     """The right to have one dispatch in flight, and the memory that its reply is read into."""
 
-    __slots__ = ("is_abandoned", "num_rows", "reply", "rows", "view", "y")
+    __slots__ = ("is_abandoned", "num_groups", "num_rows", "reply", "rows", "view", "y")
 
     def __init__(self, shape: LinkShape, device: torch.device) -> None:
-        self.rows = torch.empty((shape.max_rows, shape.d_model), dtype=shape.reply_dtype, device=device)
-        self.view = memoryview(b"") if shape.are_rows_apart else byte_view(self.rows)
+        rows_bytes = shape.max_rows * shape.framed_reply_row_bytes
+        memory = torch.empty(rows_bytes + 2 * shape.max_groups, dtype=torch.uint8)  # rows, then what was missed
+        self.view = byte_view(memory)
+        if shape.are_rows_apart:
+            self.rows = torch.empty((shape.max_rows, shape.d_model), dtype=shape.reply_dtype, device=device)
+        else:
+            self.rows = memory[:rows_bytes].view(shape.reply_dtype).view(-1, shape.d_model)  # [max_rows, D]
         self.y = self.rows
-        self.num_rows = 0
+        self.num_rows = self.num_groups = 0
         self.reply: Reply | None = None
         self.is_abandoned = False
 
@@ -52,6 +64,10 @@ class _Credit:
         if self.y.shape[0] != num_rows:
             self.y = self.rows[:num_rows]
         return self.y
+
+    def missed(self, head: header.ReplyHeader) -> npt.NDArray[np.uint16]:
+        """Return a copy of the experts behind the rows of a reply that has been read."""
+        return np.frombuffer(self.view[: head.body_bytes][-2 * head.num_misses :], np.uint16).copy()  # [M]
 
 
 class SocketLink:
@@ -84,7 +100,7 @@ class SocketLink:
         self._free = deque(_Credit(shape, device) for _ in range(shape.num_credits))
         self._in_flight: dict[int, _Credit] = {}
         self._out = bytearray(HEADER_BYTES)
-        self._tail = b""  # the rest of a dispatch whose deadline passed while it was sent; goes out before the next
+        self._tail = b""  # the rest of a frame whose time was up while it was sent; goes out before the next
         self._head = bytearray(HEADER_BYTES)
         self._head_view = memoryview(self._head)
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -150,7 +166,8 @@ class SocketLink:
                         self._tail = b""  # not a byte has left: as if it had never been sent
                         raise
             credit = self._free.popleft()
-            credit.num_rows, credit.reply, credit.is_abandoned = sizes[0], None, not has_left
+            credit.num_rows, credit.num_groups = sizes[0], sizes[2]
+            credit.reply, credit.is_abandoned = None, not has_left
             self._in_flight[dispatch.seq] = credit
             stats = self.stats
             if self._carrier is not None:
@@ -166,7 +183,31 @@ class SocketLink:
             if not has_left:
                 raise LinkTimeout(f"the deadline passed while dispatch {dispatch.seq} was sent to {self.worker_id}")
 
-    def receive(self, seq: int, deadline_s: float) -> Reply:
+    def hint(self, hint: Hint) -> bool:
+        """Hand advice to the socket where it has room; see RouterLink.hint."""
+        with self._owner:
+            self._check_open()
+            check_hint(hint, self.shape)
+            frame = write_hint(hint)
+            try:
+                if self._tail:
+                    self._tail = self._tail[self._stream.send_now((self._tail,)) :]
+                    if self._tail:
+                        return False
+                taken = self._stream.send_now((frame,))
+            except OSError as error:
+                raise self._end(f"the worker's connection broke: {error}") from error
+            if taken == 0 and self._stream.can_take_back:
+                return False
+            self.stats.hints += 1
+            self.stats.bytes_out += len(frame)
+            if taken < len(frame):
+                self._tail = frame[taken:]
+                with contextlib.suppress(LinkTimeout):
+                    self._send_tail(time.monotonic() + _HINT_WITHIN_S)
+            return True
+
+    def receive(self, seq: int, deadline_s: float, *, patience_s: float = 0.0) -> Reply:
         """Wait for the reply to `seq`; see RouterLink.receive."""
         with self._owner:
             credit = self._in_flight.get(seq)
@@ -178,6 +219,9 @@ class SocketLink:
                 try:
                     while credit.reply is None:
                         self._read_frame(deadline_s)
+                        if patience_s and credit.reply is None and self.last_heard_s + patience_s > deadline_s:
+                            deadline_s = self.last_heard_s + patience_s
+                            self._stream.set_wait(patience_s)
                 except LinkTimeout:
                     credit.is_abandoned = True
                     raise
@@ -285,6 +329,8 @@ class SocketLink:
             raise FrameError(f"a reply to seq {reply.seq}, which waits for none")
         if reply.status == Status.OK and reply.num_rows != credit.num_rows:
             raise FrameError(f"{reply.num_rows} rows for the {credit.num_rows} of seq {reply.seq}")
+        if reply.num_misses > credit.num_groups:
+            raise FrameError(f"{reply.num_misses} misses of the {credit.num_groups} experts of seq {reply.seq}")
         if credit.is_abandoned:
             self._target = self._scratch[: reply.body_bytes]
         else:
@@ -333,6 +379,6 @@ class SocketLink:
             y=credit.first(head.num_rows) if is_ok else None,
             compute_us=head.compute_us,
             wait_us=head.wait_us,
-            num_misses=head.num_misses,
+            missed=credit.missed(head) if head.num_misses else NO_EXPERTS,
             message="" if is_ok else str(self._text[: head.body_bytes], "utf-8", "replace"),
         )

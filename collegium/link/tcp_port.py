@@ -12,15 +12,16 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from collegium.link import header
-from collegium.link.base import Arrival, ExpectedLink, LinkStats
+from collegium.link.base import MAX_HINTS, Arrival, ExpectedLink, HintArrival, LinkStats
 from collegium.link.caller import HELLO_WITHIN_S, Caller
 from collegium.link.expected import ExpectedLinks
-from collegium.link.frame import HEADER_BYTES, FrameError, LinkClosed, LinkError, Reply
+from collegium.link.frame import HEADER_BYTES, FrameError, Hint, LinkClosed, LinkError, Reply
 from collegium.link.listener import accept, listen_tcp, listen_unix
 from collegium.link.port_link import PortLink
 from collegium.link.rows_apart import OpenCarrier
@@ -63,6 +64,7 @@ class TcpPort:
         self._by_fd: dict[int, PortLink] = {}
         self._by_id: dict[int, PortLink] = {}
         self._ready: set[int] = set()  # descriptors to look at though the kernel shows nothing: TLS bytes, rows landing
+        self._hints: deque[HintArrival] = deque(maxlen=MAX_HINTS)
         self._writing: set[int] = set()  # descriptors that wait to send
         self._expected = ExpectedLinks()
         self._open_carrier = open_carrier
@@ -172,6 +174,12 @@ class TcpPort:
                     self._greet(self._callers[fd])
             return arrivals
 
+    def hints(self) -> list[HintArrival]:
+        """Return the hints that polls have read; see WorkerPort.hints."""
+        hints = list(self._hints)
+        self._hints.clear()
+        return hints
+
     def reply(self, link_id: int, reply: Reply) -> None:
         """Answer a dispatch without blocking; see WorkerPort.reply."""
         with self._owner:
@@ -193,18 +201,27 @@ class TcpPort:
         try:
             if mask & select.EPOLLOUT:
                 link.flush()
-            dispatch = link.read() if mask & ~select.EPOLLOUT else None
+            frame = link.read() if mask & ~select.EPOLLOUT else None
+            if isinstance(frame, Hint):
+                self._note(link, frame)
+                frame = link.read()  # the dispatch that the hint runs ahead of may be here already
+                if isinstance(frame, Hint):
+                    self._note(link, frame)
+                    frame = None
         except FrameError as error:
             self._end(link, f"bad frame: {error}")
             return
         except (LinkClosed, OSError) as error:
             self._end(link, str(error), tell=False)
             return
-        if dispatch is not None:
+        if frame is not None:
             arrivals.append(
-                Arrival(link_id=link.link_id, router_id=link.router_id, dispatch=dispatch, received_s=time.monotonic())
+                Arrival(link_id=link.link_id, router_id=link.router_id, dispatch=frame, received_s=time.monotonic())
             )
         self._settle(link)
+
+    def _note(self, link: PortLink, hint: Hint) -> None:
+        self._hints.append(HintArrival(link_id=link.link_id, router_id=link.router_id, hint=hint))
 
     def _settle(self, link: PortLink) -> None:
         """After any work on a link: end it where it broke, and wait for the events that it needs."""

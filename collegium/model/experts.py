@@ -1,9 +1,11 @@
 """Run experts on exactly the rows that they got, and sum what each row is owed.
 
-Owns PackedExpert and the weighted sum. Knows nothing of who sent the rows. Dynamic gating: Huang et al., NeurIPS 2024,
-section 4: no capacity, no padding, no drop. R rows, D model, F ffn, P (row, expert) pairs, G experts that have rows.
+Owns PackedExpert, ExpertRun and the weighted sum. Knows nothing of who sent the rows. Dynamic gating: Huang et al.,
+NeurIPS 2024, section 4: no capacity, no padding, no drop. R rows, D model, F ffn, P (row, expert) pairs, G experts that
+have rows.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,14 +23,40 @@ _FEW_PAIRS = 32
 
 
 class PackedExpert:
-    """One expert's weights in the kernel's form; immutable."""
+    """One expert's weights in the kernel's form. As a slot of the expert buffer it holds one expert after another."""
 
-    __slots__ = ("down", "gate_up", "num_bytes")
+    __slots__ = ("_parts", "down", "gate_up", "num_bytes")
 
     def __init__(self, weights: ExpertWeights):
-        self.gate_up = PackedLinear(weights.gate_up, weights.gate_up_bias)
-        self.down = PackedLinear(weights.down, weights.down_bias)
-        self.num_bytes = self.gate_up.num_bytes + self.down.num_bytes
+        """Pack `weights`; they are copied, and may be used again."""
+        self.gate_up = PackedLinear(weights.gate_up, _copied(weights.gate_up_bias))
+        self.down = PackedLinear(weights.down, _copied(weights.down_bias))
+        self._parts = [
+            (part.ctypes.data, part.nbytes) for linear in (self.gate_up, self.down) for part in linear.memory()
+        ]
+        self.num_bytes = sum(size for _, size in self._parts)
+
+    def copy_to(self, address: int) -> None:
+        """Write the packed bytes, `num_bytes` of them, to memory at `address`. Other threads may run meanwhile."""
+        for source, size in self._parts:
+            ctypes.memmove(address, source, size)
+            address += size
+
+    def copy_from(self, address: int) -> None:
+        """Take the packed bytes of another expert of the same form from memory at `address`; as `copy_to`."""
+        for target, size in self._parts:
+            ctypes.memmove(target, address, size)
+            address += size
+
+    def take(self, other: "PackedExpert") -> None:
+        """Take the packed bytes of another expert of the same form."""
+        for (target, size), (source, its_size) in zip(self._parts, other._parts, strict=True):
+            assert size == its_size
+            ctypes.memmove(target, source, size)
+
+
+def _copied(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.clone()
 
 
 def gated(hidden: Tensor, form: ExpertForm) -> Tensor:
@@ -49,6 +77,32 @@ def gated(hidden: Tensor, form: ExpertForm) -> Tensor:
             return (up + 1) * (gate * torch.sigmoid(gate * form.alpha))
 
 
+class ExpertRun:
+    """The experts of one batch, run in any order and in any number of parts; the result does not depend on either."""
+
+    __slots__ = ("_form", "_num_rows", "_out", "_spans", "_wide", "dtype")
+
+    def __init__(self, x: Tensor, counts: Sequence[int], pair_rows: NDArray[np.int64], form: ExpertForm):
+        """Gather x [R, D] by pair_rows [P], which are ordered by expert: counts [G], sum P. x is read here alone."""
+        gathered = x.index_select(0, torch.from_numpy(pair_rows))  # [P, D]
+        self._spans = torch.split(gathered, list(counts))  # G of [count, D]
+        self._out: list[Tensor | None] = [None] * len(counts)
+        self._form, self._num_rows, self.dtype = form, x.shape[0], x.dtype
+        self._wide = torch.float64 if x.dtype == torch.float32 else torch.float32
+
+    def compute(self, groups: Sequence[int], experts: Sequence[PackedExpert]) -> None:
+        """Run the experts of some groups (indices into counts); each group is to be run once."""
+        hidden = _joined([e.gate_up(self._spans[g]) for g, e in zip(groups, experts, strict=True)])  # [.., 2F]
+        active = torch.split(gated(hidden, self._form), [len(self._spans[g]) for g in groups])
+        for g, expert, rows in zip(groups, experts, active, strict=True):
+            self._out[g] = expert.down(rows)
+
+    def result(self, pair_rows: NDArray[np.int64], pair_weights: NDArray[np.float32]) -> Tensor:
+        """Sum once every group has run: [R, D] in x's dtype; sums run in float64 for float32 rows, else in float32."""
+        out = _joined([rows for rows in self._out if rows is not None])  # [P, D]
+        return weighted_sum(out, pair_rows, pair_weights, self._num_rows, self._wide).to(self.dtype)
+
+
 def run_experts(
     x: Tensor,
     experts: Sequence[PackedExpert],
@@ -57,19 +111,14 @@ def run_experts(
     pair_weights: NDArray[np.float32],
     form: ExpertForm,
 ) -> Tensor:
-    """Compute each row's weighted sum over the experts that it chose.
+    """Compute each row's weighted sum over the experts that it chose, all at once.
 
     x: [R, D]. experts, counts: [G]. pair_rows, pair_weights: [P], ordered by expert, sum(counts) = P. Returns [R, D] in
-    x's dtype; sums run in float64 for float32 rows, in float32 for half-width ones.
+    x's dtype, as `ExpertRun.result`.
     """
-    rows = torch.from_numpy(pair_rows)
-    gathered = x.index_select(0, rows)  # [P, D]
-    spans = _spans(gathered, counts)
-    hidden = _joined([e.gate_up(span) for e, span in zip(experts, spans, strict=True)])  # [P, 2F]
-    spans = _spans(gated(hidden, form), counts)
-    out = _joined([e.down(span) for e, span in zip(experts, spans, strict=True)])  # [P, D]
-    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
-    return weighted_sum(out, pair_rows, pair_weights, x.shape[0], wide).to(x.dtype)
+    run = ExpertRun(x, counts, pair_rows, form)
+    run.compute(range(len(experts)), experts)
+    return run.result(pair_rows, pair_weights)
 
 
 def weighted_sum(
@@ -96,10 +145,6 @@ def weighted_sum(
         else:
             total.index_copy_(0, target, total.index_select(0, target) + part)
     return total
-
-
-def _spans(rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
-    return torch.split(rows, list(counts))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -2,14 +2,18 @@
 
 Owns PackedLinear. On a CPU the weight is laid out by oneDNN once; a row of the product then does not depend on how many
 rows there are (measured: torch's plain linear does not have that property), and reads of weights run near memory
-bandwidth.
+bandwidth. The packed bytes of one shape and type are laid out alike on one machine, so they can be copied from one
+PackedLinear into another: that is what a slot is.
 R rows, I inputs, O outputs.
 """
 
+import ctypes
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 # The row count that oneDNN is told to expect when it chooses a layout; it holds for any other as well.
@@ -37,9 +41,6 @@ class PackedLinear(nn.Module):
         """Pack `weight` [O, I]; it is copied and may be freed afterwards. `bias` [O] is kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.num_bytes = weight.numel() * weight.element_size() + (
-            0 if bias is None else bias.numel() * bias.element_size()
-        )
         self._bias = bias
         self._is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         with torch.inference_mode():
@@ -49,6 +50,14 @@ class PackedLinear(nn.Module):
                 else weight.detach().clone()
             )
 
+    def memory(self) -> list[NDArray[np.uint8]]:
+        """Give the bytes that the kernel reads, writable and in its own form: of the weight, then of the bias if any.
+
+        Views: they live no longer than this object.
+        """
+        parts = [_bytes_of(self._weight)]
+        return parts if self._bias is None else [*parts, _bytes_of(self._bias)]
+
     def forward(self, rows: Tensor) -> Tensor:
         """Apply the map to [..., I]; the leading shape is kept."""
         if not self._is_packed:
@@ -56,6 +65,13 @@ class PackedLinear(nn.Module):
         if rows.numel() == 0:
             return rows.new_empty(*rows.shape[:-1], self.out_features)
         return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    if not tensor.is_mkldnn:
+        return tensor.view(torch.uint8).reshape(-1).numpy()
+    address = torch.ops.mkldnn.data_ptr(tensor)  # oneDNN may pad: there can be more bytes than the shape says
+    return np.ctypeslib.as_array((ctypes.c_uint8 * torch.ops.mkldnn._nbytes(tensor)).from_address(address))
 
 
 def pack_linears(module: nn.Module) -> int:

@@ -23,20 +23,22 @@ class OpenLinkRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., max_rows: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class OpenLinkResponse(_message.Message):
-    __slots__ = ("link_id", "secret", "transport", "address", "num_credits", "worker_id")
+    __slots__ = ("link_id", "secret", "transport", "address", "num_credits", "worker_id", "wants_hints")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NUM_CREDITS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WANTS_HINTS_FIELD_NUMBER: _ClassVar[int]
     link_id: int
     secret: bytes
     transport: str
     address: str
     num_credits: int
     worker_id: str
-    def __init__(self, link_id: _Optional[int] = ..., secret: _Optional[bytes] = ..., transport: _Optional[str] = ..., address: _Optional[str] = ..., num_credits: _Optional[int] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    wants_hints: bool
+    def __init__(self, link_id: _Optional[int] = ..., secret: _Optional[bytes] = ..., transport: _Optional[str] = ..., address: _Optional[str] = ..., num_credits: _Optional[int] = ..., worker_id: _Optional[str] = ..., wants_hints: _Optional[bool] = ...) -> None: ...
 
 class GetWorkerRequest(_message.Message):
     __slots__ = ()

@@ -124,3 +124,51 @@ class RouterLoad(_message.Message):
     free_blocks: int
     total_blocks: int
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ("num_tokens",)
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
+
+class TraceResponse(_message.Message):
+    __slots__ = ("header", "step")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    header: TraceHeader
+    step: TracedStep
+    def __init__(self, header: _Optional[_Union[TraceHeader, _Mapping]] = ..., step: _Optional[_Union[TracedStep, _Mapping]] = ...) -> None: ...
+
+class TraceHeader(_message.Message):
+    __slots__ = ("model", "expert_bytes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model: _inference_pb2.Model
+    expert_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[_Union[_inference_pb2.Model, _Mapping]] = ..., expert_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TracedStep(_message.Message):
+    __slots__ = ("step", "sequences", "positions", "num_decode_rows", "layers")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    sequences: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    num_decode_rows: int
+    layers: _containers.RepeatedCompositeFieldContainer[TracedLayer]
+    def __init__(self, step: _Optional[int] = ..., sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., num_decode_rows: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[TracedLayer, _Mapping]]] = ...) -> None: ...
+
+class TracedLayer(_message.Message):
+    __slots__ = ("layer", "experts", "weights", "missed")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    missed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., weights: _Optional[_Iterable[float]] = ..., missed: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -45,6 +45,11 @@ class RouterStub:
                 request_serializer=collegium_dot_v1_dot_router__pb2.AttachRequest.SerializeToString,
                 response_deserializer=collegium_dot_v1_dot_router__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/collegium.v1.Router/Trace',
+                request_serializer=collegium_dot_v1_dot_router__pb2.TraceRequest.SerializeToString,
+                response_deserializer=collegium_dot_v1_dot_router__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer:
@@ -66,6 +71,15 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Trace records which experts the gates choose for running sequences, from the next step on; it changes nothing for
+        them. Ends when it has what was asked for, or when the caller ends it. UNAVAILABLE while the router loads or drains,
+        RESOURCE_EXHAUSTED where the caller reads more slowly than the router computes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +92,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=collegium_dot_v1_dot_router__pb2.AttachRequest.FromString,
                     response_serializer=collegium_dot_v1_dot_router__pb2.AttachResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=collegium_dot_v1_dot_router__pb2.TraceRequest.FromString,
+                    response_serializer=collegium_dot_v1_dot_router__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +154,33 @@ class Router:
             '/collegium.v1.Router/Attach',
             collegium_dot_v1_dot_router__pb2.AttachRequest.SerializeToString,
             collegium_dot_v1_dot_router__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/collegium.v1.Router/Trace',
+            collegium_dot_v1_dot_router__pb2.TraceRequest.SerializeToString,
+            collegium_dot_v1_dot_router__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

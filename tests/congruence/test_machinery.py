@@ -3,6 +3,8 @@
 import asyncio
 import os
 import re
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.one_process import OneProcess, Request
+from collegium.buffering.traces import read_trace
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.client import AsyncClient, Client
 from collegium.model.manifest import ensure_manifest
@@ -104,6 +107,26 @@ def test_rows_of_two_routers_are_joined_in_one_expert_call(cluster: Cluster) -> 
         return read_metrics(cluster, "worker")["collegium_joined_dispatches_total"] > 0
 
     wait_until(joined)
+
+
+def test_a_trace_of_the_cluster_holds_the_choices_of_every_router(cluster: Cluster, tmp_path: Path) -> None:
+    out, target = tmp_path / "out.csv", ",".join(cluster.targets)
+    argv = (sys.executable, "-m", "collegium", "trace", str(out), "--target", target, "--tokens", "400")
+    prompts = [[60 + idx, 43, 54] for idx in range(8)]  # more than one router would take alone
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as tracing, Client(cluster.targets) as client:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            while tracing.poll() is None:
+                list(pool.map(lambda ids: client.complete(prompt_ids=ids, max_tokens=16, ignore_eos=True), prompts))
+        assert tracing.stderr is not None
+        said = tracing.stderr.read()
+    assert tracing.returncode == 0, said
+    assert "what 2 router(s) choose" in said
+    trace = read_trace(out)
+    of_first_layer = (trace.layer == 0) & (trace.slot == 0)
+    assert of_first_layer.sum() >= 400
+    assert len(trace) == of_first_layer.sum() * 3 * 2
+    tokens = set(zip(trace.turn[of_first_layer].tolist(), trace.step[of_first_layer].tolist(), strict=True))
+    assert len(tokens) == of_first_layer.sum()  # sequences of different routers are different turns
 
 
 def test_a_thousand_cancelled_requests_leave_no_block_thread_file_or_task(cluster: Cluster) -> None:

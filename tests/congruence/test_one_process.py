@@ -129,7 +129,7 @@ def test_the_router_holds_no_expert_and_a_worker_holds_nothing_else(oracle: Orac
         checkpoint = oracle.checkpoint(arch)
         with OneProcess(checkpoint, num_workers=2) as cluster:
             names = [name for name, _ in cluster.model.model.named_parameters()]
-            held = sum(store.resident_bytes for store in cluster.stores)
+            held = sum(buffer.resident_bytes for buffer in cluster.buffers)
             experts = 4 * cluster.manifest.num_params * sum(len(x.experts) for x in cluster.manifest.layers)
         assert names
         assert not [name for name in names if "expert" in name]
@@ -148,8 +148,8 @@ def test_a_corrupt_expert_fails_its_requests_by_name_and_no_others(oracle: Oracl
         with (checkpoint / ref.file).open("r+b") as file:
             file.seek(ref.offset)
             file.write(b"\x55" * 64)
-        for store in cluster.stores:
-            store.release_others([])
+        for buffer in cluster.buffers:
+            buffer.release_others([])
         chosen = _record_routing(cluster)
         answers = cluster.run(
             [Request(prompt_ids=reference[0].prompt_ids, max_tokens=MAX_TOKENS)]

@@ -162,6 +162,32 @@ def test_a_worker_joins_all_that_wait_for_the_oldest_ones_layer() -> None:
     assert [a.link_id for a in queue.take(100)] == [1]  # the oldest always goes; the next would be too much
 
 
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=3), seed=st.integers(0, 2**16)
+)
+def test_a_batch_says_how_many_decoding_rows_chose_each_expert(shapes: list[tuple[int, int]], seed: int) -> None:
+    expected: dict[int, list[int]] = {}  # expert -> pairs, and of them those of decoding rows
+    dispatches: list[Dispatch] = []
+    for num_rows, num_prompt_rows in shapes:
+        ids, scores = choices(num_rows, 3, 6, seed + len(dispatches))
+        (share,) = plan_dispatch(ids, scores, np.zeros(6, dtype=np.int64)).shares
+        arrays = {"experts": share.experts, "counts": share.counts, "pair_weights": share.pair_weights}
+        rows, of_prompts = share.pair_rows, min(num_prompt_rows, num_rows)
+        x = torch.zeros(num_rows, D_MODEL)
+        dispatches.append(
+            Dispatch(seq=1, layer=0, deadline_s=1e9, **arrays, pair_rows=rows, x=x, num_prompt_rows=of_prompts)
+        )
+        for row, chosen in enumerate(ids.tolist()):
+            for expert in chosen:
+                pairs = expected.setdefault(expert, [0, 0])
+                pairs[0] += 1
+                pairs[1] += row < num_rows - of_prompts
+    batch = join(dispatches)
+    found = zip(batch.experts, batch.counts, batch.decode_counts, strict=True)
+    assert {expert: [count, decode_count] for expert, count, decode_count in found} == expected
+    assert batch.num_decode_rows == sum(d.x.shape[0] - d.num_prompt_rows for d in dispatches)
+
+
 def test_routing_takes_live_homes_and_falls_back_on_any_live_worker() -> None:
     placement = Placement(epoch=1, worker_ids=("a", "b", "c"), homes=(((0,), (1,), (0, 1), (2,)),))
     assert route(placement, ["a", "b"], 1, 4)[0].tolist()[:3] == [0, 1, 0]

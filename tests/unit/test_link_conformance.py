@@ -119,7 +119,7 @@ def test_connecting_where_nobody_listens_says_where(rig: Rig) -> None:
 
 def test_a_dispatch_arrives_as_it_was_sent(rig: Rig) -> None:
     link = rig.link()
-    sent = dispatch(41, 5, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    sent = dispatch(41, 5, num_prompt_rows=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
     link.send(sent)
     (arrival,) = gather(rig.port, 1)
     got = arrival.dispatch
@@ -129,6 +129,7 @@ def test_a_dispatch_arrives_as_it_was_sent(rig: Rig) -> None:
         assert getattr(got, name).dtype == getattr(sent, name).dtype
         np.testing.assert_array_equal(getattr(got, name), getattr(sent, name))
     assert torch.equal(got.x, sent.x)
+    assert got.num_prompt_rows == 4
     assert got.traceparent == sent.traceparent
     assert sent.deadline_s - 1e-3 <= got.deadline_s <= sent.deadline_s + 5.0  # later by the transit at most
 
@@ -140,9 +141,11 @@ def test_rows_come_back_bit_for_bit(rig: Rig, dtype: torch.dtype, num_rows: int)
     x = torch.randn(num_rows, 13, generator=torch.Generator().manual_seed(num_rows)).to(dtype)
     link.send(dispatch(1, num_rows, x=x))
     (arrival,) = gather(rig.port, 1)
-    rig.port.reply(1, Reply(seq=1, y=arrival.dispatch.x.clone(), compute_us=11, wait_us=12, num_misses=13))
+    rig.port.reply(
+        1, Reply(seq=1, y=arrival.dispatch.x.clone(), compute_us=11, wait_us=12, missed=np.array([9], np.uint16))
+    )
     reply = link.receive(1, soon())
-    assert (reply.status, reply.compute_us, reply.wait_us, reply.num_misses) == (Status.OK, 11, 12, 13)
+    assert (reply.status, reply.compute_us, reply.wait_us, reply.num_misses) == (Status.OK, 11, 12, 1)
     assert reply.y is not None
     assert reply.y.dtype is dtype
     assert torch.equal(reply.y, x)
@@ -198,6 +201,22 @@ def test_links_of_several_routers_do_not_mix(rig: Rig) -> None:
         assert reply.y.shape == (link.link_id, D)
 
 
+def test_a_sign_of_life_moves_the_deadline_of_who_is_patient(rig: Rig) -> None:
+    link = rig.link(num_credits=2)
+    for seq in (1, 2):
+        link.send(dispatch(seq))
+    first, second = gather(rig.port, 2)
+    rig.port.progress(1)
+    late = threading.Timer(0.3, lambda: rig.port.reply(1, doubled(first)))
+    late.start()
+    assert link.receive(1, time.monotonic() + 0.05, patience_s=20.0).status is Status.OK
+    late.join()
+    rig.port.progress(1)
+    with pytest.raises(LinkTimeout):
+        link.receive(2, time.monotonic() + 0.05)
+    rig.port.reply(1, doubled(second))
+
+
 def test_a_failed_dispatch_says_why(rig: Rig) -> None:
     link = rig.link()
     link.send(dispatch(1))
@@ -207,6 +226,13 @@ def test_a_failed_dispatch_says_why(rig: Rig) -> None:
     assert (reply.status, reply.y) == (Status.FAILED, None)
     assert reply.message.startswith("expert 9: Prüfsumme falsch éé")
     assert len(reply.message.encode()) <= 1024
+
+
+@pytest.mark.parametrize("num_prompt_rows", [0, 1, 3])
+def test_any_share_of_the_rows_may_belong_to_prompts(rig: Rig, num_prompt_rows: int) -> None:
+    link = rig.link()
+    link.send(dispatch(1, num_rows=3, num_prompt_rows=num_prompt_rows))
+    assert gather(rig.port, 1)[0].dispatch.num_prompt_rows == num_prompt_rows
 
 
 # Credits.
@@ -280,6 +306,8 @@ def test_a_worker_answers_each_dispatch_once(rig: Rig) -> None:
         ({"pair_rows": np.array([0, 1, 2, 3], dtype=np.uint32)}, "a pair names row 3 of 3"),
         ({"pair_weights": np.ones(3, dtype=np.float32)}, "pair_rows but"),
         ({"pair_rows": np.zeros((2, 2), dtype=np.uint32)}, "pair_rows"),
+        ({"num_prompt_rows": 4}, "4 of 3 rows belong to prompts"),
+        ({"num_prompt_rows": -1}, "-1 of 3 rows belong to prompts"),
         ({"traceparent": "0" * 1025}, "traceparent"),
         ({"layer": 70_000}, "does not fit"),
         ({"deadline_s": float("inf")}, "does not fit"),

@@ -16,6 +16,7 @@ from collegium.link.frame import (
     VERSION,
     Dispatch,
     FrameError,
+    Hint,
     Kind,
     LinkClosed,
     LinkError,
@@ -25,8 +26,9 @@ from collegium.link.frame import (
     Reply,
     Status,
 )
+from collegium.link.hint import check_hint, read_hint, read_hint_body, write_hint
 from collegium.link.stream import rest_of, split_host_port, unix_address
-from tests.link_rig import dispatch
+from tests.link_rig import dispatch, hint
 
 SHAPE = LinkShape(dtype=torch.float32, reply_dtype=torch.bfloat16, d_model=8, max_rows=64, num_credits=2)
 
@@ -58,9 +60,18 @@ def test_a_header_has_64_bytes_at_any_size() -> None:
     deadline_s=st.floats(0, 1e9),
     num_rows=st.integers(1, 64),
     traceparent=st.text("0123456789abcdef-", max_size=60),
+    prompt_share=st.floats(0, 1),
 )
 def test_a_dispatch_header_reads_back_as_it_was_written(
-    seq: int, layer: int, step: int, epoch: int, micro_batch: int, deadline_s: float, num_rows: int, traceparent: str
+    seq: int,
+    layer: int,
+    step: int,
+    epoch: int,
+    micro_batch: int,
+    deadline_s: float,
+    num_rows: int,
+    traceparent: str,
+    prompt_share: float,
 ) -> None:
     sent = dispatch(
         seq,
@@ -71,6 +82,7 @@ def test_a_dispatch_header_reads_back_as_it_was_written(
         micro_batch=micro_batch,
         deadline_s=deadline_s,
         traceparent=traceparent,
+        num_prompt_rows=int(prompt_share * num_rows),
     )
     got = header.read_dispatch(written(sent), SHAPE)
     assert (got.seq, got.layer, got.step, got.epoch, got.micro_batch) == (seq, layer, step, epoch, micro_batch)
@@ -78,30 +90,32 @@ def test_a_dispatch_header_reads_back_as_it_was_written(
     assert (got.num_rows, got.num_pairs, got.num_groups) == (num_rows, num_rows + 1, 2)
     assert got.body_bytes == 4 * 2 + 8 * (num_rows + 1) + num_rows * 32 + len(traceparent)
     assert got.text_bytes == len(traceparent)
+    assert got.num_prompt_rows == int(prompt_share * num_rows)
 
 
 @given(
     seq=st.integers(0, 2**64 - 1),
     compute_us=st.integers(0, 2**32 - 1),
     wait_us=st.integers(0, 2**32 - 1),
-    num_misses=st.integers(0, 2**32 - 1),
+    missed=st.lists(st.integers(0, 2**16 - 1), max_size=50),
     num_rows=st.integers(1, 64),
 )
 def test_a_reply_header_reads_back_as_it_was_written(
-    seq: int, compute_us: int, wait_us: int, num_misses: int, num_rows: int
+    seq: int, compute_us: int, wait_us: int, missed: list[int], num_rows: int
 ) -> None:
     y = torch.zeros(num_rows, 8, dtype=torch.bfloat16)
-    reply = Reply(seq=seq, y=y, compute_us=compute_us, wait_us=wait_us, num_misses=num_misses)
-    header.check_reply(reply, num_rows, SHAPE)
+    reply = Reply(seq=seq, y=y, compute_us=compute_us, wait_us=wait_us, missed=np.array(missed, dtype=np.uint16))
+    header.check_reply(reply, num_rows, 50, SHAPE)
     buffer = bytearray(HEADER_BYTES)
-    header.write_reply(buffer, reply, num_rows, num_rows * 16)
+    body_bytes = num_rows * 16 + 2 * len(missed)
+    header.write_reply(buffer, reply, num_rows, body_bytes)
     assert header.read_reply(buffer, SHAPE) == (
         seq,
         Status.OK,
-        num_rows * 16,
+        body_bytes,
         compute_us,
         wait_us,
-        num_misses,
+        len(missed),
         num_rows,
     )
 
@@ -110,7 +124,7 @@ def test_a_reply_header_reads_back_as_it_was_written(
 def test_noise_is_refused_as_a_frame_error(noise: bytes) -> None:
     with pytest.raises(FrameError):
         header.read_common(b"\0\0" + noise[2:])
-    for read in (header.read_common, lambda raw: header.read_dispatch(raw, SHAPE)):
+    for read in (header.read_common, lambda raw: header.read_dispatch(raw, SHAPE), lambda raw: read_hint(raw, SHAPE)):
         with pytest.raises(FrameError):
             read(b"\0" + noise[1:])
     assert header.read_reply(b"\0" + noise[1:], SHAPE) is None
@@ -126,19 +140,68 @@ def test_a_damaged_dispatch_header_never_announces_more_than_was_agreed(at: int,
         return
     assert 1 <= got.num_rows <= SHAPE.max_rows
     assert 1 <= got.num_groups <= got.num_pairs <= SHAPE.max_pairs
+    assert 0 <= got.num_prompt_rows <= got.num_rows
     assert got.body_bytes <= 4 * got.num_groups + 8 * got.num_pairs + got.num_rows * SHAPE.row_bytes + 1024
 
 
 @given(at=st.integers(0, HEADER_BYTES - 1), value=st.integers(0, 255))
 def test_a_damaged_reply_header_never_announces_more_than_was_agreed(at: int, value: int) -> None:
     buffer = bytearray(HEADER_BYTES)
-    header.write_reply(buffer, Reply(seq=1, y=torch.zeros(3, 8, dtype=torch.bfloat16)), 3, 48)
+    y, missed = torch.zeros(3, 8, dtype=torch.bfloat16), np.array([3], dtype=np.uint16)
+    header.write_reply(buffer, Reply(seq=1, y=y, missed=missed), 3, 50)
     buffer[at] = value
     try:
         got = header.read_reply(buffer, SHAPE)
     except FrameError:
         return
-    assert got is None or got.body_bytes <= max(SHAPE.max_rows * SHAPE.reply_row_bytes, 1024)
+    if got is not None:
+        assert got.num_misses <= SHAPE.max_groups
+        assert got.body_bytes <= max(SHAPE.max_rows * SHAPE.reply_row_bytes + 2 * SHAPE.max_groups, 1024)
+
+
+@given(layer=st.integers(0, 2**16 - 1), groups=st.dictionaries(st.integers(0, 65_535), st.integers(1, 65_535)))
+def test_a_hint_reads_back_as_it_was_written(layer: int, groups: dict[int, int]) -> None:
+    sent = Hint(
+        layer=layer, experts=np.array(list(groups), np.uint16), counts=np.array(list(groups.values()), np.uint16)
+    )
+    if not groups:
+        with pytest.raises(FrameError, match="a hint of 0 groups"):
+            check_hint(sent, SHAPE)
+        return
+    check_hint(sent, SHAPE)
+    frame = write_hint(sent)
+    assert header.read_common(frame) == (Kind.HINT, 0, len(frame) - HEADER_BYTES, 0)
+    head = read_hint(frame, SHAPE)
+    assert (head.layer, head.num_groups, head.sent_us) == (layer, len(groups), header.sent_us(frame))
+    got = read_hint_body(head, frame[HEADER_BYTES:], SHAPE)
+    assert (got.layer, dict(zip(got.experts.tolist(), got.counts.tolist(), strict=True))) == (layer, groups)
+
+
+@given(at=st.integers(0, HEADER_BYTES + 11), value=st.integers(0, 255))
+def test_a_damaged_hint_is_refused_or_still_makes_sense(at: int, value: int) -> None:
+    frame = bytearray(write_hint(hint(6, 3)))
+    frame[at] = value
+    try:
+        head = read_hint(frame, SHAPE)
+        assert (head.num_groups, head.body_bytes) == (3, 12)  # one byte cannot change both, and they must agree
+        got = read_hint_body(head, frame[HEADER_BYTES:], SHAPE)
+    except FrameError:
+        return
+    assert len(set(got.experts.tolist())) == 3
+    assert got.counts.min() >= 1
+
+
+@given(noise=st.binary(min_size=4, max_size=64).filter(lambda noise: len(noise) % 4 == 0))
+def test_noise_in_a_hints_body_is_refused_as_a_frame_error_or_makes_sense(noise: bytes) -> None:
+    num_groups = len(noise) // 4
+    head = read_hint(write_hint(hint(6, num_groups)), SHAPE)
+    try:
+        got = read_hint_body(head, noise, SHAPE)
+    except FrameError:
+        words = np.frombuffer(noise, np.uint16)
+        assert len(set(words[:num_groups].tolist())) < num_groups or words[num_groups:].min() == 0
+    else:
+        assert got.experts.tobytes() + got.counts.tobytes() == noise
 
 
 def test_the_magic_the_version_and_the_kind_are_checked_in_that_order() -> None:
@@ -152,9 +215,11 @@ def test_the_magic_the_version_and_the_kind_are_checked_in_that_order() -> None:
             header.read_common(bad)
 
 
-def test_a_router_may_send_nothing_but_dispatches() -> None:
-    with pytest.raises(FrameError, match="a router sends dispatches, not PROGRESS"):
+def test_a_router_may_send_nothing_but_dispatches_and_hints() -> None:
+    with pytest.raises(FrameError, match="a router sends dispatches and hints, not PROGRESS"):
         header.read_dispatch(header.plain(Kind.PROGRESS, 3), SHAPE)
+    with pytest.raises(FrameError, match="this is no hint but GOODBYE"):
+        read_hint(header.goodbye("no"), SHAPE)
 
 
 def test_the_handshake_reads_back_as_it_was_written() -> None:

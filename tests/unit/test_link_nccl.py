@@ -22,7 +22,7 @@ from collegium.link.rows_apart import Landing
 from collegium.link.stream import PlainStream, Stream
 from collegium.link.tcp import SocketLink
 from collegium.link.tcp_port import TcpPort
-from tests.link_rig import SECRET, D, Other, dispatch, doubled, expected, gather, pump, soon
+from tests.link_rig import SECRET, D, Other, dispatch, doubled, expected, gather, gather_hints, hint, pump, soon
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -115,19 +115,22 @@ def rig() -> Iterator[ApartRig]:
 def test_rows_travel_apart_and_counts_in_the_frames(rig: ApartRig) -> None:
     link = rig.link()
     for seq, num_rows in ((1, 3), (2, 64), (3, 1)):
-        sent = dispatch(seq, num_rows, traceparent="00-trace")
+        sent = dispatch(seq, num_rows, num_prompt_rows=num_rows, traceparent="00-trace")
         link.send(sent)
+        link.hint(hint(seq))
         (arrival,) = gather(rig.port, 1)
         assert torch.equal(arrival.dispatch.x, sent.x)
-        assert arrival.dispatch.traceparent == "00-trace"
-        rig.port.reply(1, doubled(arrival))
+        assert (arrival.dispatch.num_prompt_rows, arrival.dispatch.traceparent) == (num_rows, "00-trace")
+        rig.port.reply(1, doubled(arrival, missed=arrival.dispatch.experts[:seq]))
         reply = link.receive(seq, soon())
         assert reply.y is not None
         assert torch.equal(reply.y, sent.x * 2)
+        assert reply.missed.tolist() == [3, 9][:seq]
+        assert [arrival.hint.layer for arrival in gather_hints(rig.port, 1)] == [seq]
     rows = 3 + 64 + 1
-    bytes_out = 3 * (64 + 4 * 2 + 8) + 8 * (rows + 3) + rows * D * 4
+    bytes_out = 3 * (64 + 4 * 2 + 8) + 8 * (rows + 3) + rows * D * 4 + 3 * (64 + 4 * 3)
     for stats in (link.stats, rig.port.links()[1]):
-        assert (stats.bytes_out, stats.bytes_back) == (bytes_out, 3 * 64 + rows * D * 4)
+        assert (stats.bytes_out, stats.bytes_back) == (bytes_out, 3 * 64 + rows * D * 4 + 2 * (1 + 2 + 2))
 
 
 def test_a_dispatch_arrives_when_its_rows_have_landed_and_not_before(rig: ApartRig) -> None:
@@ -138,6 +141,19 @@ def test_a_dispatch_arrives_when_its_rows_have_landed_and_not_before(rig: ApartR
         assert rig.port.poll(0.01) == []
     rig.to_worker.is_held_back.clear()
     assert torch.equal(gather(rig.port, 1)[0].dispatch.x, dispatch(1).x)
+
+
+def test_a_hint_waits_for_rows_that_were_announced_before_it(rig: ApartRig) -> None:
+    link = rig.link()
+    rig.to_worker.is_held_back.set()
+    link.send(dispatch(1))
+    link.hint(hint())
+    for _ in range(10):
+        assert rig.port.poll(0.01) == []
+    assert rig.port.hints() == []
+    rig.to_worker.is_held_back.clear()
+    gather(rig.port, 1)
+    assert len(gather_hints(rig.port, 1)) == 1
 
 
 def test_a_failed_dispatch_brings_a_message_and_no_rows(rig: ApartRig) -> None:

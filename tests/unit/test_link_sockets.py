@@ -14,10 +14,25 @@ from collegium.link.base import RouterLink
 from collegium.link.caller import Caller
 from collegium.link.connect import connect
 from collegium.link.frame import HEADER_BYTES, FrameError, Kind, LinkClosed, LinkTimeout, Reply, Status
-from collegium.link.stream import PlainStream, split_host_port, unix_address
+from collegium.link.hint import read_hint, write_hint
+from collegium.link.stream import Buffers, PlainStream, rest_of, split_host_port, unix_address
 from collegium.link.tcp import SocketLink
 from collegium.link.tcp_port import MAX_CALLERS, TcpPort
-from tests.link_rig import SECRET, SOON_S, D, Other, Rig, dispatch, doubled, expected, gather, make_rig, pump, soon
+from tests.link_rig import (
+    SECRET,
+    SOON_S,
+    D,
+    Other,
+    Rig,
+    dispatch,
+    doubled,
+    expected,
+    gather,
+    hint,
+    make_rig,
+    pump,
+    soon,
+)
 
 SHAPE = expected().shape
 
@@ -169,6 +184,12 @@ def damaged(at: int, value: bytes) -> bytes:
     return bytes(wire)
 
 
+def damaged_hint(at: int, value: bytes) -> bytes:
+    wire = bytearray(write_hint(hint(6, 3)))
+    wire[at : at + len(value)] = value
+    return bytes(wire)
+
+
 def sized(num_rows: int = 3, num_pairs: int = 4, num_groups: int = 2, body_bytes: int | None = None) -> bytes:
     """A dispatch's header that announces sizes of its own."""
     sent = dispatch(1)
@@ -183,9 +204,9 @@ def sized(num_rows: int = 3, num_pairs: int = 4, num_groups: int = 2, body_bytes
     ("wire", "reason"),
     [
         (damaged(0, b"\xff"), "magic is"),
-        (damaged(2, b"\x09"), "version is 9, this end speaks 1"),
+        (damaged(2, b"\x09"), "version is 9, this end speaks 2"),
         (damaged(3, b"\x63"), "there is no kind 99"),
-        (damaged(3, bytes([Kind.REPLY])), "a router sends dispatches, not REPLY"),
+        (damaged(3, bytes([Kind.REPLY])), "a router sends dispatches and hints, not REPLY"),
         (damaged(5, b"\x02"), "rows have data type 2"),
         (sized(num_rows=65), "65 rows; the link carries 1 to 64"),
         (sized(num_rows=0), "0 rows"),
@@ -193,6 +214,12 @@ def sized(num_rows: int = 3, num_pairs: int = 4, num_groups: int = 2, body_bytes
         (sized(num_groups=5), "5 groups for 4 pairs"),
         (sized(body_bytes=2**32 - 1), "a body of 4294967295 bytes"),
         (sized(body_bytes=10), "a body of 10 bytes"),
+        (damaged(54, b"\x04"), "4 of 3 rows belong to prompts"),
+        (damaged_hint(52, b"\x00"), "a hint of 0 groups"),
+        (damaged_hint(53, b"\x10"), "a hint of 4099 groups; the link carries 1 to 2048"),
+        (damaged_hint(52, b"\x02"), "a hint of 2 groups in 12 bytes"),
+        (damaged_hint(19, b"\xff"), "a hint of 3 groups in 4278190092 bytes"),
+        (damaged_hint(2, b"\x01"), "version is 1, this end speaks 2"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "wire",
 )
@@ -268,6 +295,68 @@ def test_a_router_that_is_gone_when_its_answer_is_ready_harms_nobody(rig: Rig, r
     pump(rig.port, lambda: not rig.port.links())
 
 
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (HEADER_BYTES + 2, b"\x00\x00", "an expert stands in a hint twice"),
+        (HEADER_BYTES + 8, b"\x00\x00", "a hint names an expert for no token"),
+    ],
+)
+def test_a_hint_that_makes_no_sense_ends_its_link_and_no_other(
+    rig: Rig, raw: socket.socket, at: int, value: bytes, reason: str
+) -> None:
+    open_raw(rig, raw, link_id=1)
+    other = rig.link(2)
+    raw.sendall(write_hint(hint(5)) + damaged_hint(at, value))
+    pump(rig.port, lambda: list(rig.port.links()) == [2])
+    assert f"bad frame: {reason}" in read_frame(raw)[1][HEADER_BYTES:].decode()
+    assert is_ended(raw)
+    other.send(dispatch(1))
+    assert gather(rig.port, 1)[0].link_id == 2
+    assert [arrival.hint.layer for arrival in rig.port.hints()] == [5]  # the good one
+
+
+def test_a_hint_that_comes_byte_by_byte_arrives_whole(rig: Rig, raw: socket.socket) -> None:
+    open_raw(rig, raw)
+    wire = write_hint(hint(6, 3))
+    assert len(wire) == 64 + 4 * 3
+    for at in range(len(wire) - 1):
+        raw.sendall(wire[at : at + 1])
+        assert rig.port.poll(0.0) == []
+        assert rig.port.hints() == []
+    raw.sendall(wire[-1:] + frame(1))
+    assert gather(rig.port, 1)[0].dispatch.seq == 1
+    (arrival,) = rig.port.hints()
+    assert (arrival.hint.layer, arrival.hint.experts.tolist(), arrival.hint.counts.tolist()) == (
+        6,
+        [0, 1, 2],
+        [1, 2, 3],
+    )
+
+
+def test_a_truncated_hint_is_never_seen(rig: Rig, raw: socket.socket) -> None:
+    open_raw(rig, raw)
+    raw.sendall(write_hint(hint())[:-1])
+    raw.close()
+    pump(rig.port, lambda: not rig.port.links())
+    assert rig.port.hints() == []
+
+
+def test_a_flood_of_hints_holds_up_nobody(rig: Rig, raw: socket.socket) -> None:
+    open_raw(rig, raw, link_id=1)
+    other = rig.link(2)
+    raw.sendall(write_hint(hint()) * 200)
+    for seq in range(10):
+        num_read = rig.port.links()[1].hints
+        rig.port.poll(0.0)
+        assert rig.port.links()[1].hints <= num_read + 2  # then it is the others' turn
+        other.send(dispatch(seq))
+        (arrival,) = gather(rig.port, 1)
+        rig.port.reply(2, doubled(arrival))
+        assert other.receive(seq, soon()).status == Status.OK
+    pump(rig.port, lambda: rig.port.links()[1].hints == 200)
+
+
 # Callers.
 
 
@@ -329,11 +418,14 @@ def pair() -> Iterator[tuple[SocketLink, socket.socket]]:
     theirs.close()
 
 
-def answer(seq: int = 1, num_rows: int = 3, status: Status = Status.OK, body: bytes | None = None) -> bytes:
-    y = torch.zeros(num_rows, D)
+def answer(
+    seq: int = 1, num_rows: int = 3, status: Status = Status.OK, body: bytes | None = None, num_misses: int = 0
+) -> bytes:
+    y, missed = torch.zeros(num_rows, D), np.arange(num_misses, dtype=np.uint16)
     head = bytearray(HEADER_BYTES)
-    body = y.numpy().tobytes() if body is None else body
+    body = y.numpy().tobytes() + missed.tobytes() if body is None else body
     header.write_reply(head, Reply(seq=seq, status=status, y=y), num_rows, len(body))
+    head[32:36] = num_misses.to_bytes(4, "little")
     return bytes(head) + body
 
 
@@ -346,6 +438,12 @@ def answer(seq: int = 1, num_rows: int = 3, status: Status = Status.OK, body: by
         (answer(num_rows=65), "a reply of 65 rows"),
         (answer(body=b"abc"), "in 3 bytes"),
         (answer(status=Status.FAILED, body=b"x" * 1025), "a message of 1025 bytes"),
+        (answer(num_misses=3)[:HEADER_BYTES], "3 misses of the 2 experts of seq 1"),
+        (answer(num_misses=2049)[:HEADER_BYTES], "a reply of 2049 misses; the link carries at most 2048"),
+        (answer(num_misses=1, body=bytes(3 * D * 4)), "and 1 misses in 96 bytes"),
+        (answer(num_misses=2**32 - 1, body=b"")[:HEADER_BYTES], "4294967295 misses in 0 bytes"),
+        (answer(status=Status.FAILED, num_misses=1, body=b"no"), "a reply that failed announces 1 misses"),
+        (write_hint(hint()), "a worker does not send HINT"),
         (frame(1), "a worker does not send DISPATCH"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "wire",
@@ -394,6 +492,92 @@ def test_a_reply_that_is_interrupted_by_a_deadline_is_read_on_and_thrown_away(
         worker.sendall(answer(1)[cut:] + answer(2))
         assert link.receive(2, soon()).status == Status.OK
     assert (link.stats.late_replies, link.num_in_flight) == (3, 0)
+
+
+@pytest.mark.parametrize("cut", [10, HEADER_BYTES, HEADER_BYTES + 3 * D * 4 + 1], ids=["head", "rows", "misses"])
+def test_misses_that_are_interrupted_by_a_deadline_leave_the_stream_whole(
+    pair: tuple[SocketLink, socket.socket], cut: int
+) -> None:
+    link, worker = pair
+    link.send(dispatch(1))
+    link.send(dispatch(2))
+    worker.sendall(answer(1, num_misses=2)[:cut])
+    with pytest.raises(LinkTimeout):
+        link.receive(1, 0.0)
+    worker.sendall(answer(1, num_misses=2)[cut:] + answer(2, num_misses=1))
+    assert link.receive(2, soon()).missed.tolist() == [0]
+    assert (link.stats.late_replies, link.num_in_flight) == (1, 0)
+
+
+class Narrow(PlainStream):
+    """A stream that takes few bytes at once, as a full one does."""
+
+    room = 0  # what it takes before it is full
+    num_waits = 0
+
+    def send_now(self, buffers: Buffers) -> int:
+        taken = super().send_now((rest_of(buffers, 0)[: self.room],)) if self.room else 0
+        self.room -= taken
+        return taken
+
+    def send_wait(self, buffer: memoryview, timeout_s: float) -> int:
+        self.num_waits += 1
+        if self.room:
+            return super().send_wait(buffer, timeout_s)
+        assert timeout_s < 1.0, "a hint waits for a peer that does not read"
+        return 0
+
+
+@pytest.fixture
+def narrow() -> Iterator[tuple[SocketLink, Narrow, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    stream = Narrow(ours, is_blocking=True)
+    link = SocketLink(stream, transport="unix", link_id=1, worker_id="worker-a", shape=SHAPE)
+    yield link, stream, theirs
+    link.close()
+    theirs.close()
+
+
+def test_a_hint_for_which_there_is_no_room_is_forgotten_at_once(
+    narrow: tuple[SocketLink, Narrow, socket.socket],
+) -> None:
+    link, stream, worker = narrow
+    assert not link.hint(hint(1))
+    assert (stream.num_waits, link.stats.hints, link.stats.bytes_out) == (0, 0, 0)
+    stream.room = 10_000
+    link.send(dispatch(1))
+    assert read_frame(worker)[0].kind == Kind.DISPATCH
+
+
+@pytest.mark.parametrize("room", [1, HEADER_BYTES, HEADER_BYTES + 5], ids=["head", "border", "groups"])
+def test_a_hint_that_has_begun_is_finished_before_anything_else_leaves(
+    narrow: tuple[SocketLink, Narrow, socket.socket], room: int
+) -> None:
+    link, stream, worker = narrow
+    stream.room = room
+    assert link.hint(hint(1))
+    assert stream.num_waits > 0
+    num_waits = stream.num_waits
+    assert not link.hint(hint(2))  # the rest of the first is still here
+    assert stream.num_waits == num_waits
+    with pytest.raises(LinkTimeout, match="bytes wait for worker-a to read"):
+        link.send(dispatch(1, deadline_s=0.0))
+    assert (link.stats.hints, link.num_in_flight) == (1, 0)
+    stream.room = 10_000
+    assert link.hint(hint(3))
+    link.send(dispatch(2))
+    wires = [read_frame(worker)[1] for _ in range(3)]
+    assert [header.read_common(wire).kind for wire in wires] == [Kind.HINT, Kind.HINT, Kind.DISPATCH]
+    assert [read_hint(wire, SHAPE).layer for wire in wires[:2]] == [1, 3]
+    assert link.stats.bytes_out == sum(map(len, wires))
+
+
+def test_a_hint_to_a_worker_that_has_gone_ends_the_link(pair: tuple[SocketLink, socket.socket]) -> None:
+    link, worker = pair
+    worker.close()
+    with pytest.raises(LinkClosed, match="the worker's connection broke"):
+        link.hint(hint())
+    assert link.is_closed
 
 
 def big(seq: int) -> tuple[dict[str, object], torch.Tensor]:

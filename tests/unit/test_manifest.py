@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from collegium.model.architectures import ARCHITECTURES, CheckpointError, UnsupportedModelError
-from collegium.model.experts import PackedExpert
 from collegium.model.manifest import ManifestPathError, build_manifest, ensure_manifest, load_manifest
 from collegium.model.weights import read_expert
-from expert_svc.store import ExpertStore
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
 
@@ -135,23 +133,3 @@ def test_bytes_that_changed_after_the_manifest_are_refused_by_name(checkpoint: P
     with pytest.raises(CheckpointError, match="expert 4 of MoE layer 2 does not match its checksum"):
         read_expert(manifest, 2, 4, torch.float32)
     read_expert(manifest, 2, 5, torch.float32)
-
-
-def test_a_store_reads_once_counts_misses_and_lets_go(checkpoint: Path) -> None:
-    manifest = build_manifest(checkpoint)
-    reads: list[tuple[int, int]] = []
-
-    def read(layer: int, expert: int) -> PackedExpert:
-        reads.append((layer, expert))
-        return PackedExpert(read_expert(manifest, layer, expert, torch.float32))
-
-    store = ExpertStore(read)
-    store.warm([(0, 1), (2, 7)])
-    assert (store.num_resident, store.num_misses) == (2, 0)
-    kept = store.get(0, 1)
-    assert store.get(1, 4) is store.get(1, 4)
-    assert (store.num_misses, len(reads)) == (1, 3)
-    assert store.resident_bytes == 3 * 4 * manifest.num_params
-    assert store.release_others([(0, 1)]) == 2
-    assert store.residency() == {0: [1]}
-    assert store.get(0, 1) is kept

@@ -1,0 +1,111 @@
+"""Make a worker's expert buffer from its budgets, and say what they come to.
+
+Owns the order in which memory is taken: staging sets, arena, slots. Used by the service and by whoever runs workers in
+a process of its own.
+"""
+
+import math
+
+import torch
+
+from collegium.buffering.policies import make_policy
+from collegium.buffering.quotas import Quotas
+from collegium.fabric import logs
+from collegium.fabric.byte_size import ByteSize, MemoryBudget
+from collegium.model.manifest import Manifest
+from collegium.model.weights import ExpertReader
+from expert_svc.budget import MemoryPlan, ModelBytes, plan_memory
+from expert_svc.buffer import ExpertBuffer
+from expert_svc.loading import Loads
+from expert_svc.regret import RegretSample
+from expert_svc.slots import Slots, blank_slot
+from expert_svc.tiers import Arena, Disk, Source
+
+_log = logs.get("memory")
+_NUM_STAGING_SETS = 2  # one is packed while the next is read
+
+
+def bytes_of(manifest: Manifest, dtype: torch.dtype) -> ModelBytes:
+    """Measure what an expert and its staging take."""
+    slot = blank_slot(manifest, dtype)
+    return ModelBytes(
+        num_experts=sum(len(layer.experts) for layer in manifest.layers),
+        num_layers=len(manifest.layers),
+        top_k=manifest.top_k,
+        expert_bytes=slot.num_bytes,
+        staging_bytes=ExpertReader(manifest, dtype).num_bytes + slot.num_bytes,
+    )
+
+
+def make_source(
+    manifest: Manifest, dtype: torch.dtype, *, expert_memory: MemoryBudget, host_memory: MemoryBudget
+) -> Source:
+    """Make what slots are filled from. Raises FailedPrecondition where a budget is too small."""
+    model = bytes_of(manifest, dtype)
+    plan = plan_memory(model, expert_memory, host_memory, num_staging_sets=_NUM_STAGING_SETS)
+    disk = Disk(manifest, dtype, num_sets=plan.num_staging_sets)
+    if not plan.num_places:
+        return disk
+    return Arena(disk, num_places=plan.num_places, expert_bytes=model.expert_bytes)
+
+
+def make_buffer(
+    manifest: Manifest,
+    dtype: torch.dtype,
+    *,
+    expert_memory: MemoryBudget,
+    host_memory: MemoryBudget,
+    policy: str = "ewma",
+    num_load_threads: int = 2,
+    can_prefetch: bool = True,
+    source: Source | None = None,
+) -> ExpertBuffer:
+    """Take all memory now and make the buffer. `source` stands in for the tiers where it is given.
+
+    Raises FailedPrecondition, naming the least that works, where a budget is too small.
+    """
+    model = bytes_of(manifest, dtype)
+    plan = plan_memory(model, expert_memory, host_memory, num_staging_sets=_NUM_STAGING_SETS)
+    _tell(model, plan)
+    source = source or make_source(manifest, dtype, expert_memory=expert_memory, host_memory=host_memory)
+    num_experts = [len(layer.experts) for layer in manifest.layers]
+    buffer = ExpertBuffer(
+        Slots(manifest, dtype, num_slots=plan.num_slots),
+        Loads(source, num_threads=num_load_threads),
+        make_policy(policy, is_selective=True),
+        Quotas(model.num_layers, max(num_experts), plan.num_slots or model.num_experts),
+        num_experts=num_experts,
+        can_prefetch=can_prefetch,
+    )
+    return buffer
+
+
+def make_sample(manifest: Manifest, buffer: ExpertBuffer) -> RegretSample | None:
+    """Have the buffer's visits sampled, where its policy has anything to decide."""
+    if buffer.is_roomy or buffer.max_resident is None:
+        return None
+    num_experts = max(len(layer.experts) for layer in manifest.layers)
+    sample = RegretSample(num_layers=len(manifest.layers), num_experts=num_experts, num_slots=buffer.max_resident)
+    buffer.on_visit = sample.note
+    return sample
+
+
+def _tell(model: ModelBytes, plan: MemoryPlan) -> None:
+    facts = {
+        "expert_bytes": model.expert_bytes,
+        "token_cycle": f"{model.token_cycle_bytes / 2**20:.1f} MiB",
+        "least": f"{plan.least_bytes / 2**20:.1f} MiB",
+    }
+    if plan.num_slots is None:
+        _log.info("expert memory without a limit", **facts)
+        return
+    share = 100 * plan.num_slots / model.num_experts
+    _log.info("expert memory", slots=plan.num_slots, of_all_experts=f"{share:.1f}%", arena=plan.num_places, **facts)
+    if plan.is_below_token_cycle(model.expert_bytes):
+        wanted = ByteSize(math.ceil(model.token_cycle_bytes / 2**20) * 2**20)
+        _log.warning(
+            "--expert-memory holds less than one token's experts: most requests will be misses, unless other workers "
+            "take their share",
+            token_cycle=str(wanted),
+            slots=plan.num_slots,
+        )

@@ -1,0 +1,63 @@
+"""The worker's fast memory: slots that hold one expert each, in the kernel's form.
+
+Owns the slots and which of them are free. With a budget they are all made at the start and none later; without one they
+are made as they are needed. The manifest refuses a checkpoint whose experts differ in shape, so every slot fits every
+expert.
+"""
+
+import torch
+
+from collegium.model.architectures import Layout
+from collegium.model.experts import PackedExpert
+from collegium.model.manifest import Manifest
+from collegium.model.weights import ExpertWeights
+
+
+def blank_slot(manifest: Manifest, dtype: torch.dtype) -> PackedExpert:
+    """Make a slot; its memory is touched, so that it is there when it is needed."""
+    return PackedExpert(_blank(manifest, dtype))
+
+
+def _blank(manifest: Manifest, dtype: torch.dtype) -> ExpertWeights:
+    d_model, d_ffn = manifest.d_model, manifest.d_ffn
+    has_bias = manifest.layout == Layout.FUSED_TRANSPOSED
+    return ExpertWeights(
+        gate_up=torch.zeros(2 * d_ffn, d_model, dtype=dtype),
+        down=torch.zeros(d_model, d_ffn, dtype=dtype),
+        gate_up_bias=torch.zeros(2 * d_ffn, dtype=dtype) if has_bias else None,
+        down_bias=torch.zeros(d_model, dtype=dtype) if has_bias else None,
+    )
+
+
+class Slots:
+    """Slots of one worker. The one that was freed last is given first: its memory is likeliest to be in a cache."""
+
+    def __init__(self, manifest: Manifest, dtype: torch.dtype, *, num_slots: int | None):
+        """Make `num_slots`, or with None as many as will be asked for."""
+        self._manifest, self._dtype = manifest, dtype
+        self.capacity = num_slots
+        blank = _blank(manifest, dtype)  # one for all: freed between them, it would leave holes in the heap
+        self._free = [PackedExpert(blank) for _ in range(num_slots or 0)]
+        self.num_made = len(self._free)
+        self.slot_bytes = (self._free[0] if self._free else blank_slot(manifest, dtype)).num_bytes
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def take(self) -> PackedExpert | None:
+        """Give a slot, or None where all of the budget is taken."""
+        if self._free:
+            return self._free.pop()
+        if self.capacity is not None:
+            return None
+        self.num_made += 1
+        return blank_slot(self._manifest, self._dtype)
+
+    def give_back(self, slot: PackedExpert) -> None:
+        """Take a slot back; without a budget its memory goes back to the system."""
+        if self.capacity is None:
+            self.num_made -= 1
+        else:
+            self._free.append(slot)

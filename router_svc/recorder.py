@@ -1,0 +1,107 @@
+"""Record which experts the gates chose for running sequences, for whoever listens.
+
+Owns a step's choices until the step is committed: one that is computed again is told once, and so is a position that a
+preempted sequence computes anew. Belongs to the engine's thread; listeners come and go from one other thread. Without a
+listener nothing is kept. Knows nothing of files or of gRPC.
+T rows, K top-k.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_svc.expert_calls import OnLayer
+from router_svc.scheduler import Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChoices:
+    """One MoE layer's share of StepChoices."""
+
+    layer: int
+    ids: NDArray[np.int64]  # [T, K], the heaviest first
+    weights: NDArray[np.float32]  # [T, K]
+    missed: NDArray[np.uint16]  # [M], experts that workers had to load for the step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepChoices:
+    """What one step chose: rows of decoding sequences first, then those of prompts."""
+
+    step: int
+    sequences: list[int]  # [T] numbers
+    positions: list[int]  # [T] in their sequences
+    num_decode_rows: int
+    layers: list[LayerChoices]
+
+
+Listener = Callable[[StepChoices], None]  # called from the engine's thread
+
+
+class Recorder:
+    """Hands committed steps' choices to listeners."""
+
+    def __init__(self) -> None:
+        self._listeners: tuple[Listener, ...] = ()
+        self._rows: list[int] | None = None  # rows of the step at hand that nobody was told of; None: nobody listens
+        self._layers: list[LayerChoices] = []
+
+    def add(self, listener: Listener) -> None:
+        """Tell a listener of every step that begins from now on."""
+        self._listeners = (*self._listeners, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Tell it no more."""
+        self._listeners = tuple(one for one in self._listeners if one != listener)
+
+    def begin(self, step: Step) -> OnLayer | None:
+        """Forget what was not committed and say who takes each layer of this step; None where nobody listens."""
+        self._rows, self._layers = None, []
+        if not self._listeners:
+            return None
+        self._rows = []
+        at = 0
+        for row in step.rows:
+            first = max(row.begin, row.sequence.num_recorded)
+            self._rows += range(at + first - row.begin, at + row.num_rows)
+            at += row.num_rows
+        return self._note
+
+    def commit(self, step: Step, num_step: int) -> None:
+        """Tell the listeners of a step that is now in the cache."""
+        if not self._rows:
+            return
+        sequences: list[int] = []
+        positions: list[int] = []
+        num_decode_rows = 0
+        for idx, row in enumerate(step.rows):
+            new = range(max(row.begin, row.sequence.num_recorded), row.end)
+            sequences += [row.sequence.number] * len(new)
+            positions += new
+            num_decode_rows += len(new) if idx < len(step.decodes) else 0
+            row.sequence.num_recorded = max(row.end, row.sequence.num_recorded)
+        choices = StepChoices(
+            step=num_step,
+            sequences=sequences,
+            positions=positions,
+            num_decode_rows=num_decode_rows,
+            layers=self._layers,
+        )
+        self._rows, self._layers = None, []
+        for listener in self._listeners:
+            listener(choices)
+
+    def _note(
+        self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32], missed: NDArray[np.uint16]
+    ) -> None:
+        rank = np.argsort(-weights[self._rows], axis=1, kind="stable")  # gates give the ids in any order
+        self._layers.append(
+            LayerChoices(
+                layer=layer,
+                ids=np.take_along_axis(ids[self._rows], rank, axis=1),
+                weights=np.take_along_axis(weights[self._rows], rank, axis=1),
+                missed=missed,
+            )
+        )

@@ -1,0 +1,101 @@
+"""What a step chose is told once it is committed, once for each position, and kept only while somebody listens."""
+
+import numpy as np
+
+from collegium.model.sampling import SamplingParams
+from router_svc.recorder import Recorder, StepChoices
+from router_svc.scheduler import Row, Step
+from router_svc.sequence import Sequence, StopRules
+
+
+def grown(number: int) -> Sequence:
+    sequence = Sequence(
+        owner=1,
+        request_id=f"r{number}",
+        choice_index=0,
+        prompt_ids=list(range(10)),
+        sampling=SamplingParams(),
+        rules=StopRules(max_tokens=5),
+    )
+    sequence.number = number
+    return sequence
+
+
+def step_of(decodes: list[tuple[Sequence, int]], chunks: list[tuple[Sequence, int, int]]) -> Step:
+    return Step(
+        decodes=tuple(Row(sequence=s, begin=at, num_rows=1) for s, at in decodes),
+        chunks=tuple(Row(sequence=s, begin=begin, num_rows=end - begin) for s, begin, end in chunks),
+    )
+
+
+def visit(recorder: Recorder, step: Step, *, layers: int = 2) -> None:
+    """Compute a step: row r chooses experts 2r and 2r + 1, the second with the greater weight."""
+    on_layer = recorder.begin(step)
+    assert on_layer is not None
+    ids = np.arange(2 * step.num_rows).reshape(-1, 2)
+    weights = np.tile(np.array([0.25, 0.75], dtype=np.float32), (step.num_rows, 1))
+    for layer in range(layers):
+        on_layer(layer, ids, weights, np.array([layer], dtype=np.uint16))
+
+
+def listening() -> tuple[Recorder, list[StepChoices]]:
+    told: list[StepChoices] = []
+    recorder = Recorder()
+    recorder.add(told.append)
+    return recorder, told
+
+
+def test_a_step_is_told_with_its_sequences_positions_and_ranked_choices() -> None:
+    recorder, told = listening()
+    step = step_of([(grown(1), 12)], [(grown(2), 3, 5)])
+    visit(recorder, step)
+    assert told == []
+    recorder.commit(step, 9)
+    (choices,) = told
+    assert (choices.step, choices.sequences, choices.positions) == (9, [1, 2, 2], [12, 3, 4])
+    assert choices.num_decode_rows == 1
+    assert [layer.layer for layer in choices.layers] == [0, 1]
+    assert choices.layers[1].ids.tolist() == [[1, 0], [3, 2], [5, 4]]
+    assert choices.layers[1].weights[0].tolist() == [0.75, 0.25]
+    assert choices.layers[1].missed.tolist() == [1]
+
+
+def test_a_step_that_is_computed_again_is_told_once() -> None:
+    recorder, told = listening()
+    step = step_of([], [(grown(1), 0, 3)])
+    visit(recorder, step, layers=1)  # then a worker is lost
+    visit(recorder, step)
+    recorder.commit(step, 1)
+    assert [len(choices.layers) for choices in told] == [2]
+
+
+def test_positions_that_a_preempted_sequence_computes_anew_are_not_told_again() -> None:
+    recorder, told = listening()
+    sequence, other = grown(1), grown(2)
+    for step in (
+        step_of([(other, 7)], [(sequence, 0, 4)]),
+        step_of([], [(sequence, 0, 6)]),  # preempted in between
+        step_of([], [(sequence, 2, 6)]),
+    ):
+        visit(recorder, step)
+        recorder.commit(step, 1)
+    assert [(c.sequences, c.positions, c.num_decode_rows) for c in told] == [
+        ([2, 1, 1, 1, 1], [7, 0, 1, 2, 3], 1),
+        ([1, 1], [4, 5], 0),
+    ]
+    assert told[1].layers[0].ids.tolist() == [[9, 8], [11, 10]]
+
+
+def test_without_a_listener_nothing_is_asked_for_and_one_that_comes_late_hears_whole_steps_only() -> None:
+    recorder, told = Recorder(), list[StepChoices]()
+    step = step_of([], [(grown(1), 0, 2)])
+    assert recorder.begin(step) is None
+    recorder.add(told.append)
+    recorder.commit(step, 1)
+    assert told == []
+    visit(recorder, step)
+    recorder.commit(step, 2)
+    recorder.remove(told.append)
+    assert recorder.begin(step) is None
+    recorder.commit(step, 3)
+    assert [choices.step for choices in told] == [2]
