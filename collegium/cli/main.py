@@ -25,6 +25,7 @@ _LAZY: Mapping[str, str] = {
     "up": "collegium.cli.cluster",
     "manifest": "collegium.cli.manifest",
     "replay": "collegium.cli.replay",
+    "trace": "collegium.cli.trace",
 }
 _HERE: Mapping[str, Callable[..., None]] = {"generate": generate, "score": score, "status": status}
 _INTERRUPTED = 130

@@ -10,7 +10,8 @@ import json
 import ssl
 from pathlib import Path
 
-from collegium.fabric.byte_size import ByteSize
+from collegium.buffering.policies import POLICIES
+from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.channels import read_file
 from collegium.fabric.errors import SettingsError
 from collegium.fabric.settings import ServiceSettings, read
@@ -69,6 +70,19 @@ def check_kv_memory(text: str) -> None:
         raise SettingsError(f"--kv-memory={text!r} cannot be used: {error}") from None
     if size < 1:
         raise SettingsError(f"--kv-memory={text!r} cannot be used: give at least 1 byte")
+
+
+def check_expert_memory(expert_memory: str, host_memory: str, eviction: str, prefetch: str) -> MemoryBudget:
+    """Check the workers' budgets and how they are used; gives the first one."""
+    for flag, text in (("--expert-memory", expert_memory), ("--host-memory", host_memory)):
+        try:
+            MemoryBudget.parse(text)
+        except ValueError as error:
+            raise SettingsError(f"{flag}={text!r} cannot be used: {error}") from None
+    for flag, word, words in (("--eviction", eviction, POLICIES), ("--prefetch", prefetch, ("auto", "on", "off"))):
+        if word not in words:
+            raise SettingsError(f"{flag}={word!r} cannot be used: give one of {', '.join(words)}")
+    return MemoryBudget.parse(expert_memory)
 
 
 def check_prompt(prompt: str, max_tokens: int) -> None:

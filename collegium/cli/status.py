@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from rich.console import Console
@@ -53,8 +54,10 @@ def _show(cluster: Cluster, models: tuple[Model, ...]) -> None:
             f"{model.num_experts} experts, top {model.top_k}; up to {model.max_model_len} tokens"
         )
     table = Table()
-    for column in ("service", "id", "address", "state", "threads", "experts"):
-        table.add_column(column, justify="right" if column in ("threads", "experts") else "left")
+    for column in ("service", "id", "address", "state"):
+        table.add_column(column)
+    for column in ("threads", "homes", "in slots", "expert memory", "hit rate"):
+        table.add_column(column, justify="right")
     for member in cluster.members:
         experts = cluster.experts_per_worker.get(member.member_id)
         table.add_row(
@@ -64,6 +67,21 @@ def _show(cluster: Cluster, models: tuple[Model, ...]) -> None:
             member.state,
             str(member.num_threads or ""),
             "" if experts is None else str(experts),
+            *_buffer(member.counters),
         )
     console.print(table)
     console.print(f"placement epoch {cluster.placement_epoch}")
+
+
+def _buffer(counters: Mapping[str, float]) -> tuple[str, str, str]:
+    """Say what a worker's expert buffer holds and may hold, and how often an expert was there; nothing of others."""
+    if "collegium_resident_experts" not in counters:
+        return "", "", ""
+    budget = counters.get("collegium_expert_memory_bytes", 0.0)
+    requests = counters.get("collegium_expert_requests_total", 0.0)
+    hits = counters.get("collegium_expert_hits_total", 0.0)
+    return (
+        f"{counters['collegium_resident_experts']:.0f}",
+        f"{budget / 2**20:.1f} MiB" if budget else "no limit",
+        f"{100 * hits / requests:.1f} %" if requests else "-",
+    )

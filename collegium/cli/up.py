@@ -23,10 +23,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from collegium.cli.child import ChildFailed
-from collegium.cli.preflight import check_kv_memory, check_logs, check_model_dir, check_prompt, check_tls
+from collegium.cli.preflight import (
+    check_expert_memory,
+    check_kv_memory,
+    check_logs,
+    check_model_dir,
+    check_prompt,
+    check_tls,
+)
 from collegium.cli.spec import ClusterSpec, check_counts
 from collegium.cli.threads import parse_threads
 from collegium.fabric.api_keys import read_keys
+from collegium.fabric.byte_size import MemoryBudget
 from collegium.fabric.channels import TlsTrust
 from collegium.fabric.errors import Cancelled, CollegiumError, FailedPrecondition, InvalidArgument, SettingsError
 from collegium.fabric.redis_url import check_redis_url
@@ -64,6 +72,22 @@ def up(
     max_model_len: Annotated[int, typer.Option(min=0, help="Longest prompt and output; 0: the model's own.")] = 0,
     max_batch_tokens: Annotated[int, typer.Option(min=0, help="Rows of one step; 0: the router's default.")] = 0,
     device: Annotated[str, typer.Option(help="torch device of the routers.")] = "cpu",
+    expert_memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory of each worker for experts' weights, such as 2GiB, or a share of all experts, such as 25%."
+        ),
+    ] = "",
+    host_memory: Annotated[
+        str, typer.Option(help="Memory of each worker between expert memory and the disk, a size or a share.")
+    ] = "",
+    eviction: Annotated[str, typer.Option(help="Which expert makes room for a missed one.")] = "ewma",
+    prefetch: Annotated[
+        str, typer.Option(help="Load what the next layer is likely to need: on, off, or auto: while it pays.")
+    ] = "auto",
+    unsafe_routing: Annotated[
+        Path | None, typer.Option(help="For experiments: a trace whose experts replace the gate's choices.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The gateways' certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     tls_ca: Annotated[
@@ -84,6 +108,14 @@ def up(
         ("--max-model-len", max_model_len),
         ("--max-batch-tokens", max_batch_tokens),
         ("--device", device),
+        ("--prefetch", prefetch),
+        ("--unsafe-routing", unsafe_routing),
+    )
+    worker_flags = _given(
+        ("--expert-memory", expert_memory),
+        ("--host-memory", host_memory),
+        ("--eviction", eviction),
+        ("--prefetch", prefetch),
     )
     gateway_flags = _given(("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--api-keys", api_keys))
     try:
@@ -91,6 +123,7 @@ def up(
         check_tls(tls_cert, tls_key, tls_ca)
         check_logs(log_level, log_format)
         check_kv_memory(kv_memory)
+        budget = check_expert_memory(expert_memory, host_memory, eviction, prefetch)
         check_prompt(prompt, max_tokens)
         keys = [] if api_keys is None else read_keys(api_keys)
         redis_url = os.environ.get("REDIS_URL", "")
@@ -104,6 +137,9 @@ def up(
         except ValueError as error:
             raise SettingsError(f"--threads={threads!r} cannot be used: {error}") from None
         manifest = make_manifest(model_dir, interrupts)
+        resolved = resolve_dtype(dtype, manifest)
+        if budget:
+            say(tell_budget(budget, manifest, resolved))
         spec = ClusterSpec(
             model=model_dir,
             manifest=manifest,
@@ -111,13 +147,13 @@ def up(
             num_routers=routers,
             num_gateways=gateways,
             grpc_port=grpc_port,
-            dtype=resolve_dtype(dtype, manifest),
+            dtype=resolved,
             threads=allotment,
             redis_url=redis_url,
             can_restart=not no_restart,
             log_level=log_level,
             log_format=log_format,
-            flags={"router": router_flags, "gateway": gateway_flags},
+            flags={"worker": worker_flags, "router": router_flags, "gateway": gateway_flags},
             tls_ca=tls_ca or tls_cert,
         )
         demo = _Demo(
@@ -253,6 +289,19 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
 def resolve_dtype(dtype: str, manifest: Path) -> str:
     """Turn auto into the type of the checkpoint's experts, as every service would."""
     return load_manifest(manifest).dtype if dtype == "auto" else dtype
+
+
+def tell_budget(budget: MemoryBudget, manifest: Path, dtype: str) -> str:
+    """Say what each worker's expert memory holds, beside what one token touches."""
+    facts = load_manifest(manifest)
+    expert_bytes = facts.num_params * (4 if dtype == "float32" else 2)
+    num_experts = sum(len(layer.experts) for layer in facts.layers)
+    cycle = len(facts.layers) * facts.top_k * expert_bytes
+    given = budget.bytes_of(num_experts * expert_bytes)
+    return (
+        f"expert memory of each worker: {given / 2**20:.1f} MiB of the {num_experts * expert_bytes / 2**20:.1f} MiB of "
+        f"all {num_experts} experts; one token touches {cycle / 2**20:.1f} MiB over all layers and workers"
+    )
 
 
 def num_cores() -> int:
