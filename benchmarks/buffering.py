@@ -326,6 +326,32 @@ def measure_delayed(args: argparse.Namespace, manifest: Manifest, share: float) 
     }
 
 
+def measure_memory(args: argparse.Namespace, manifest: Manifest, routing: Path | None) -> dict[str, float]:
+    """Compare the anonymous memory of all workers between the first two shares with what their budgets differ by."""
+    used: list[int] = []
+    budgets: list[float] = []
+    for share in args.shares[:2]:
+        with cluster(args, manifest, Case(share=share, policy="ewma", prefetch="off"), routing) as running:
+            for number in range(2):
+                asyncio.run(burst(running.targets, prompts_of(args, 4, number), args.max_tokens, number))
+            pids = [running.pid(member.name) for member in running.members if member.role == "worker"]
+            used.append(sum(_anonymous_bytes(pid) for pid in pids))
+            budgets.append(counters_of(running)["collegium_expert_memory_bytes"])
+    grown, allowed = used[0] - used[1], budgets[0] - budgets[1]
+    return {
+        "budgets_differ_by_mb": round(allowed / 1e6, 2),
+        "anonymous_memory_differs_by_mb": round(grown / 1e6, 2),
+        "ratio": round(grown / allowed, 4),
+    }
+
+
+def _anonymous_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} does not say what memory it uses")
+
+
 def ids_of(args: argparse.Namespace, prompt: str | list[int]) -> list[int]:
     """Give a prompt's token ids."""
     if not isinstance(prompt, str):
@@ -421,6 +447,7 @@ def main() -> None:
     parser.add_argument("--routing", default="own", help="own, generated, or a trace's path")
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1])
     parser.add_argument("--delay-ms", type=float, default=0.0, help="only: what prefetching does where loads are slow")
+    parser.add_argument("--memory", action="store_true", help="only: what the first two shares take in memory")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--workers", type=int, default=2)
@@ -443,6 +470,9 @@ def main() -> None:
     results: list[Result] = []
     with ExitStack() as stack:
         routing = make_routing(args, manifest, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        if args.memory:
+            sys.stdout.write(json.dumps({"conditions": facts, **measure_memory(args, manifest, routing)}) + "\n")
+            return
         base = stack.enter_context(cluster(args, manifest, None, routing))
         stack.enter_context(cold_disk(args))
         for share in args.shares:

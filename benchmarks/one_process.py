@@ -143,7 +143,7 @@ class OneProcess:
         for link_id, (name, port) in enumerate(zip(names, self._ports, strict=True), 1):
             link = self._connect(port, link_id, max_batch_tokens, dtype, transport)
             self.calls.add_link(name, link, wants_hints=self.buffers[link_id - 1].can_prefetch)
-        self._news: queue.SimpleQueue[list[News]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[list[tuple[News, bool]]] = queue.SimpleQueue()
         self.engine = Engine(
             self.model,
             self.calls,
@@ -184,7 +184,7 @@ class OneProcess:
             while waiting and (waiting[0][1].after_tokens <= num_tokens or _all_ended(answers, index)):
                 number, request = waiting.pop(0)
                 index[self._submit(request)] = number
-            for item in self._next(until):
+            for item, is_last in self._next(until):
                 answer = answers[index[item.sequence.request_id]][item.sequence.choice_index]
                 now = time.monotonic()
                 answer.token_ids += item.token_ids
@@ -193,11 +193,10 @@ class OneProcess:
                 num_tokens += len(item.token_ids)
                 if item.failure is not None:
                     answer.failure = f"{item.failure.code}: {item.failure.message}"
-                if item.failure is not None or item.sequence.has_ended:
-                    answer.has_ended = True
+                answer.has_ended |= is_last
         return answers
 
-    def _next(self, until: float) -> Iterator[News]:
+    def _next(self, until: float) -> Iterator[tuple[News, bool]]:
         try:
             yield from self._news.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
@@ -225,8 +224,8 @@ class OneProcess:
         return request_id
 
     def _deliver(self, owner: int, news: list[News], load: Load, step: int) -> None:
-        if news:
-            self._news.put(news)
+        if news:  # whether a sequence has ended is asked here: the engine may be further on when this is read
+            self._news.put([(item, item.failure is not None or item.sequence.has_ended) for item in news])
 
     def _connect(self, port: WorkerPort, link_id: int, max_rows: int, dtype: torch.dtype, transport: str) -> RouterLink:
         secret = secrets.token_bytes(SECRET_BYTES)

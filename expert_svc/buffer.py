@@ -168,14 +168,26 @@ class ExpertBuffer:
         """Load an expert that the visit waits for in this thread, where that is as quick. Returns whether it did."""
         return self._loads.can_help and self._loads.help()
 
-    def release(self, visit: Visit, groups: Iterable[int]) -> None:
-        """Hear that groups have been computed: what was streamed for them can go."""
-        if visit.streamed:
-            with self._lock:
-                for group in groups:
-                    slot = visit.streamed.pop(group, None)
-                    if slot is not None:
-                        self._slots.give_back(slot)
+    def release(self, visit: Visit, groups: Sequence[int]) -> None:
+        """Hear that groups have been computed: what was streamed for them can go, or stay if there is room by now.
+
+        What prompts alone asked for is leased no longer, so a decoding row's expert may take its place.
+        """
+        if not visit.is_prompt:
+            return
+        with self._lock:
+            self._leased.difference_update((visit.layer, visit.experts[g]) for g in groups if visit.is_prompt[g])
+            for group in groups:
+                slot = visit.streamed.pop(group, None)
+                if slot is None:
+                    continue
+                is_mixed = any(visit.is_prompt)  # else nothing has changed since it was found not to deserve a slot
+                if not is_mixed or visit.is_prompt[group] or not self._claim(visit, group):
+                    self._slots.give_back(slot)
+                    continue
+                self._settle_in((visit.layer, visit.experts[group]), slot)
+                if visit.experts[group] in visit.missed:
+                    self.totals.streamed -= 1
 
     def finish(self, visit: Visit) -> None:
         """End a visit, whole or not: nothing is leased any more."""

@@ -66,7 +66,7 @@ def gated(hidden: Tensor, form: ExpertForm) -> Tensor:
         case Activation.SILU:
             return F.silu(gate).mul_(up)
         case Activation.GELU:
-            return F.gelu(gate).mul_(up)
+            return F.gelu(gate.contiguous()).mul_(up)  # a single row is: others must take the same path
         case Activation.GELU_TANH:
             return F.gelu(gate, approximate="tanh").mul_(up)
         case Activation.RELU:
@@ -99,7 +99,9 @@ class ExpertRun:
 
     def result(self, pair_rows: NDArray[np.int64], pair_weights: NDArray[np.float32]) -> Tensor:
         """Sum once every group has run: [R, D] in x's dtype; sums run in float64 for float32 rows, else in float32."""
-        out = _joined([rows for rows in self._out if rows is not None])  # [P, D]
+        done = [rows for rows in self._out if rows is not None]
+        assert len(done) == len(self._out)
+        out = _joined(done)  # [P, D]
         return weighted_sum(out, pair_rows, pair_weights, self._num_rows, self._wide).to(self.dtype)
 
 

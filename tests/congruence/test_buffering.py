@@ -283,7 +283,7 @@ def test_a_prompt_of_full_length_displaces_nothing_that_decoding_uses(oracle: Or
             assert len(change.gone) == len(change.came) <= change.num_missed
             assert not change.gone & asked
     assert [a.token_ids for (a,) in answers[1][:-1]] == [a.token_ids for (a,) in answers[0]]
-    assert hits[1] > hits[0] - 0.1  # what the prompt hits is leased too: other victims are taken while it lasts
+    assert hits[1] > hits[0] - 0.02
 
 
 def test_hints_make_slow_loads_begin_before_rows_wait_for_them() -> None:

@@ -143,12 +143,52 @@ def test_a_prefetch_that_nobody_asked_for_is_dropped_when_its_layer_has_come() -
 
 def test_a_hint_begins_with_the_likeliest_and_leaves_a_slot_to_rows_that_wait() -> None:
     rig = Rig(16)
-    begun = rig.buffer.hint(1, range(NUM_EXPERTS), range(1, NUM_EXPERTS + 1))
-    assert 0 < begun < NUM_EXPERTS
+    rig.buffer.warm(ALL[:14])
+    assert rig.slots.num_free == 2
+    begun = rig.buffer.hint(3, range(NUM_EXPERTS), range(1, NUM_EXPERTS + 1))
+    assert 1 < begun < NUM_EXPERTS
     assert [rig.stepped.begin_next().expert_id[1] for _ in range(begun)] == list(range(NUM_EXPERTS))[::-1][:begun]
-    assert rig.slots.num_free >= 1
+    assert rig.slots.num_free == 1
     rig.buffer.is_prefetching = False
     assert rig.hint(2, 3) == 0
+    rig.check_end()
+
+
+@pytest.mark.parametrize("pace_s", [0.0, 1.0])
+def test_a_hint_displaces_nothing_that_is_being_computed_from(pace_s: float) -> None:
+    rig = Rig(8)
+    num_fit = rig.buffer.max_resident
+    assert num_fit is not None
+    rig.buffer.warm((0, expert) for expert in range(num_fit))
+    visit = rig.begin(0, range(num_fit))
+    rig.stepped.pace_s = pace_s
+    rig.hint(1, 5)
+    assert rig.totals.evictions == 0
+    rig.check(visit, rig.buffer.landed(visit))
+    rig.buffer.finish(visit)
+    rig.hint(1, 5)
+    assert rig.totals.evictions > 0
+    rig.check_end()
+
+
+def test_rows_wait_for_prefetches_that_hold_every_slot_and_no_room_is_lost() -> None:
+    rig = Rig(16)
+    num_begun = rig.hint(1, *range(NUM_EXPERTS))
+    for _ in range(num_begun):
+        rig.stepped.begin_next()
+    rig.buffer.warm((0, expert) for expert in range(NUM_EXPERTS - 2))
+    num_free = rig.slots.num_free
+    visit = rig.begin(2, range(num_free + 1))
+    assert list(visit.todo) == [num_free]
+    while not visit.is_over:
+        groups = rig.buffer.landed(visit)
+        rig.check(visit, groups)
+        rig.buffer.release(visit, groups)
+        if not groups:
+            rig.stepped.land()
+            rig.buffer.help()
+    rig.buffer.finish(visit)
+    assert rig.residents() >= {(2, expert) for expert in range(num_free + 1)}
     rig.check_end()
 
 
@@ -257,6 +297,23 @@ def test_a_visit_and_warming_load_an_expert_once_whoever_comes_first() -> None:
     rig.buffer.warm([(0, 5)])  # the prefetch has landed: it stays
     assert rig.source.fills == [(0, 3), (0, 4), (0, 5)]
     assert rig.residents() == {(0, 3), (0, 4), (0, 5)}
+    rig.check_end()
+
+
+def test_what_a_visit_waits_for_is_leased_by_it_whoever_loads_it() -> None:
+    rig = Rig(2)  # one resident
+    opened: list[Visit] = []
+
+    def visit_meanwhile(expert_id: ExpertId) -> None:
+        rig.source.during = lambda _: None
+        opened.append(rig.begin(0, [3, 4, 5]))
+
+    rig.source.during = visit_meanwhile
+    rig.buffer.warm([(0, 3)])
+    (visit,) = opened
+    assert rig.buffer.landed(visit) == [0]
+    rig.check(visit, [0])
+    rig.buffer.finish(visit)
     rig.check_end()
 
 

@@ -179,7 +179,7 @@ class EveryOrder(RuleBasedStateMachine):
         self.rig.check_end()
 
 
-EveryOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, phases=(Phase.generate, Phase.shrink))
+EveryOrder.TestCase.settings = settings(max_examples=80, stateful_step_count=40, phases=(Phase.generate, Phase.shrink))
 TestEveryOrder = EveryOrder.TestCase
 
 
@@ -224,7 +224,7 @@ def test_each_miss_copies_once_unless_a_prefetch_has_begun_to(
     warmed=SOME,
     failing=st.sets(st.sampled_from(ALL), max_size=4),
 )
-@settings(max_examples=25)
+@settings(max_examples=20)
 def test_threads_that_load_and_one_that_warms_lose_nothing(
     num_threads: int,
     capacity: int | None,

@@ -464,7 +464,7 @@ def test_a_checksum_is_verified_from_the_disk_and_not_on_a_copy(checkpoint: Path
 
 # --- running experts in parts ---
 
-FORMS = [ExpertForm(activation=a, clamp=7.0, alpha=1.7) for a in Activation if a is not Activation.GELU]
+FORMS = [ExpertForm(activation=a, clamp=7.0, alpha=1.7) for a in Activation]
 
 
 @given(

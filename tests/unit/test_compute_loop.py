@@ -1,0 +1,178 @@
+"""The worker's data loop: what it answers when loads fail or take their time, and what it hears meanwhile."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from collegium.buffering.policies import ExpertId
+from collegium.link.base import ExpectedLink, RouterLink
+from collegium.link.connect import connect
+from collegium.link.frame import SECRET_BYTES, Dispatch, Hint, Status
+from collegium.link.inproc import InprocPort
+from expert_svc.compute import ComputeLoop
+from tests.buffer_rig import MANIFEST, NUM_EXPERTS, NUM_LAYERS, Rig
+
+FAR_S = 60.0
+
+
+class Worker:
+    """A data loop over a rig's buffer, and routers that are linked to it. `start` it when dispatches wait."""
+
+    def __init__(self, rig: Rig):
+        self.rig, self.port = rig, InprocPort(worker_id="worker")
+        self.loop = ComputeLoop(
+            self.port, rig.buffer, MANIFEST.form, num_experts=[NUM_EXPERTS] * NUM_LAYERS, num_threads=1
+        )
+        rig.buffer.on_load(self.port.wake)
+        self.routers = [self._link(idx) for idx in (1, 2)]
+
+    def _link(self, link_id: int) -> RouterLink:
+        secret, d_model = secrets.token_bytes(SECRET_BYTES), MANIFEST.d_model
+        until = time.monotonic() + FAR_S
+        self.port.expect(
+            ExpectedLink(
+                link_id=link_id,
+                secret=secret,
+                router_id=f"router-{link_id}",
+                dtype=torch.float32,
+                reply_dtype=torch.float32,
+                d_model=d_model,
+                max_rows=64,
+                num_credits=4,
+                expires_s=until,
+            )
+        )
+        (address,) = dict(self.port.addresses).values()
+        return connect(
+            "inproc", address, link_id=link_id, secret=secret, dtype=torch.float32, d_model=d_model, deadline_s=until
+        )
+
+    def send(self, router: int, layer: int, experts: Sequence[int], seq: int = 1, num_prompt_rows: int = 0) -> None:
+        """Send one row that chose these experts."""
+        num = len(experts)
+        self.routers[router].send(
+            Dispatch(
+                seq=seq,
+                layer=layer,
+                deadline_s=time.monotonic() + FAR_S,
+                experts=np.array(experts, np.uint16),
+                counts=np.ones(num, np.uint16),
+                pair_rows=np.zeros(num, np.uint32),
+                pair_weights=np.ones(num, np.float32),
+                x=torch.ones(1, MANIFEST.d_model),
+                num_prompt_rows=num_prompt_rows,
+            )
+        )
+
+    def answer(self, router: int, seq: int = 1) -> tuple[Status, list[int], str]:
+        """Receive how a dispatch ended, which of its experts had to be loaded, and why it failed."""
+        reply = self.routers[router].receive(seq, time.monotonic() + FAR_S)
+        return reply.status, reply.missed.tolist(), reply.message
+
+    def close(self) -> None:
+        self.loop.stop()
+        self.rig.buffer.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Rig], Worker]]:
+    workers: list[Worker] = []
+
+    def make(rig: Rig) -> Worker:
+        workers.append(Worker(rig))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+@pytest.mark.parametrize("error", [None, OSError("the disk is gone")])
+def test_an_expert_that_cannot_be_loaded_fails_its_own_dispatch_and_not_the_one_it_was_joined_with(
+    error: Exception | None, start: Callable[[Rig], Worker]
+) -> None:
+    rig = Rig(8, num_threads=2)
+    rig.source.error = error
+    rig.source.during = lambda expert_id: rig.source.failing.add((0, 5))  # again and again
+
+    worker = start(rig)
+    rig.source.failing.add((0, 5))
+    worker.send(0, 0, [1, 2])
+    worker.send(1, 0, [2, 5])
+    worker.loop.start()
+    status, _, message = worker.answer(1)
+    assert status == Status.FAILED
+    assert "expert 5 of MoE layer 0" in message
+    assert worker.answer(0)[0] == Status.OK
+    rig.source.during = lambda expert_id: None
+    rig.source.failing.clear()
+    worker.send(1, 0, [2, 5], seq=2)
+    assert worker.answer(1, seq=2) == (Status.OK, [5], "")
+    assert worker.loop.is_alive
+    assert worker.loop.counters.num_failed == 1
+
+
+def test_a_reply_names_the_experts_of_its_own_dispatch_that_had_to_be_loaded(start: Callable[[Rig], Worker]) -> None:
+    rig = Rig(8, num_threads=1)
+    rig.buffer.warm([(0, 2)])
+    worker = start(rig)
+    worker.send(0, 0, [1, 2])
+    worker.send(1, 0, [2, 3])
+    worker.loop.start()
+    assert worker.answer(0) == (Status.OK, [1], "")
+    assert worker.answer(1) == (Status.OK, [3], "")
+    assert worker.loop.counters.num_joined_dispatches == 2
+    worker.send(0, 0, [1, 2, 3], seq=2)
+    assert worker.answer(0, seq=2) == (Status.OK, [], "")
+    assert (rig.totals.hits, rig.totals.misses) == (4, 2)
+
+
+def test_hints_are_heard_and_hits_are_computed_while_a_load_is_waited_for(start: Callable[[Rig], Worker]) -> None:
+    rig = Rig(40, num_threads=2)
+    rig.buffer.warm([(0, 1)])
+    rig.loads.mean_s = 1.0  # known to be slow: the thread that waits does not load
+    is_loading, may_land, is_hinted = threading.Event(), threading.Event(), threading.Event()
+
+    def during(expert_id: ExpertId) -> None:
+        if expert_id == (0, 2):
+            is_loading.set()
+            assert may_land.wait(FAR_S)
+        if expert_id == (1, 7):
+            is_hinted.set()
+
+    rig.source.during = during
+    worker = start(rig)
+    worker.loop.start()
+    worker.send(0, 0, [1, 2])
+    assert is_loading.wait(FAR_S)
+    worker.routers[0].hint(Hint(layer=1, experts=np.array([7, 200], np.uint16), counts=np.ones(2, np.uint16)))
+    assert is_hinted.wait(FAR_S)
+    may_land.set()
+    assert worker.answer(0) == (Status.OK, [2], "")
+    worker.send(0, 1, [7], seq=2)
+    assert worker.answer(0, seq=2) == (Status.OK, [], "")
+    assert (1, 200) not in rig.source.fills  # there is no such expert
+    assert (rig.totals.prefetch_useful, worker.loop.counters.num_expert_calls) == (1, 3)
+
+
+def test_rows_of_prompts_and_hints_for_layers_that_are_not_there_leave_residency_alone(
+    start: Callable[[Rig], Worker],
+) -> None:
+    rig = Rig(5, num_threads=1)
+    rig.buffer.warm((0, expert) for expert in range(NUM_EXPERTS))
+    before = rig.residents()
+    worker = start(rig)
+    worker.loop.start()
+    worker.routers[0].hint(Hint(layer=NUM_LAYERS, experts=np.array([1], np.uint16), counts=np.ones(1, np.uint16)))
+    worker.send(0, 1, [1, 2, 3], num_prompt_rows=1)
+    assert worker.answer(0) == (Status.OK, [1, 2, 3], "")
+    assert rig.residents() == before
+    worker.send(0, 1, [1], seq=2)
+    assert worker.answer(0, seq=2)[0] == Status.OK
+    worker.send(0, NUM_LAYERS, [1], seq=3)
+    assert worker.answer(0, seq=3)[0] == Status.BAD_FRAME
