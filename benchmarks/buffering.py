@@ -3,11 +3,11 @@
     python benchmarks/buffering.py [MODEL_DIR] [--shares 0.5,0.25] [--policies ewma,lru,lifo] [--json]
 
 Two clusters of real processes run side by side: one without a limit, one whose workers together have slots for a share
-of all experts. They take turns burst by burst, the same requests to both, and the ratio is that of the medians. Behind
-the slots lies an arena (`--backing host`), so that a miss is a copy in memory, or the disk, whose pages are dropped all
-the while (`--backing disk`). A checkpoint with random weights routes near uniformly, where every policy is alike: give
-it the generator's routing with `--routing generated`, or a recorded trace. Tokens are sampled, because greedy text of a
-small model loops and flatters every cache.
+of all experts. They take turns burst by burst, the same requests to both; the ratio is the median over pairs of
+neighbouring bursts. Behind the slots lies an arena (`--backing host`), so that a miss is a copy in memory, or the disk,
+whose pages are dropped all the while (`--backing disk`). A checkpoint with random weights routes near uniformly, where
+every policy is alike: give it the generator's routing with `--routing generated`, or a recorded trace. Tokens are
+sampled, because greedy text of a small model loops and flatters every cache.
 """
 
 import argparse
@@ -221,7 +221,7 @@ def _result(
         prefetch=case.prefetch,
         concurrency=concurrency,
         tokens_per_s=round(speed, 1),
-        ratio=round(speed / statistics.median(speeds[False]), 3),
+        ratio=round(statistics.median(a / b for a, b in zip(speeds[True], speeds[False], strict=True)), 3),
         hit_rate=round(gained("collegium_expert_hits_total") / max(1, gained("collegium_expert_requests_total")), 4),
         stall_share=round(gained("collegium_expert_stall_seconds_total") / args.workers / spent_s, 4),
         read_mb_per_token=round(read / num_tokens / 1e6, 3),
