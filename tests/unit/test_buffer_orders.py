@@ -28,6 +28,7 @@ class EveryOrder(RuleBasedStateMachine):
         self.buffer, self.source, self.loads = self.rig.buffer, self.rig.source, self.rig.stepped
         self.visit: Visit | None = None
         self.given: list[int] = []
+        self.decode: set[int] = set()
         self.held: set[int] = set()  # groups that were handed out and not released
         self.hits: set[ExpertId] = set()
         self.is_prompt = False
@@ -40,7 +41,7 @@ class EveryOrder(RuleBasedStateMachine):
         evictions = self.rig.totals.evictions
         before = self.rig.residents()
         self.visit = self.rig.begin(layer, experts, decode)
-        self.given, self.held = [], set()
+        self.given, self.held, self.decode = [], set(), decode
         self.hits = {(layer, expert) for expert in experts} & before
         self.is_prompt = not decode.intersection(experts)
         assert self.rig.totals.evictions - evictions <= len(decode.intersection(experts))
@@ -68,8 +69,14 @@ class EveryOrder(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         assert self.visit is not None
         groups = data.draw(st.sets(st.sampled_from(sorted(self.held)), min_size=1))
-        self.buffer.release(self.visit, groups)
+        self.release_groups(groups)
+
+    def release_groups(self, groups: set[int]) -> None:
+        assert self.visit is not None
+        self.buffer.release(self.visit, sorted(groups))
         self.held -= groups
+        computed = {(self.visit.layer, self.visit.experts[group]) for group in groups}
+        self.hits -= {expert_id for expert_id in computed if expert_id[1] not in self.decode}  # leased no longer
 
     @precondition(lambda self: self.visit is not None and self.visit.is_over)
     @rule()
@@ -164,8 +171,7 @@ class EveryOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         while self.visit is not None:
             self.loads.on_landed()
-            self.buffer.release(self.visit, self.held)
-            self.held.clear()
+            self.release_groups(set(self.held))
             if self.visit.is_over:
                 self.finish()
                 break
