@@ -185,7 +185,7 @@ class ExpertBuffer:
                 if not is_mixed or visit.is_prompt[group] or not self._claim(visit, group):
                     self._slots.give_back(slot)
                     continue
-                self._settle_in((visit.layer, visit.experts[group]), slot)
+                self._resident[(visit.layer, visit.experts[group])] = slot
                 if visit.experts[group] in visit.missed:
                     self.totals.streamed -= 1
 
@@ -337,7 +337,7 @@ class ExpertBuffer:
                 visit.slots[group] = slot
                 visit.ready.append(group)
                 if self._claim(visit, group):
-                    self._settle_in(expert_id, slot)
+                    self._resident[expert_id] = slot
                 else:
                     visit.streamed[group] = slot
                 continue
@@ -436,7 +436,7 @@ class ExpertBuffer:
         else:
             self.totals.bytes_host += slot.num_bytes
         if load.purpose is Purpose.RESIDENT:
-            self._settle_in(expert_id, slot)
+            self._resident[expert_id] = slot
         elif load.purpose is Purpose.PREFETCH:
             self._staged[expert_id] = slot
         if visit is not None and group is not None:
@@ -454,9 +454,6 @@ class ExpertBuffer:
             return expert_id in self._under_way
         return any(visit.experts[group] == expert_id[1] for group in visit.todo)
 
-    def _settle_in(self, expert_id: ExpertId, slot: PackedExpert) -> None:
-        self._resident[expert_id] = slot
-
     def _reserve(self, expert_id: ExpertId) -> Load | None:
         """Find a slot to warm an expert in; None where it is there, or on its way, or there is none."""
         with self._lock:
@@ -472,7 +469,7 @@ class ExpertBuffer:
             slot = self._staged.pop(expert_id, None)
             if slot is not None:
                 self._give(expert_id)
-                self._settle_in(expert_id, slot)
+                self._resident[expert_id] = slot
                 return None
             slot = self._slots.take() or self._rob_prefetch()
             if slot is None:

@@ -60,11 +60,6 @@ class Loads:
             thread.start()
 
     @property
-    def num_threads(self) -> int:
-        """Threads of its own."""
-        return len(self._threads)
-
-    @property
     def can_help(self) -> bool:
         """Whether the thread that waits should load too."""
         return self.mean_s < _TOO_LONG_TO_HELP_S or not self._threads

@@ -98,7 +98,6 @@ class ExpertCalls:
         """Use a link from the next layer on. Thread-safe."""
         with self._lock:
             self._links[worker_id] = link
-            self._wanting = {one for one in self._wanting if one in self._links.values()}
             if wants_hints:
                 self._wanting.add(link)
             self._version += 1
@@ -109,6 +108,7 @@ class ExpertCalls:
             link = self._links.pop(worker_id, None)
             self._version += 1
             if link is not None:
+                self._wanting.discard(link)
                 self._closed.add(link.stats)
         if link is not None:
             link.close()
