@@ -33,6 +33,7 @@ from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.sequence import Sequence, StopRules
+from router_svc.token_memory import TokenMemory
 from router_svc.unsafe_routing import UnsafeRouting
 
 _OWNER = 1
@@ -103,6 +104,9 @@ class OneProcess:
             timeout_s=60.0,
             foresight=foresight if can_prefetch else None,
             num_ahead=num_hinted_layers,
+            memory=TokenMemory(num_layers=min(num_hinted_layers, num_layers))
+            if can_prefetch and unsafe_routing is None
+            else None,
         )
         self.workers: list[ComputeLoop] = []
         self.buffers: list[ExpertBuffer] = []

@@ -20,6 +20,7 @@ from router_svc.links import LinkKeeper
 from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
+from router_svc.token_memory import TokenMemory
 from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_unsafe_routing
 
 _log = logs.get("router")
@@ -130,14 +131,16 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     num_blocks, max_model_len = plan_memory(config, model)
     unsafe_routing = read_unsafe_routing(config, model)
     keeper: LinkKeeper | None = None
+    # What gates and tokens foretell says nothing about choices that are played.
+    can_foretell = config.prefetch != "off" and unsafe_routing is None
     calls = ExpertCalls(
         num_layers=len(model.moe_layers),
         num_experts=model.num_experts,
         timeout_s=config.expert_timeout_s,
         on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
-        # What a gate foretells says nothing about choices that are played.
         num_ahead=config.prefetch_layers,
-        foresight=Foresight(model) if config.prefetch != "off" and unsafe_routing is None else None,
+        foresight=Foresight(model) if can_foretell else None,
+        memory=TokenMemory(num_layers=min(config.prefetch_layers, len(model.moe_layers))) if can_foretell else None,
     )
     num_threads = config.threads or torch.get_num_threads()
     engine = Engine(

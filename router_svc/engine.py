@@ -271,7 +271,7 @@ class Engine:
         ids = [token for row in step.rows for token in row.sequence.tokens(row.begin, row.end)]
         keep, spans = _kept_rows(step)
         span = self._trace(step)
-        self._calls.step, self._calls.num_decode_rows = self.num_step, len(step.decodes)
+        self._calls.begin(self.num_step, ids, len(step.decodes))
         self._calls.on_layer = self.recorder.begin(step)
         if self._unsafe_routing is not None:
             self._unsafe_routing.begin(step)

@@ -21,6 +21,7 @@ from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
 from router_svc.routing import route
+from router_svc.token_memory import TokenMemory
 
 # Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
 OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
@@ -55,7 +56,7 @@ class _Sent:
 class ExpertCalls:
     """The router's way to the experts.
 
-    `step`, `num_decode_rows`, `traceparent` and `on_layer` are the engine's to set before each step.
+    `begin` opens each step; `traceparent` and `on_layer` are the engine's to set before it.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class ExpertCalls:
         on_lost: Callable[[str, str], None] | None = None,
         foresight: Foretells | None = None,
         num_ahead: int = 1,
+        memory: TokenMemory | None = None,
     ):
         """`on_lost(worker_id, why)` is called from the engine's thread when a link is given up.
 
-        With `foresight`, workers are told of the likely choices of the next `num_ahead` layers while they compute one.
+        With `foresight`, workers are told of the likely choices of the next `num_ahead` layers while they compute one;
+        with `memory` too, of those of the first layers when a step begins.
         """
         self._num_layers, self._num_experts, self._timeout_s = num_layers, num_experts, timeout_s
         self._on_lost = on_lost
@@ -86,9 +89,9 @@ class ExpertCalls:
         self._closed = LinkStats()
         self.totals = CallTotals()
         self._num_ahead = num_ahead
-        self._hinting = None if foresight is None else Hinting(foresight, self.totals)
-        self.step = 0
-        self.num_decode_rows = 0  # they come first in a step
+        self._hinting = None if foresight is None else Hinting(foresight, self.totals, memory)
+        self._step = 0
+        self._num_decode_rows = 0  # they come first in a step
         self.traceparent = ""
         self.on_layer: OnLayer | None = None
 
@@ -153,6 +156,17 @@ class ExpertCalls:
 
     # --- engine ---
 
+    def begin(self, step: int, tokens: Sequence[int], num_decode_rows: int) -> None:
+        """Open a step of tokens [T], of which the first `num_decode_rows` decode."""
+        self._step, self._num_decode_rows = step, num_decode_rows
+        if self._hinting is None:
+            return
+        self._hinting.begin(tokens if self._wanting else ())
+        if self._wanting and num_decode_rows:
+            self._refresh()
+            if self._live:
+                self._hinting.recall(num_decode_rows, self._table, self._live)
+
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
 
@@ -198,7 +212,7 @@ class ExpertCalls:
             dispatch = Dispatch(
                 seq=self._seq,
                 layer=layer,
-                step=self.step & 0xFFFFFFFF,
+                step=self._step & 0xFFFFFFFF,
                 epoch=self.epoch,
                 deadline_s=deadline_s,
                 experts=share.experts,
@@ -206,7 +220,7 @@ class ExpertCalls:
                 pair_rows=share.pair_rows,
                 pair_weights=share.pair_weights,
                 x=rows_for(x, share),
-                num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self.num_decode_rows)),
+                num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self._num_decode_rows)),
                 traceparent=self.traceparent,
             )
             try:
@@ -247,12 +261,18 @@ class ExpertCalls:
         return done, failed
 
     def _foretell(self, hinting: Hinting, layer: int, x: Tensor) -> None:
-        if self.num_decode_rows and self._wanting:
-            rows = x[: self.num_decode_rows]
+        if self._num_decode_rows and self._wanting:
+            rows = x[: self._num_decode_rows]
             for ahead in range(layer + 1, min(layer + 1 + self._num_ahead, self._num_layers)):
                 hinting.tell(ahead, rows, self._table[ahead], self._live)
 
     def _worker_of(self, layer: int) -> NDArray[np.int64]:
+        self._refresh()
+        if not self._live:
+            raise ExpertsUnavailableError("no expert worker can be reached")
+        return self._table[layer]
+
+    def _refresh(self) -> None:
         if self._routed_version != self._version:
             with self._lock:
                 self._live = sorted(self._links.items())
@@ -262,9 +282,6 @@ class ExpertCalls:
                     placement, [worker_id for worker_id, _ in self._live], self._num_layers, self._num_experts
                 )
             self._routed_version = version
-        if not self._live:
-            raise ExpertsUnavailableError("no expert worker can be reached")
-        return self._table[layer]
 
     def _lose(self, worker_id: str, link: RouterLink, error: Exception) -> None:
         with self._lock:

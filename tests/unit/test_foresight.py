@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from collegium.model.architectures import ARCHITECTURES
 from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
 from router_svc.model_loader import RemoteExperts, RouterModel, load_router_model
+from router_svc.token_memory import TokenMemory
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
 
@@ -153,8 +155,15 @@ def compute(calls: ExpertCalls, layer: int, ids: list[list[int]]) -> None:
     calls.compute(layer, torch.ones(len(ids), 4), torch.tensor(ids), torch.full((len(ids), len(ids[0])), 0.5))
 
 
-def two_workers(told: Told | None, *, num_ahead: int = 1) -> tuple[ExpertCalls, dict[str, FakeLink]]:
-    calls = ExpertCalls(num_layers=3, num_experts=8, timeout_s=1.0, foresight=told, num_ahead=num_ahead)
+def begin(calls: ExpertCalls, num_decode_rows: int, tokens: list[int] | None = None) -> None:
+    """Open a step; its tokens do not matter where none are remembered."""
+    calls.begin(1, tokens or [], num_decode_rows)
+
+
+def two_workers(
+    told: Told | None, *, num_ahead: int = 1, memory: TokenMemory | None = None
+) -> tuple[ExpertCalls, dict[str, FakeLink]]:
+    calls = ExpertCalls(num_layers=3, num_experts=8, timeout_s=1.0, foresight=told, num_ahead=num_ahead, memory=memory)
     links = {"a": FakeLink(), "b": FakeLink()}
     for name, link in links.items():
         calls.add_link(name, cast(RouterLink, link))
@@ -164,7 +173,7 @@ def two_workers(told: Told | None, *, num_ahead: int = 1) -> tuple[ExpertCalls, 
 def test_each_worker_is_told_of_its_own_experts_after_the_dispatches_and_before_the_wait() -> None:
     told = Told({1: [[3, 6], [6, 5]]})
     calls, links = two_workers(told)
-    calls.num_decode_rows = 2
+    begin(calls, 2)
     compute(calls, 0, [[0, 1], [2, 3]])
     experts: dict[int, int] = {}
     for link in links.values():
@@ -181,11 +190,11 @@ def test_each_worker_is_told_of_its_own_experts_after_the_dispatches_and_before_
 def test_only_decoding_rows_are_asked_about_and_none_at_the_last_layer() -> None:
     told = Told({1: [[0, 1]]})
     calls, links = two_workers(told)
-    calls.num_decode_rows = 1
+    begin(calls, 1)
     compute(calls, 0, [[0, 1], [2, 3], [4, 5]])
     compute(calls, 2, [[0, 1], [2, 3], [4, 5]])
     assert told.asked == [(1, 1)]
-    calls.num_decode_rows = 0
+    begin(calls, 0)
     compute(calls, 0, [[0, 1], [2, 3]])
     assert told.asked == [(1, 1)]
     assert all(layer == 1 for link in links.values() for layer, *_ in link.hints)
@@ -193,25 +202,26 @@ def test_only_decoding_rows_are_asked_about_and_none_at_the_last_layer() -> None
 
 def test_a_dispatch_says_how_many_of_its_rows_belong_to_prompts() -> None:
     calls, links = two_workers(None)
-    calls.num_decode_rows = 2
+    begin(calls, 2)
     ids = [[e] for e in range(8)]
     compute(calls, 0, ids)
     sent = [d for link in links.values() for d in link.dispatches]
     assert len(sent) == 2
     for dispatch in sent:
         assert dispatch.num_prompt_rows == sum(expert >= 2 for expert in dispatch.experts.tolist())
-    calls.num_decode_rows = 8
+    begin(calls, 8)
     compute(calls, 0, ids)
     assert all(link.dispatches[-1].num_prompt_rows == 0 for link in links.values())
 
 
 def test_what_was_foretold_is_counted_against_what_the_layer_then_chose() -> None:
     calls, _ = two_workers(Told({1: [[0, 1], [1, 2]], 2: [[4, 5], [6, 7]]}))
-    calls.num_decode_rows = 2
+    begin(calls, 2)
     compute(calls, 0, [[0, 1], [2, 3], [5, 6]])
     assert (calls.totals.hinted, calls.totals.hinted_right) == (0, 0)
     compute(calls, 1, [[1, 5], [2, 1], [0, 1]])
     assert (calls.totals.hinted, calls.totals.hinted_right) == (4, 3)
+    begin(calls, 2)
     compute(calls, 0, [[4, 5], [6, 7], [0, 1]])  # the step was computed again from its start
     assert (calls.totals.hinted, calls.totals.hinted_right) == (4, 3)
 
@@ -219,7 +229,7 @@ def test_what_was_foretold_is_counted_against_what_the_layer_then_chose() -> Non
 def test_workers_can_be_told_of_more_layers_than_the_next_and_the_newest_word_counts() -> None:
     told = Told({1: [[0, 1]], 2: [[2, 3]]})
     calls, links = two_workers(told, num_ahead=2)
-    calls.num_decode_rows = 1
+    begin(calls, 1)
     compute(calls, 0, [[0, 1]])
     assert {layer for link in links.values() for layer, *_ in link.hints} == {1, 2}
     told.ids[2] = [[6, 7]]
@@ -237,7 +247,68 @@ def test_a_worker_that_takes_no_hint_costs_nothing() -> None:
     links = {"a": FakeLink(closed), "b": FakeLink(lambda _hint: False)}
     for name, link in links.items():
         calls.add_link(name, cast(RouterLink, link))
-    calls.num_decode_rows = 1
+    begin(calls, 1)
     compute(calls, 0, [[0, 1]])
     assert calls.worker_ids == ["a", "b"]
     assert calls.totals.retries == 0
+
+
+def hints_of(links: dict[str, FakeLink]) -> dict[int, dict[int, int]]:
+    """Put together what all workers were told: tokens by expert, by layer; and forget it."""
+    told: dict[int, dict[int, int]] = {}
+    for link in links.values():
+        for layer, experts, counts in link.hints:
+            told.setdefault(layer, {}).update(zip(experts, counts, strict=True))
+        link.sent.clear()
+    return told
+
+
+def test_when_a_step_begins_workers_are_told_what_its_tokens_chose_the_last_time() -> None:
+    calls, links = two_workers(Told({}), memory=TokenMemory(num_layers=2))
+    begin(calls, 1, [70, 71, 70])
+    compute(calls, 0, [[0, 1], [2, 3], [4, 5]])  # of a token that stands there twice the later choice is kept
+    compute(calls, 1, [[1, 2], [3, 4], [5, 6]])
+    compute(calls, 2, [[7, 0], [7, 0], [7, 0]])
+    hints_of(links)
+    begin(calls, 2, [70, 99, 71])
+    assert hints_of(links) == {0: {4: 1, 5: 1}, 1: {5: 1, 6: 1}}
+    begin(calls, 2, [71, 71])
+    assert hints_of(links) == {0: {2: 2, 3: 2}, 1: {3: 2, 4: 2}}
+
+
+def test_a_gate_is_asked_only_about_rows_whose_tokens_are_not_remembered() -> None:
+    told = Told({1: [[6, 7]]})
+    calls, links = two_workers(told, memory=TokenMemory(num_layers=2), num_ahead=2)
+    begin(calls, 0, [70])
+    compute(calls, 0, [[0, 1]])
+    compute(calls, 1, [[1, 2]])
+    told.asked.clear()
+    begin(calls, 2, [70, 99])
+    hints_of(links)
+    compute(calls, 0, [[0, 1], [2, 3]])
+    assert told.asked == [(1, 1), (2, 2)]
+    assert hints_of(links) == {1: {6: 1, 7: 1}}
+    compute(calls, 1, [[1, 2], [6, 3]])
+    assert (calls.totals.hinted, calls.totals.hinted_right) == (6, 5)
+
+
+def test_tokens_that_share_a_place_are_never_taken_for_each_other() -> None:
+    memory = TokenMemory(num_layers=1, num_places=8)
+    memory.learn(0, [3], np.array([[1, 2]]))
+    assert memory.recall(0, [3, 11]) == {0: [1, 2]}
+    memory.learn(0, [11], np.array([[4, 5]]))
+    assert memory.recall(0, [3, 11]) == {1: [4, 5]}
+    assert memory.recall(1, [3, 11]) == {}
+
+
+def test_workers_whose_slots_hold_everything_are_told_nothing_and_nothing_is_learned() -> None:
+    calls = ExpertCalls(
+        num_layers=3, num_experts=8, timeout_s=1.0, foresight=Told({}), memory=TokenMemory(num_layers=1)
+    )
+    link = FakeLink()
+    calls.add_link("a", cast(RouterLink, link), wants_hints=False)
+    begin(calls, 1, [70])
+    compute(calls, 0, [[0, 1]])
+    calls.add_link("b", cast(RouterLink, FakeLink()))
+    begin(calls, 1, [70])
+    assert link.hints == []
