@@ -24,6 +24,7 @@ from collegium.fabric.errors import CollegiumError, SettingsError
 _LAZY: Mapping[str, str] = {
     "up": "collegium.cli.cluster",
     "manifest": "collegium.cli.manifest",
+    "plan": "collegium.cli.plan",
     "replay": "collegium.cli.replay",
     "trace": "collegium.cli.trace",
 }
