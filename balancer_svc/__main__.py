@@ -6,6 +6,7 @@ import asyncio
 import sys
 
 from balancer_svc.planner import Planner
+from balancer_svc.rebalancing import Rules
 from balancer_svc.roster import Roster
 from balancer_svc.service import Balancer
 from balancer_svc.settings import BalancerSettings
@@ -28,10 +29,24 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         expected_workers=options.expected_workers,
         settle_s=options.settle_ms / 1e3,
         patience_s=options.patience_ms / 1e3,
+        rules=Rules(
+            target=options.target,
+            spare_share=options.spare_share,
+            byte_budget=int(options.move_budget) or None,
+            horizon_s=options.horizon_s,
+        ),
+        ready_limit_s=options.ready_limit_s,
     )
     store = RedisStore(options.redis_url, options.cluster)
     ttl_s = options.lease_ttl_ms / 1e3
-    balancer = Balancer(Roster(ttl_s, stall_s=ttl_s / 4), planner, store)
+    balancer = Balancer(
+        Roster(ttl_s, stall_s=ttl_s / 4),
+        planner,
+        store,
+        window_s=options.window_s,
+        rebalance_s=options.rebalance_s,
+        lead_ttl_s=options.lead_ttl_ms / 1e3,
+    )
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
     telemetry.expose(balancer.counters)
@@ -49,6 +64,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         server.set_serving(True)
         await stop.wait()
         balancer.end()
+        await balancer.resign()
         await server.stop(_GRACE_S)
         loop.cancel()
         await asyncio.wait([loop])

@@ -24,6 +24,9 @@ def to_message(member: Member) -> pb.Member:
         counters=member.counters,
         capacity_bytes=member.capacity_bytes,
         ready_plan=member.ready_plan,
+        failure_domain=member.failure_domain,
+        seen_epoch=member.seen_epoch,
+        num_renewals=member.num_renewals,
     )
 
 
@@ -38,6 +41,10 @@ def from_message(message: pb.Member) -> Member:
         capacity_bytes=message.capacity_bytes,
         state=message.state,
         ready_plan=message.ready_plan,
+        counters=dict(message.counters),
+        failure_domain=message.failure_domain,
+        seen_epoch=message.seen_epoch,
+        num_renewals=message.num_renewals,
     )
 
 
@@ -53,10 +60,13 @@ def from_shape(shape: pb.ModelShape) -> Model:
     return Model(digest=shape.digest, layers=layers)
 
 
-def to_view(roster: Roster, planner: Planner) -> pb.WatchPlacementResponse:
+def to_view(roster: Roster, planner: Planner, balance: pb.Balance | None = None) -> pb.WatchPlacementResponse:
     """Write the cluster's view as it is now."""
     view = pb.WatchPlacementResponse(
-        placement=to_proto(planner.in_force), members=[to_message(member) for member in roster.members()]
+        placement=to_proto(planner.in_force),
+        members=[to_message(member) for member in roster.members()],
+        wanted_workers=planner.wanted_workers,
+        balance=balance,
     )
     if planner.planned is not None:
         view.planned.CopyFrom(to_proto(planner.planned))

@@ -1,7 +1,8 @@
 """When to plan and when to publish: the life of a placement from plan to force.
 
-Owns the placement in force, the planned one, and the epochs. Pure: told the time, the workers and the epoch to use; how
-homes are chosen is collegium.model.placement's.
+Owns the placement in force, the planned one, the epochs, and how many workers are wanted. Pure: told the time, the
+workers, the load and the epoch to use; how homes are chosen is rebalancing's where there is a load to go by, and else
+collegium.model.placement's.
 
 A plan names every live worker. It comes into force when each of them says that its homes are resident, so there is
 never a moment in which an expert has lost its old home and not yet got a new one.
@@ -10,9 +11,12 @@ never a moment in which an expert has lost its old home and not yet got a new on
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from balancer_svc.costs import Costs
+from balancer_svc.load_windows import Window
+from balancer_svc.rebalancing import Candidate, Proposal, Rules, lacking, propose
 from balancer_svc.roster import Member
 from collegium.model.placement import NO_PLACEMENT, LayerSize, Placement, Worker, plan_homes
 
@@ -25,18 +29,39 @@ class Model:
     layers: tuple[LayerSize, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is known of the load: windows, oldest first, what things cost, and how fast workers are, by id."""
+
+    windows: tuple[Window, ...] = ()
+    costs: Costs = field(default_factory=Costs)
+    speeds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+NO_LOAD = Load()
+
+
 class Wish(enum.Enum):
     """What the planner wants done now."""
 
     NOTHING = "nothing"
     PLAN = "plan"
     PUBLISH = "publish"
+    GIVE_UP = "give up"  # a plan whose worker does not get ready, while what is in force does well without it
 
 
 class Planner:
     """Decides; the service acts."""
 
-    def __init__(self, *, expected_workers: int, settle_s: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        expected_workers: int,
+        settle_s: float,
+        patience_s: float,
+        rules: Rules | None = None,
+        ready_limit_s: float = 60.0,
+    ) -> None:
         self._expected_workers = expected_workers
         self._settle_s = settle_s
         self._patience_s = patience_s
@@ -46,6 +71,10 @@ class Planner:
         self.in_force: Placement = NO_PLACEMENT
         self.planned: Placement | None = None
         self.newest_epoch = 0
+        self.wanted_workers = 0  # 0: as many as come
+        self.rules = rules or Rules()
+        self._ready_limit_s = ready_limit_s
+        self._planned_s = 0.0
         self._base: Placement | None = None  # what the next plan starts from; None: the newest placement
 
     def restore(self, model: Model | None, placement: Placement) -> None:
@@ -78,7 +107,10 @@ class Planner:
         ids = {worker.member_id for worker in live}
         if self.planned is not None and set(self.planned.worker_ids) == ids:
             planned = self.planned
-            return Wish.PUBLISH if all(worker.ready_plan >= planned.epoch for worker in live) else Wish.NOTHING
+            if all(worker.ready_plan >= planned.epoch for worker in live):
+                return Wish.PUBLISH
+            is_late = now_s - self._planned_s > self._ready_limit_s and set(self.in_force.worker_ids) == ids
+            return Wish.GIVE_UP if is_late else Wish.NOTHING
         if self.model is None or not live or not all(worker.is_confirmed for worker in live):
             return Wish.NOTHING
         if self.planned is None and set(self.in_force.worker_ids) == ids:
@@ -91,18 +123,77 @@ class Planner:
             return Wish.NOTHING
         return Wish.PLAN
 
-    def plan(self, workers: Sequence[Member], epoch: int) -> Placement:
+    def plan(self, workers: Sequence[Member], epoch: int, load: Load = NO_LOAD, now_s: float = 0.0) -> Placement:
         """Plan for the live workers under a new epoch, which must be above all that were seen."""
         assert self.model is not None and epoch > self.newest_epoch, "a plan needs a model and a new epoch"
-        live = [
-            Worker(worker_id=worker.member_id, capacity_bytes=worker.capacity_bytes)
+        base = self._base or self.planned or self.in_force
+        candidates = self.candidates(workers, load)
+        if base.worker_ids and not lacking(load.windows, self.model.layers):
+            # Homes of those that are gone must be given to others whatever it costs: the budget is for the rest.
+            proposal = propose(self.model.layers, candidates, base, load.windows, load.costs, self.rules, epoch=epoch)
+            planned = proposal.placement or replace(base, epoch=epoch)
+        else:
+            planned = plan_homes(self.model.layers, [one.worker for one in candidates], base, epoch=epoch)
+        self.adopt(planned, now_s)
+        return planned
+
+    def propose(self, workers: Sequence[Member], load: Load) -> Proposal:
+        """Look whether the placement in force should change for the load's sake; changes nothing. Takes its time."""
+        assert self.model is not None
+        why_not = lacking(load.windows, self.model.layers)
+        if why_not:
+            return Proposal(placement=None, decision=why_not)
+        return propose(
+            self.model.layers,
+            self.candidates(workers, load),
+            self.in_force,
+            load.windows,
+            load.costs,
+            self.rules,
+            epoch=0,
+        )
+
+    def can_move(self, workers: Sequence[Member]) -> bool:
+        """Whether nothing is under way and the placement in force is that of the live workers."""
+        live = {worker.member_id for worker in workers if not worker.is_leaving}
+        return self.model is not None and self.planned is None and live == set(self.in_force.worker_ids) != set()
+
+    def adopt(self, planned: Placement, now_s: float) -> None:
+        """Make a placement the planned one; its epoch must be above all that were seen."""
+        assert planned.epoch > self.newest_epoch, "a plan needs a new epoch"
+        self.planned, self.newest_epoch, self._base, self._planned_s = planned, planned.epoch, None, now_s
+
+    def give_up(self) -> None:
+        """Forget the plan."""
+        self.planned = None
+
+    def follow(self, placement: Placement, planned: Placement | None) -> bool:
+        """Take what the balancer that leads has published and planned; gives whether it is news."""
+        before = (self.in_force.epoch, self.planned.epoch if self.planned is not None else 0)
+        if placement.epoch >= self.in_force.epoch:
+            self.in_force = placement
+        self.planned = planned if planned is not None and planned.epoch > self.in_force.epoch else None
+        self.see_epoch(max(self.in_force.epoch, self.planned.epoch if self.planned is not None else 0))
+        return before != (self.in_force.epoch, self.planned.epoch if self.planned is not None else 0)
+
+    def candidates(self, workers: Sequence[Member], load: Load) -> list[Candidate]:
+        """Describe the workers that can be home to experts."""
+        return [
+            Candidate(
+                worker=Worker(worker_id=worker.member_id, capacity_bytes=worker.capacity_bytes),
+                speed=load.speeds.get(worker.member_id, 1.0),
+                domain=worker.failure_domain or worker.address.rpartition(":")[0],
+            )
             for worker in workers
             if not worker.is_leaving
         ]
-        base = self._base or self.planned or self.in_force
-        self.planned = plan_homes(self.model.layers, live, base, epoch=epoch)
-        self.newest_epoch, self._base = epoch, None
-        return self.planned
+
+    def to_retire(self, workers: Sequence[Member]) -> list[Member]:
+        """Say which workers are too many: the newest go first; those that leave anyway count as gone."""
+        if not self.wanted_workers:
+            return []
+        staying = [worker for worker in workers if not worker.is_leaving]
+        return staying[self.wanted_workers :]
 
     def publish(self) -> Placement:
         """Bring the plan into force."""

@@ -17,7 +17,7 @@ class Member:
     """One process under a lease. Owned by the roster; expires_s is on the roster's clock.
 
     is_confirmed: heard of since this balancer started and since its watch last broke. What is not confirmed is neither
-    given homes nor taken for dead.
+    given homes nor taken for dead. is_remote: another balancer hears its renewals, the shared memory tells of them.
     """
 
     member_id: str
@@ -29,13 +29,17 @@ class Member:
     state: pb.MemberState = pb.MEMBER_STATE_JOINING
     ready_plan: int = 0
     counters: Mapping[str, float] = field(default_factory=dict[str, float])
+    failure_domain: str = ""
+    seen_epoch: int = 0
+    num_renewals: int = 0
     expires_s: float = 0.0
     is_confirmed: bool = True
+    is_remote: bool = False
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it takes no new work."""
-        return self.state == pb.MEMBER_STATE_DRAINING
+        """Whether it is to have no homes: it ends by itself, or is no longer wanted."""
+        return self.state in (pb.MEMBER_STATE_DRAINING, pb.MEMBER_STATE_RETIRING)
 
 
 class Roster:
@@ -89,7 +93,49 @@ class Roster:
             return None
         member.expires_s = now_s + self.ttl_s
         member.is_confirmed = True
+        member.is_remote = False
+        member.num_renewals += 1
         return member
+
+    def merge(self, remembered: Iterable[Member], now_s: float) -> bool:
+        """Take what other balancers have written of members; gives whether who is there, or how far, has changed.
+
+        A record with more renewals than ours is news, and its lease begins now. Members that are remembered no more are
+        gone, but for those that we hear ourselves.
+        """
+        changed = False
+        records = {record.member_id: record for record in remembered}
+        for record in records.values():
+            mine = self._members.get(record.member_id)
+            if mine is None:
+                record.expires_s, record.is_remote = now_s + self.ttl_s, True
+                self._members[record.member_id] = record
+                changed = True
+            elif record.num_renewals > mine.num_renewals:
+                is_retiring = mine.state == pb.MEMBER_STATE_RETIRING and record.state != pb.MEMBER_STATE_DRAINING
+                news = (mine.state if is_retiring else record.state, record.ready_plan, record.seen_epoch)
+                changed |= news != (mine.state, mine.ready_plan, mine.seen_epoch)
+                mine.state, mine.ready_plan, mine.seen_epoch = news
+                mine.counters, mine.num_renewals = record.counters, record.num_renewals
+                mine.expires_s, mine.is_remote, mine.is_confirmed = now_s + self.ttl_s, True, True
+            elif record.state == pb.MEMBER_STATE_RETIRING != mine.state != pb.MEMBER_STATE_DRAINING:
+                mine.state, changed = record.state, True
+        for member in [m for m in self._members.values() if m.is_remote and m.member_id not in records]:
+            del self._members[member.member_id]
+            changed = True
+        return changed
+
+    def hand_over(self, now_s: float) -> None:
+        """Leave it to the memory whether members that we hear no more are still there: another balancer judges."""
+        for member in self._members.values():
+            if member.expires_s <= now_s:
+                member.is_remote = True
+
+    def excuse_remote(self, now_s: float) -> None:
+        """Note that nothing can be heard of members at other balancers: that is no reason to lose them."""
+        for member in self._members.values():
+            if member.is_remote:
+                member.expires_s = max(member.expires_s, now_s + self.ttl_s)
 
     def doubt(self, member_id: str, now_s: float) -> None:
         """Note that a member's watch broke: unless heard of again, its lease ends after half its time."""

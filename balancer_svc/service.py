@@ -1,7 +1,8 @@
 """The balancer at work: RPCs change the roster, one loop turns changes into epochs, watchers hear of them.
 
-Owns roster, planner and the writing of the memory, all on one event loop. A memory that is away delays nothing: what it
-missed is written when it is back.
+Owns roster, planner, load windows and the writing of the memory, all on one event loop; only the arithmetic of a look
+at the load runs in a thread. A memory that is away delays nothing: what it missed is written when it is back. Of
+several balancers that share a memory one leads: it alone plans and publishes, the others follow what it wrote.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpc import aio
 
+from balancer_svc.balance import Account
+from balancer_svc.costs import CostModel
+from balancer_svc.load_windows import Counts, LoadWindows, Window, read_layers
 from balancer_svc.messages import from_shape, to_view
-from balancer_svc.planner import Planner, Wish
+from balancer_svc.planner import NO_LOAD, Load, Planner, Wish
 from balancer_svc.roster import Member, Roster
-from balancer_svc.store import Store, StoreError
+from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
 from collegium.fabric import logs
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from collegium.v1 import balancer_pb2 as pb
@@ -26,6 +31,8 @@ from collegium.v1 import balancer_pb2_grpc
 _TICK_S = 0.1
 _COUNTERS_EVERY_S = 1.0
 _STORE_RETRY_S = 1.0
+_SHARE_EVERY_S = 1.0  # how often balancers look at what the others have written
+NUM_WINDOWS = 12
 _ROLES = {pb.ROLE_GATEWAY: "gateway", pb.ROLE_ROUTER: "router", pb.ROLE_WORKER: "worker"}
 Context = aio.ServicerContext[Any, Any]
 
@@ -36,48 +43,95 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     """Leases, placement and the view; call load() once and then run() for as long as it serves."""
 
     def __init__(
-        self, roster: Roster, planner: Planner, store: Store, *, clock: Callable[[], float] = time.monotonic
+        self,
+        roster: Roster,
+        planner: Planner,
+        store: Store,
+        *,
+        window_s: float = 5.0,
+        rebalance_s: float = 10.0,
+        lead_ttl_s: float = 3.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """rebalance_s: time between looks at the load; 0: homes follow members alone. lead_ttl_s: how long another
+        balancer waits for this one to come back before it leads.
+        """
         self._roster = roster
         self._planner = planner
         self._store = store
         self._clock = clock
+        self._rebalance_s, self._lead_ttl_s = rebalance_s, lead_ttl_s
+        self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
+        self._costs = CostModel()
+        self._account = Account(clock())
+        self._balancer_id = secrets.token_hex(5)
+        self._token = NO_TOKEN
         self._is_loaded = False
         self._is_store_lost = False
         self._store_retry_s = 0.0
         self._unsaved: set[str] = set()  # ids to write or to forget
+        self._unsaved_windows: list[Window] = []
+        self._unsaved_reports: dict[str, Counts] = {}
+        self._is_plan_unsaved = self._is_wanted_unsaved = False
         self._unpublished = False
         self._view = to_view(roster, planner)
         self._view_changed = asyncio.Event()
-        self._counters_s = clock()
+        self._counters_s = self._shared_s = self._looked_s = clock()
         self._kick = asyncio.Event()
         self._is_over = False
         self._num_expiries = 0
         self._num_plans = 0
         self._num_store_failures = 0
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this balancer plans and publishes."""
+        return self._token != NO_TOKEN
+
+    @property
+    def decision(self) -> str:
+        """What the last look at the load came to."""
+        return self._account.decision
+
     def counters(self) -> Mapping[str, float]:
-        """Count members, plans, expiries and failures of the memory, by series."""
+        """Count members, plans, moves, expiries, failures of the memory, and say how even the load is, by series."""
         counts = {
             f'collegium_members{{role="{name}"}}': float(len(self._roster.members(role)))
             for role, name in _ROLES.items()
         }
-        return counts | {
-            "collegium_placement_epoch": float(self._planner.in_force.epoch),
-            "collegium_lease_expiries_total": float(self._num_expiries),
-            "collegium_plans_total": float(self._num_plans),
-            "collegium_store_failures_total": float(self._num_store_failures),
-        }
+        return (
+            counts
+            | {
+                "collegium_placement_epoch": float(self._planner.in_force.epoch),
+                "collegium_lease_expiries_total": float(self._num_expiries),
+                "collegium_plans_total": float(self._num_plans),
+                "collegium_store_failures_total": float(self._num_store_failures),
+                "collegium_balancer_is_leader": float(self.is_leader),
+                "collegium_balancer_has_memory": float(not self._is_store_lost),
+            }
+            | self._account.counters(self._clock())
+        )
 
     async def load(self) -> None:
         """Take up what is remembered; StoreError where the memory cannot be reached."""
         memory = await self._store.load()
         self._planner.restore(memory.model, memory.placement)
+        self._planner.follow(memory.placement, memory.planned)
         self._planner.see_epoch(memory.newest_epoch)
+        self._planner.wanted_workers = memory.wanted_workers
+        self._windows.restore(memory.windows)
         self._roster.restore(memory.members, self._clock())
+        self._token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
         self._is_loaded = True
+        self._measure()
         self._show()
-        _log.info("remembered", members=len(memory.members), epoch=memory.placement.epoch)
+        _log.info(
+            "remembered",
+            members=len(memory.members),
+            epoch=memory.placement.epoch,
+            windows=len(memory.windows),
+            leads=self.is_leader,
+        )
 
     async def run(self) -> None:
         """Expire leases, plan, publish and write, until cancelled."""
@@ -95,27 +149,61 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._is_over = True
         self._view_changed.set()
 
+    async def resign(self) -> None:
+        """Give the lead back, so that another balancer need not wait for it."""
+        if self.is_leader and not self._is_store_lost:
+            try:
+                await self._store.resign(self._balancer_id)
+            except StoreError as error:
+                _log.debug("the lead could not be given back", why=str(error))
+
     async def tick(self) -> None:
         """Do once what is due now."""
         now_s = self._clock()
-        for member in self._roster.expire(now_s):
-            self._num_expiries += 1
-            _log.warning("lease lapsed", member_id=member.member_id, address=member.address)
-            self._note(member.member_id)
-        workers = self._roster.members(pb.ROLE_WORKER)
-        wish = self._planner.wish(workers, now_s)
-        if wish is Wish.PLAN:
-            await self._plan()
-        elif wish is Wish.PUBLISH:
-            placement = self._planner.publish()
-            self._unpublished = True
-            _log.info("placement in force", epoch=placement.epoch, workers=len(placement.worker_ids))
-            await self._remember()
-            self._show()
+        if now_s - self._shared_s >= _SHARE_EVERY_S:
+            self._shared_s = now_s
+            await self._share(now_s)
+        try:
+            if self.is_leader:
+                await self._lead(now_s)
+        except FencedError as error:
+            self._step_down(str(error))
         if now_s - self._counters_s >= _COUNTERS_EVERY_S:
             self._counters_s = now_s
             self._show()
         await self._remember()
+
+    async def _lead(self, now_s: float) -> None:
+        for member in self._roster.expire(now_s):
+            self._num_expiries += 1
+            _log.warning("lease lapsed", member_id=member.member_id, address=member.address)
+            self._forget(member)
+            self._note(member.member_id)
+        workers = self._roster.members(pb.ROLE_WORKER)
+        for worker in self._planner.to_retire(workers):
+            worker.state = pb.MEMBER_STATE_RETIRING
+            _log.info("retires", member_id=worker.member_id, wanted=self._planner.wanted_workers)
+            self._note(worker.member_id)
+        match self._planner.wish(workers, now_s):
+            case Wish.PLAN:
+                await self._plan()
+            case Wish.PUBLISH:
+                await self._publish(now_s)
+            case Wish.GIVE_UP:
+                late = [w.member_id for w in workers if w.ready_plan < self._planner.newest_epoch and not w.is_leaving]
+                self._account.decide(f"plan given up: {', '.join(late)} did not get ready")
+                _log.warning("plan given up", late=late)
+                self._planner.give_up()
+                self._is_plan_unsaved = True
+                self._show()
+            case Wish.NOTHING:
+                await self._look(now_s)
+        window = self._windows.roll(now_s, time.time_ns() // 10**6)
+        if window is not None:
+            self._unsaved_windows.append(window)
+            for worker in workers:
+                self._costs.note(worker.member_id, worker.counters)
+            self._measure()
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Grant a lease."""
@@ -134,13 +222,18 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             metrics_url=request.metrics_url,
             num_threads=request.num_threads,
             capacity_bytes=request.capacity_bytes,
+            failure_domain=request.failure_domain,
+            seen_epoch=request.seen_epoch,
         )
         self._planner.see_epoch(request.seen_epoch)
         twin = self._roster.join(member, now_s)
         if twin is not None:
+            self._forget(twin)
             self._note(twin.member_id)
         if request.role == pb.ROLE_WORKER:
             self._planner.worker_joined(now_s, (twin.member_id, member.member_id) if twin else None)
+        elif request.role == pb.ROLE_ROUTER and not request.seen_epoch:
+            self._windows.expect(member.member_id)
         _log.info("joined", member_id=member.member_id, address=member.address)
         self._note(member.member_id)
         return pb.JoinResponse(member_id=member.member_id, ttl_ms=round(self._roster.ttl_s * 1e3))
@@ -150,16 +243,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._require_memory()
         member = self._roster.renew(request.member_id, self._clock())
         if member is None:
-            raise NotFound(
-                f"no lease {request.member_id!r}: it has lapsed, or never was",
-                reason="LEASE_LAPSED",
-                field="member_id",
-                remedy="join again",
-            )
+            raise self._lapsed(request.member_id)
         self._planner.see_epoch(max(request.seen_epoch, request.ready_plan))
         member.counters = dict(request.counters)
-        if (request.state, request.ready_plan) != (member.state, member.ready_plan):
-            member.state, member.ready_plan = request.state, request.ready_plan
+        state = request.state
+        if member.state == pb.MEMBER_STATE_RETIRING and state != pb.MEMBER_STATE_DRAINING:
+            state = pb.MEMBER_STATE_RETIRING  # not for the worker to say
+        is_news = (state, request.ready_plan) != (member.state, member.ready_plan)
+        # Workers wait for routers to have seen an epoch before they let go of old copies.
+        is_news |= member.role == pb.ROLE_ROUTER and request.seen_epoch > member.seen_epoch
+        member.state, member.ready_plan, member.seen_epoch = state, request.ready_plan, request.seen_epoch
+        if is_news:
             self._note(member.member_id)
         self._unsaved.add(member.member_id)
         return pb.RenewResponse(ttl_ms=round(self._roster.ttl_s * 1e3))
@@ -167,15 +261,58 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a lease."""
         self._require_memory()
-        if self._roster.leave(request.member_id) is not None:
+        member = self._roster.leave(request.member_id)
+        if member is not None:
             _log.info("left", member_id=request.member_id)
+            self._forget(member)
             self._note(request.member_id)
         return pb.LeaveResponse()
+
+    async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
+        """Take what a router's gates have chosen."""
+        self._require_memory()
+        if self._roster.get(request.member_id) is None:
+            raise self._lapsed(request.member_id)
+        try:
+            counts = read_layers(request.layers)
+        except ValueError as error:
+            raise InvalidArgument(str(error), reason="BAD_SHAPE", field="layers") from error
+        model = self._planner.model
+        shape = [len(layer.decode_tokens) for layer in request.layers]
+        if model is not None and shape != [layer.num_experts for layer in model.layers]:
+            raise InvalidArgument(
+                f"{len(shape)} layers of {shape[0]} experts, the model has {len(model.layers)}",
+                reason="BAD_SHAPE",
+                field="layers",
+                remedy="start routers and workers on the same checkpoint",
+            )
+        if self.is_leader:
+            self._windows.report(request.member_id, counts, self._clock())
+        else:
+            self._unsaved_reports[request.member_id] = counts
+        return pb.ReportLoadResponse()
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
+        """Note how many workers there should be."""
+        self._require_memory()
+        if not request.num_workers:
+            raise InvalidArgument("is 0", reason="NO_WORKER", field="num_workers", remedy="give at least 1")
+        if self._planner.model is None:
+            raise Unavailable("no worker has joined yet", reason="NO_MODEL", retry_after_s=1.0)
+        self._planner.wanted_workers = request.num_workers
+        self._is_wanted_unsaved = True
+        _log.info("scale", wanted=request.num_workers)
+        workers = self._roster.members(pb.ROLE_WORKER)
+        self._keep_wanted(workers)
+        retiring = [w for w in workers if w.state == pb.MEMBER_STATE_RETIRING] + self._planner.to_retire(workers)
+        self._show()
+        self._kick.set()
+        return pb.ScaleResponse(num_workers=len(workers), retiring=[worker.member_id for worker in retiring])
 
     async def GetPlacement(self, request: pb.GetPlacementRequest, context: Context) -> pb.GetPlacementResponse:
         """Answer the view, with the newest counters."""
         self._require_memory()
-        return pb.GetPlacementResponse(view=to_view(self._roster, self._planner))
+        return pb.GetPlacementResponse(view=self._to_view())
 
     async def WatchPlacement(
         self, request: pb.WatchPlacementRequest, context: Context
@@ -195,6 +332,193 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             if not self._is_over:
                 self._roster.doubt(request.member_id, self._clock())
 
+    # --- leading ---
+
+    async def _plan(self) -> None:
+        epoch = await self._next_epoch()
+        # The roster may have changed while the memory answered; then the next tick looks again.
+        workers = self._roster.members(pb.ROLE_WORKER)
+        if self._planner.wish(workers, self._clock()) is Wish.PLAN:
+            plan = self._planner.plan(workers, epoch, self._load(workers), self._clock())
+            self._num_plans += 1
+            self._is_plan_unsaved = True
+            self._account.plan(plan, self._planner)
+            _log.info("planned", epoch=plan.epoch, homes=plan.num_homes())
+            self._show()
+
+    async def _publish(self, now_s: float) -> None:
+        placement = self._planner.publish()
+        self._unpublished, self._is_plan_unsaved = True, False
+        self._account.publish(placement, now_s)
+        _log.info("placement in force", epoch=placement.epoch, workers=len(placement.worker_ids))
+        await self._remember()
+        self._measure()
+        self._show()
+
+    async def _look(self, now_s: float) -> None:
+        """Look whether the load asks for moves; the arithmetic runs beside the loop."""
+        workers = self._roster.members(pb.ROLE_WORKER)
+        if not self._rebalance_s or now_s - self._looked_s < self._rebalance_s or not self._planner.can_move(workers):
+            return
+        self._looked_s = now_s
+        base, load = self._planner.in_force, self._load(workers)
+        proposal = await asyncio.to_thread(self._planner.propose, workers, load)
+        self._account.decide(proposal.decision)
+        workers = self._roster.members(pb.ROLE_WORKER)
+        if proposal.placement is None or not self._planner.can_move(workers) or self._planner.in_force is not base:
+            _log.debug("load looked at", decision=proposal.decision)
+            self._show()
+            return
+        plan = replace(proposal.placement, epoch=await self._next_epoch())
+        if not self._planner.can_move(workers) or plan.epoch <= self._planner.newest_epoch:
+            return
+        self._planner.adopt(plan, self._clock())
+        self._num_plans += 1
+        self._is_plan_unsaved = True
+        self._account.plan(plan, self._planner)
+        _log.info("planned for load", epoch=plan.epoch, decision=proposal.decision)
+        for reason in proposal.reasons:
+            _log.debug("move", why=reason)
+        self._show()
+
+    async def _next_epoch(self) -> int:
+        floor = self._planner.newest_epoch
+        epoch = floor + 1
+        if not self._is_store_lost:
+            try:
+                epoch = await self._store.next_epoch(floor)
+            except StoreError as error:
+                self._store_lost(error)
+        return max(epoch, self._planner.newest_epoch + 1)
+
+    def _load(self, workers: Sequence[Member]) -> Load:
+        if not self._windows.windows:
+            return NO_LOAD
+        costs = self._costs.fit()
+        speeds = {worker.member_id: self._costs.speed_of(worker.member_id, costs) for worker in workers}
+        return Load(windows=tuple(self._windows.windows), costs=costs, speeds=speeds)
+
+    def _step_down(self, why: str) -> None:
+        if self.is_leader:
+            _log.warning("no longer leads", why=why)
+        self._token = NO_TOKEN
+        self._unpublished = self._is_plan_unsaved = False
+
+    # --- the memory ---
+
+    async def _share(self, now_s: float) -> None:
+        """Look at what other balancers have written, and keep or take the lead."""
+        if self._is_store_lost:
+            self._roster.excuse_remote(now_s)
+            return
+        try:
+            token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
+            has_come_to_lead = token != NO_TOKEN and not self.is_leader
+            memory = await self._store.load(with_windows=has_come_to_lead)
+        except StoreError as error:
+            self._store_lost(error)
+            self._roster.excuse_remote(now_s)
+            return
+        if token == NO_TOKEN:
+            self._step_down("another balancer does")
+            self._roster.hand_over(now_s)
+        elif has_come_to_lead:
+            _log.info("leads", token=token)
+        self._token = token
+        changed = self._roster.merge((m for m in memory.members if m.member_id not in self._unsaved), now_s)
+        if has_come_to_lead or not self.is_leader:
+            self._planner.model = memory.model or self._planner.model
+            changed |= self._planner.follow(memory.placement, memory.planned)
+            self._planner.see_epoch(memory.newest_epoch)
+        if has_come_to_lead:
+            self._windows.clear()
+            self._windows.restore(memory.windows)
+            self._measure()
+        if not self._is_wanted_unsaved:
+            self._planner.wanted_workers = memory.wanted_workers
+            self._keep_wanted(self._roster.members(pb.ROLE_WORKER))
+        if self.is_leader:
+            for router_id, counts in memory.reports.items():
+                member = self._roster.get(router_id)
+                if member is not None and member.is_remote:
+                    self._windows.report(router_id, counts, now_s)
+        if changed:
+            self._show()
+
+    async def _remember(self) -> None:
+        # Write what the memory has not got yet; while it is away, try once a second.
+        if not self._has_news or self._clock() < self._store_retry_s:
+            return
+        ids, self._unsaved = self._unsaved, set()
+        members = [member for member in map(self._roster.get, ids) if member is not None]
+        gone = ids.difference(member.member_id for member in members)
+        try:
+            await self._store.save_members(members, gone)
+            if self._is_store_lost:
+                await self._store_returned()
+            await self._remember_plans()
+        except StoreError as error:
+            self._unsaved |= ids
+            self._store_lost(error)
+        except FencedError as error:
+            self._step_down(str(error))
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(
+            self._unsaved
+            or self._unpublished
+            or self._is_plan_unsaved
+            or self._is_wanted_unsaved
+            or self._unsaved_windows
+            or self._unsaved_reports
+            or self._is_store_lost
+        )
+
+    async def _remember_plans(self) -> None:
+        if self._unpublished and self._planner.model is not None and self.is_leader:
+            in_force = self._planner.in_force
+            self._planner.see_epoch(await self._store.publish(in_force, self._planner.model, self._token))
+            self._unpublished = False
+        if self._is_plan_unsaved and self.is_leader:
+            await self._store.save_plan(self._planner.planned, self._token)
+            self._is_plan_unsaved = False
+        if self._is_wanted_unsaved:
+            await self._store.save_wanted(self._planner.wanted_workers)
+            self._is_wanted_unsaved = False
+        while self._unsaved_windows:
+            await self._store.save_window(self._unsaved_windows[0], NUM_WINDOWS)
+            self._unsaved_windows.pop(0)
+        while self._unsaved_reports:
+            router_id = next(iter(self._unsaved_reports))
+            await self._store.save_report(router_id, self._unsaved_reports[router_id])
+            self._unsaved_reports.pop(router_id)
+
+    def _store_lost(self, error: StoreError) -> None:
+        if not self._is_store_lost:
+            _log.warning("Redis is away; going on from memory", why=str(error))
+        self._is_store_lost = True
+        self._num_store_failures += 1
+        self._store_retry_s = self._clock() + _STORE_RETRY_S
+        self._unsaved_windows = self._unsaved_windows[-NUM_WINDOWS:]
+
+    async def _store_returned(self) -> None:
+        # It may have come back empty: write everything again, as far as it is still ours to write.
+        _log.info("Redis is back")
+        self._is_store_lost = False
+        token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
+        if token == NO_TOKEN:
+            self._step_down("another balancer came to lead while Redis was away")
+        self._token = token
+        self._unsaved.update(m.member_id for m in self._roster.members() if not m.is_remote)
+        self._unpublished = self.is_leader and self._planner.in_force.epoch > 0
+        self._is_plan_unsaved = self.is_leader
+        self._is_wanted_unsaved = self._planner.wanted_workers > 0
+        if self.is_leader:
+            self._unsaved_windows = list(self._windows.windows)
+
+    # --- what changes ---
+
     def _take_model(self, request: pb.JoinRequest) -> None:
         if not request.HasField("model") or not request.model.layers:
             raise InvalidArgument("is missing", reason="NO_MODEL", field="model", remedy="a worker says what it serves")
@@ -208,60 +532,34 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 field="model.digest",
                 remedy="give every worker the manifest and dtype of the same checkpoint",
             )
+        if known is not None and known.digest != model.digest:
+            self._windows.clear()
         self._planner.adopt_model(model)
 
-    async def _plan(self) -> None:
-        floor = self._planner.newest_epoch
-        epoch = floor + 1
-        if not self._is_store_lost:
-            try:
-                epoch = await self._store.next_epoch(floor)
-            except StoreError as error:
-                self._store_lost(error)
-        # The roster may have changed while the memory answered; then the next tick looks again.
-        epoch = max(epoch, self._planner.newest_epoch + 1)
-        workers = self._roster.members(pb.ROLE_WORKER)
-        if self._planner.wish(workers, self._clock()) is Wish.PLAN:
-            plan = self._planner.plan(workers, epoch)
-            self._num_plans += 1
-            _log.info("planned", epoch=plan.epoch, homes=plan.num_homes())
-            self._show()
-
-    async def _remember(self) -> None:
-        # Write what the memory has not got yet; while it is away, try once a second.
-        if not (self._unsaved or self._unpublished) or self._clock() < self._store_retry_s:
+    def _keep_wanted(self, workers: Sequence[Member]) -> None:
+        """Let workers that retire go on where they are wanted again."""
+        if self._planner.wanted_workers and self._planner.wanted_workers < len(workers):
             return
-        ids, self._unsaved = self._unsaved, set()
-        members = [member for member in map(self._roster.get, ids) if member is not None]
-        gone = ids.difference(member.member_id for member in members)
-        try:
-            await self._store.save_members(members, gone)
-            if self._is_store_lost:
-                self._store_returned()
-            if self._unpublished and self._planner.model is not None:
-                self._planner.see_epoch(await self._store.publish(self._planner.in_force, self._planner.model))
-                self._unpublished = False
-        except StoreError as error:
-            self._unsaved |= ids
-            self._store_lost(error)
+        for worker in workers:
+            if worker.state == pb.MEMBER_STATE_RETIRING:
+                worker.state = pb.MEMBER_STATE_SERVING
+                self._note(worker.member_id)
 
-    def _store_lost(self, error: StoreError) -> None:
-        if not self._is_store_lost:
-            _log.warning("Redis is away; going on from memory", why=str(error))
-        self._is_store_lost = True
-        self._num_store_failures += 1
-        self._store_retry_s = self._clock() + _STORE_RETRY_S
-
-    def _store_returned(self) -> None:
-        # It may have come back empty: write everything again.
-        _log.info("Redis is back")
-        self._is_store_lost = False
-        self._unsaved.update(member.member_id for member in self._roster.members())
-        self._unpublished = self._planner.in_force.epoch > 0
+    def _lapsed(self, member_id: str) -> NotFound:
+        return NotFound(
+            f"no lease {member_id!r}: it has lapsed, or never was",
+            reason="LEASE_LAPSED",
+            field="member_id",
+            remedy="join again",
+        )
 
     def _require_memory(self) -> None:
         if not self._is_loaded:
             raise Unavailable("the balancer has not reached its memory yet", reason="NO_MEMORY", retry_after_s=0.5)
+
+    def _forget(self, member: Member) -> None:
+        self._windows.forget(member.member_id)
+        self._costs.forget(member.member_id)
 
     def _note(self, member_id: str) -> None:
         # A member changed: write it, tell the watchers, and let the loop look at it now.
@@ -269,7 +567,20 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._show()
         self._kick.set()
 
+    def _measure(self) -> None:
+        self._account.measure(self._planner, self._windows.windows)
+
+    def _to_view(self) -> pb.WatchPlacementResponse:
+        balance = self._account.to_message(
+            self._clock(),
+            costs=self._costs.fit(),
+            num_windows=len(self._windows.windows),
+            is_leader=self.is_leader,
+            has_memory=not self._is_store_lost,
+        )
+        return to_view(self._roster, self._planner, balance)
+
     def _show(self) -> None:
-        self._view = to_view(self._roster, self._planner)
+        self._view = self._to_view()
         self._view_changed.set()
         self._view_changed = asyncio.Event()

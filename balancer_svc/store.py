@@ -1,13 +1,14 @@
-"""What the balancer remembers, in Redis: members, the placement in force, its history, the newest epoch.
+"""What balancers remember and share, in Redis: members, placement and its history, loads, who leads, the newest epoch.
 
 Owns the keys and their form, and nothing of the meaning. Commands of Redis 6.2 only. Every key of a member has a TTL,
-so that nothing stays for ever; whether a lease has lapsed is the roster's to judge.
+so that nothing stays for ever; whether a lease has lapsed is the roster's to judge. What a leader writes carries its
+fencing token: a balancer that led before, and has not noticed that another one does, is refused.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ from typing import Any, Protocol
 import redis.asyncio as redis
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
+from balancer_svc.load_windows import Counts, Window, read_layers, write_layers
+from balancer_svc.load_windows import from_message as window_from_message
+from balancer_svc.load_windows import to_message as window_to_message
 from balancer_svc.messages import from_message, from_shape, to_message, to_shape
 from balancer_svc.planner import Model
 from balancer_svc.roster import Member
@@ -27,6 +31,7 @@ from collegium.v1 import balancer_pb2 as pb
 _MEMBER_TTL_S = 600
 _CALL_S = 1.0
 _HISTORY = 100
+NO_TOKEN = 0  # of a balancer that does not lead
 
 # The next epoch: above the remembered one and above every one that somebody has seen.
 _NEXT_EPOCH = """
@@ -34,11 +39,31 @@ local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARG
 redis.call('SET', KEYS[1], string.format('%.0f', epoch))
 return epoch
 """
-# Publish unless a newer epoch is in force; answers the epoch that is.
+# Take or keep the lead: the lock's holder, or whoever comes when there is none. Answers the fencing token, 0 to others.
+_LEAD = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+local token = tonumber(redis.call('GET', KEYS[2]) or '0')
+if holder and token > 0 then return token end
+return redis.call('INCR', KEYS[2])
+"""
+_RESIGN = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+# Keep the plan, or none, unless somebody else has come to lead.
+_SAVE_PLAN = """
+if tonumber(ARGV[1]) < tonumber(redis.call('GET', KEYS[2]) or '0') then return -1 end
+redis.call('HSET', KEYS[1], 'planned', ARGV[2])
+return 0
+"""
+# Publish unless a newer epoch is in force, whose number is the answer, or somebody else has come to lead: -1.
 _PUBLISH = """
+if tonumber(ARGV[6]) < tonumber(redis.call('GET', KEYS[3]) or '0') then return -1 end
 local current = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0')
 if current >= tonumber(ARGV[1]) then return current end
-redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'placement', ARGV[2], 'model', ARGV[3])
+redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'placement', ARGV[2], 'model', ARGV[3], 'planned', '')
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'epoch', ARGV[1], 'placement', ARGV[2], 'unix_ms', ARGV[5])
 return tonumber(ARGV[1])
 """
@@ -50,6 +75,10 @@ class StoreError(Exception):
     """The memory cannot be reached now."""
 
 
+class FencedError(Exception):
+    """Another balancer has come to lead."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What was remembered."""
@@ -57,14 +86,18 @@ class Memory:
     members: tuple[Member, ...] = ()
     model: Model | None = None
     placement: Placement = NO_PLACEMENT
+    planned: Placement | None = None
     newest_epoch: int = 0
+    wanted_workers: int = 0
+    windows: tuple[Window, ...] = ()  # oldest first
+    reports: Mapping[str, Counts] = field(default_factory=dict[str, Counts])  # by router, its newest counts [3, L, E]
 
 
 class Store(Protocol):
     """The balancer's memory. Every call raises StoreError within a second or two where it cannot be reached."""
 
-    async def load(self) -> Memory:
-        """Give all that is remembered."""
+    async def load(self, *, with_windows: bool = True) -> Memory:
+        """Give all that is remembered; the load windows, which are large, only where they are wanted."""
         ...
 
     async def save_members(self, members: Iterable[Member], gone: Iterable[str]) -> None:
@@ -75,8 +108,32 @@ class Store(Protocol):
         """Reserve an epoch above the floor and above all that were reserved."""
         ...
 
-    async def publish(self, placement: Placement, model: Model) -> int:
-        """Remember a placement unless a newer one is remembered; gives the newest epoch."""
+    async def publish(self, placement: Placement, model: Model, token: int = NO_TOKEN) -> int:
+        """Remember a placement unless a newer one is remembered; gives the newest epoch. FencedError."""
+        ...
+
+    async def save_plan(self, planned: Placement | None, token: int) -> None:
+        """Remember what is planned, so that a balancer that comes to lead goes on with it. FencedError."""
+        ...
+
+    async def save_window(self, window: Window, num_kept: int) -> None:
+        """Remember one more window of load, and no more than so many."""
+        ...
+
+    async def save_report(self, router_id: str, counts: Counts) -> None:
+        """Pass a router's counts on to the balancer that leads."""
+        ...
+
+    async def save_wanted(self, num_workers: int) -> None:
+        """Remember how many workers there should be."""
+        ...
+
+    async def lead(self, balancer_id: str, ttl_s: float) -> int:
+        """Take the lead or keep it; gives the fencing token, or NO_TOKEN where another balancer leads."""
+        ...
+
+    async def resign(self, balancer_id: str) -> None:
+        """Give the lead back, where it is ours."""
         ...
 
     async def close(self) -> None:
@@ -93,8 +150,12 @@ class RedisStore:
             url, socket_timeout=_CALL_S, socket_connect_timeout=_CALL_S, decode_responses=False
         )
         self._prefix = f"collegium:{{{cluster}}}"
+        self._placements: dict[str, tuple[bytes, Placement]] = {}
         self._next_epoch = self._redis.register_script(_NEXT_EPOCH)
         self._publish = self._redis.register_script(_PUBLISH)
+        self._save_plan = self._redis.register_script(_SAVE_PLAN)
+        self._lead = self._redis.register_script(_LEAD)
+        self._resign = self._redis.register_script(_RESIGN)
 
     async def connect(self, limit_s: float) -> None:
         """Reach Redis, trying in sight; Unavailable when the limit is over, FailedPrecondition where it refuses us."""
@@ -121,29 +182,53 @@ class RedisStore:
             await lifecycle.sleep_unless_stopping(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
-    async def load(self) -> Memory:
-        """Give all that is remembered."""
+    async def load(self, *, with_windows: bool = True) -> Memory:
+        """Give all that is remembered; the load windows, which are large, only where they are wanted."""
         with _store_errors():
-            keys = [key async for key in self._redis.scan_iter(match=f"{self._prefix}:member:*", count=200)]
-            values = await self._redis.mget(sorted(keys)) if keys else []
-            fields: dict[bytes, bytes] = await self._redis.hgetall(f"{self._prefix}:placement")
-            epoch = int(await self._redis.get(f"{self._prefix}:epoch") or 0)
+            ids: list[bytes] = sorted(await self._redis.smembers(f"{self._prefix}:members"))
+            values = await self._redis.mget([self._member_key(one.decode()) for one in ids]) if ids else []
+            lapsed = [one for one, value in zip(ids, values, strict=True) if value is None]
+            if lapsed:
+                await self._redis.srem(f"{self._prefix}:members", *lapsed)
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                pipeline.hgetall(f"{self._prefix}:placement")
+                pipeline.get(f"{self._prefix}:epoch")
+                pipeline.get(f"{self._prefix}:wanted")
+                pipeline.lrange(f"{self._prefix}:loads", 0 if with_windows else 1, -1 if with_windows else 0)
+                pipeline.hgetall(f"{self._prefix}:reports")
+                fields, epoch, wanted, loads, reports = await pipeline.execute()
         members = tuple(_unpack(value) for value in values if value is not None)
-        if not fields:
-            return Memory(members=members, newest_epoch=epoch)
-        placement = from_proto(pb.Placement.FromString(fields[b"placement"]))
-        model = from_shape(pb.ModelShape.FromString(fields[b"model"]))
-        return Memory(members=members, model=model, placement=placement, newest_epoch=max(epoch, placement.epoch))
+        placement, planned, model = NO_PLACEMENT, None, None
+        if b"placement" in fields:
+            placement = self._read_placement("placement", fields[b"placement"])
+            model = from_shape(pb.ModelShape.FromString(fields[b"model"]))
+        if fields.get(b"planned"):
+            planned = self._read_placement("planned", fields[b"planned"])
+        return Memory(
+            members=members,
+            model=model,
+            placement=placement,
+            planned=planned,
+            newest_epoch=max(int(epoch or 0), placement.epoch),
+            wanted_workers=int(wanted or 0),
+            windows=tuple(window_from_message(pb.LoadWindow.FromString(packed)) for packed in reversed(loads)),
+            reports={
+                router_id.decode(): read_layers(pb.ReportLoadRequest.FromString(packed).layers)
+                for router_id, packed in reports.items()
+            },
+        )
 
     async def save_members(self, members: Iterable[Member], gone: Iterable[str]) -> None:
         """Remember members and forget those that are gone, in one round trip."""
         with _store_errors():
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for member in members:
-                    key = f"{self._prefix}:member:{member.member_id}"
-                    pipeline.set(key, _pack(member), ex=_MEMBER_TTL_S)
+                    pipeline.set(self._member_key(member.member_id), _pack(member), ex=_MEMBER_TTL_S)
+                    pipeline.sadd(f"{self._prefix}:members", member.member_id)
                 for member_id in gone:
-                    pipeline.delete(f"{self._prefix}:member:{member_id}")
+                    pipeline.delete(self._member_key(member_id))
+                    pipeline.srem(f"{self._prefix}:members", member_id)
+                    pipeline.hdel(f"{self._prefix}:reports", member_id)
                 await pipeline.execute()
 
     async def next_epoch(self, floor: int) -> int:
@@ -151,26 +236,77 @@ class RedisStore:
         with _store_errors():
             return int(await self._next_epoch(keys=[f"{self._prefix}:epoch"], args=[floor]))
 
-    async def publish(self, placement: Placement, model: Model) -> int:
-        """Remember a placement unless a newer one is remembered; gives the newest epoch."""
+    async def publish(self, placement: Placement, model: Model, token: int = NO_TOKEN) -> int:
+        """Remember a placement unless a newer one is remembered; gives the newest epoch. FencedError."""
         with _store_errors():
             packed = to_proto(placement).SerializeToString()
-            return int(
+            epoch = int(
                 await self._publish(
-                    keys=[f"{self._prefix}:placement", f"{self._prefix}:placements"],
+                    keys=[f"{self._prefix}:placement", f"{self._prefix}:placements", f"{self._prefix}:token"],
                     args=[
                         placement.epoch,
                         packed,
                         to_shape(model).SerializeToString(),
                         _HISTORY,
                         time.time_ns() // 10**6,
+                        token,
                     ],
                 )
             )
+        return _unless_fenced(epoch)
+
+    async def save_plan(self, planned: Placement | None, token: int) -> None:
+        """Remember what is planned. FencedError."""
+        packed = b"" if planned is None else to_proto(planned).SerializeToString()
+        with _store_errors():
+            keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
+            answer = int(await self._save_plan(keys=keys, args=[token, packed]))
+        _unless_fenced(answer)
+
+    async def save_window(self, window: Window, num_kept: int) -> None:
+        """Remember one more window of load, and no more than so many."""
+        key = f"{self._prefix}:loads"
+        with _store_errors():
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.lpush(key, window_to_message(window).SerializeToString())
+                pipeline.ltrim(key, 0, num_kept - 1)
+                await pipeline.execute()
+
+    async def save_report(self, router_id: str, counts: Counts) -> None:
+        """Pass a router's counts on to the balancer that leads."""
+        message = pb.ReportLoadRequest(member_id=router_id, layers=write_layers(counts))
+        with _store_errors():
+            await self._redis.hset(f"{self._prefix}:reports", router_id, message.SerializeToString())
+
+    async def save_wanted(self, num_workers: int) -> None:
+        """Remember how many workers there should be."""
+        with _store_errors():
+            await self._redis.set(f"{self._prefix}:wanted", num_workers)
+
+    async def lead(self, balancer_id: str, ttl_s: float) -> int:
+        """Take the lead or keep it; gives the fencing token, or NO_TOKEN where another balancer leads."""
+        keys = [f"{self._prefix}:leader", f"{self._prefix}:token"]
+        with _store_errors():
+            return int(await self._lead(keys=keys, args=[balancer_id, round(ttl_s * 1e3)]))
+
+    async def resign(self, balancer_id: str) -> None:
+        """Give the lead back, where it is ours."""
+        with _store_errors():
+            await self._resign(keys=[f"{self._prefix}:leader"], args=[balancer_id])
 
     async def close(self) -> None:
         """Give back connections."""
         await self._redis.aclose()
+
+    def _member_key(self, member_id: str) -> str:
+        return f"{self._prefix}:member:{member_id}"
+
+    def _read_placement(self, field_name: str, packed: bytes) -> Placement:
+        # They are large and seldom change: what was read the last time is kept.
+        known = self._placements.get(field_name)
+        if known is None or known[0] != packed:
+            known = self._placements[field_name] = (packed, from_proto(pb.Placement.FromString(packed)))
+        return known[1]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -180,15 +316,30 @@ class MemoryStore:
     members: dict[str, bytes] = field(default_factory=dict[str, bytes])
     placement: Placement = NO_PLACEMENT
     model: Model | None = None
+    planned: Placement | None = None
     epoch: int = 0
     is_away: bool = False
+    wanted_workers: int = 0
+    windows: list[Window] = field(default_factory=list[Window])
+    reports: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    leader: str = ""
+    token: int = NO_TOKEN
 
-    async def load(self) -> Memory:
+    async def load(self, *, with_windows: bool = True) -> Memory:
         """Give all that is remembered."""
         self._reach()
         members = tuple(_unpack(value) for _, value in sorted(self.members.items()))
         newest = max(self.epoch, self.placement.epoch)
-        return Memory(members=members, model=self.model, placement=self.placement, newest_epoch=newest)
+        return Memory(
+            members=members,
+            model=self.model,
+            placement=self.placement,
+            planned=self.planned,
+            newest_epoch=newest,
+            wanted_workers=self.wanted_workers,
+            windows=tuple(self.windows),
+            reports=dict(self.reports),
+        )
 
     async def save_members(self, members: Iterable[Member], gone: Iterable[str]) -> None:
         """Remember members and forget those that are gone."""
@@ -203,12 +354,48 @@ class MemoryStore:
         self.epoch = max(self.epoch, floor) + 1
         return self.epoch
 
-    async def publish(self, placement: Placement, model: Model) -> int:
-        """Remember a placement unless a newer one is remembered; gives the newest epoch."""
+    async def publish(self, placement: Placement, model: Model, token: int = NO_TOKEN) -> int:
+        """Remember a placement unless a newer one is remembered; gives the newest epoch. FencedError."""
         self._reach()
+        _unless_fenced(-1 if token < self.token else 0)
         if placement.epoch > self.placement.epoch:
-            self.placement, self.model = placement, model
+            self.placement, self.model, self.planned = placement, model, None
         return self.placement.epoch
+
+    async def save_plan(self, planned: Placement | None, token: int) -> None:
+        """Remember what is planned. FencedError."""
+        self._reach()
+        _unless_fenced(-1 if token < self.token else 0)
+        self.planned = planned
+
+    async def save_window(self, window: Window, num_kept: int) -> None:
+        """Remember one more window of load, and no more than so many."""
+        self._reach()
+        self.windows = [*self.windows, window][-num_kept:]
+
+    async def save_report(self, router_id: str, counts: Counts) -> None:
+        """Pass a router's counts on to the balancer that leads."""
+        self._reach()
+        self.reports[router_id] = counts
+
+    async def save_wanted(self, num_workers: int) -> None:
+        """Remember how many workers there should be."""
+        self._reach()
+        self.wanted_workers = num_workers
+
+    async def lead(self, balancer_id: str, ttl_s: float) -> int:
+        """Take the lead or keep it for good; gives the fencing token, or NO_TOKEN where another balancer leads."""
+        self._reach()
+        if self.leader not in ("", balancer_id):
+            return NO_TOKEN
+        self.token += not self.leader
+        self.leader = balancer_id
+        return self.token
+
+    async def resign(self, balancer_id: str) -> None:
+        """Give the lead back, where it is ours."""
+        self._reach()
+        self.leader = "" if self.leader == balancer_id else self.leader
 
     async def close(self) -> None:
         """Give nothing back: there is nothing."""
@@ -226,10 +413,14 @@ def _store_errors() -> Iterator[None]:
         raise StoreError(str(error)) from error
 
 
+def _unless_fenced(answer: int) -> int:
+    if answer < 0:
+        raise FencedError("another balancer has come to lead")
+    return answer
+
+
 def _pack(member: Member) -> bytes:
-    message = to_message(member)
-    message.counters.clear()  # news, not memory
-    return message.SerializeToString()
+    return to_message(member).SerializeToString()
 
 
 def _unpack(packed: bytes) -> Member:

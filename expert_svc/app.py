@@ -121,6 +121,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         model=shape_of(manifest, dtype),
         capacity_bytes=buffer.budget_bytes,
         counters=counters.read,
+        failure_domain=config.failure_domain,
     )
     async with membership:
 

@@ -260,6 +260,11 @@ class ExpertBuffer:
                 progress(done, total)
         return sum(expert_id in self._resident for expert_id in wanted)
 
+    def holds_others(self, kept: Iterable[ExpertId]) -> bool:
+        """Whether `release_others` would let go of anything."""
+        kept = set(kept)
+        return self.max_resident is None and any(expert_id not in kept for expert_id in self._resident.copy())
+
     def release_others(self, kept: Iterable[ExpertId]) -> int:
         """Without a budget: let go of every expert that is not in `kept`. With one, residency is the policy's alone."""
         if self.max_resident is not None:
@@ -296,6 +301,11 @@ class ExpertBuffer:
     def slot_bytes(self) -> int:
         """Bytes of one expert, in the kernel's form."""
         return self._slots.slot_bytes
+
+    @property
+    def load_seconds(self) -> float:
+        """Time that loads took so far, added up over threads."""
+        return self._loads.total_s
 
     @property
     def budget_bytes(self) -> int:

@@ -110,6 +110,11 @@ class ComputeLoop:
         finally:
             self._on_end()
 
+    @property
+    def num_queued(self) -> int:
+        """Dispatches that wait."""
+        return len(self._queue)
+
     def _turn(self) -> None:
         self._listen(0.0 if len(self._queue) else _IDLE_POLL_S)
         if not len(self._queue):

@@ -21,6 +21,7 @@ from expert_svc.buffer import ExpertBuffer
 _log = logs.get("homes")
 _SAY_EVERY = 0.25  # share of a load between two lines of progress
 _RETRY_S = 5.0
+_ACKNOWLEDGE_S = 2.0
 
 
 class HomeKeeper:
@@ -49,9 +50,20 @@ class HomeKeeper:
             self._membership.set_ready_plan(planned.epoch)
         elif worker_id in placement.worker_ids and not planned.epoch:
             await self._warm(current, placement.epoch)
-            if gone := self._buffer.release_others(current):
+            if self._buffer.holds_others(current):
+                await self._seen_by_routers(placement.epoch)
+                gone = self._buffer.release_others(current)
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)
         self._on_ready()
+
+    async def _seen_by_routers(self, epoch: int) -> None:
+        """Wait until every router says that it uses an epoch, or 2 s: a stale table costs a miss, never an answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ACKNOWLEDGE_S):
+                async for view in self._membership.views():
+                    routers = [member for member in view.members if member.role == balancer_pb2.ROLE_ROUTER]
+                    if all(router.seen_epoch >= epoch for router in routers):
+                        return
 
     async def _warm(self, experts: Iterable[ExpertId], epoch: int) -> bool:
         wanted = list(experts)

@@ -55,6 +55,7 @@ class Loads:
         self._changed = threading.Condition()
         self._is_closed = False
         self.mean_s = 0.0  # of one load, over the last ones
+        self.total_s = 0.0  # of all loads; what two threads add at the same moment may be lost
         self._threads = [threading.Thread(target=self._run, name=f"load-{i}", daemon=True) for i in range(num_threads)]
         for thread in self._threads:
             thread.start()
@@ -150,6 +151,7 @@ class Loads:
             load.error = CheckpointError(f"expert {expert} of MoE layer {layer} cannot be loaded: {why}")
             load.error.__cause__ = error
         took_s = time.monotonic() - began_s
+        self.total_s += took_s
         self.mean_s += (took_s - self.mean_s) / 8 if self.mean_s else took_s
         self._ended.append(load)
         if not self.can_help:  # it could when `wake` relied on that

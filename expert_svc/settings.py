@@ -17,6 +17,10 @@ class Settings(ServiceSettings):
     data_advertise: str = setting(
         "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""
     )
+    failure_domain: str = setting(
+        "workers of equal domains fail together: copies of an expert go to several; empty: the host it advertises",
+        default="",
+    )
     expert_memory: MemoryBudget = setting(
         "memory for experts' weights, or a share of all the model's experts; empty: as much as its experts need",
         default=MemoryBudget(),

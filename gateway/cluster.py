@@ -1,21 +1,25 @@
-"""What GetCluster answers: the balancer's view, or without a balancer what this gateway sees itself.
+"""What GetCluster and ScaleWorkers answer: the balancer's word, or without a balancer what this gateway sees itself.
 
-Owns the translation from membership to status. Asks the balancer for fresh counters and does without where it is away.
+Owns the translation from membership to status. Asks the balancer for fresh counters; where it is away, tells the newest
+view that was watched, and how old that is.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpc import aio
 
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument, from_rpc_error
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
 from gateway.pool import RouterPool
 
 _ASK_S = 1.0
+_SCALE_S = 5.0
 _ROLES = {
     balancer_pb2.ROLE_GATEWAY: "gateway",
     balancer_pb2.ROLE_ROUTER: "router",
@@ -25,6 +29,7 @@ _STATES = {
     balancer_pb2.MEMBER_STATE_JOINING: "JOINING",
     balancer_pb2.MEMBER_STATE_SERVING: "SERVING",
     balancer_pb2.MEMBER_STATE_DRAINING: "DRAINING",
+    balancer_pb2.MEMBER_STATE_RETIRING: "RETIRING",
 }
 
 
@@ -45,23 +50,44 @@ class ClusterView:
         self._balancer = balancer
         self._channel = channel
         self._last_view = last_view
+        self._answered_s = time.monotonic()
 
     async def describe(self) -> pb.GetClusterResponse:
         """Give members by role and id, the placement epoch, and homes per worker."""
         if self._channel is None:
             return self._without_balancer()
         stub: Any = balancer_pb2_grpc.BalancerStub(self._channel)
-        state = "SERVING"
+        state, stale_ms = "SERVING", 0
         try:
             response: balancer_pb2.GetPlacementResponse = await stub.GetPlacement(
                 balancer_pb2.GetPlacementRequest(), timeout=_ASK_S
             )
             view = response.view
+            self._answered_s = time.monotonic()
         except aio.AioRpcError:
-            state = "LOST"
+            state, stale_ms = "LOST", max(1, round((time.monotonic() - self._answered_s) * 1e3))
             view = self._last_view() or balancer_pb2.WatchPlacementResponse()
         balancer = pb.MemberStatus(role="balancer", member_id="balancer", address=self._balancer, state=state)
-        return from_view(view, balancer)
+        return from_view(view, balancer, stale_ms)
+
+    async def scale(self, num_workers: int) -> pb.ScaleWorkersResponse:
+        """Pass on how many workers there should be."""
+        if not num_workers:
+            raise InvalidArgument("is 0", reason="NO_WORKER", field="num_workers", remedy="give at least 1")
+        if self._channel is None:
+            raise FailedPrecondition(
+                "this gateway knows routers by name and no balancer",
+                reason="NO_BALANCER",
+                remedy="start it with --balancer instead of --routers",
+            )
+        stub: Any = balancer_pb2_grpc.BalancerStub(self._channel)
+        try:
+            answer: balancer_pb2.ScaleResponse = await stub.Scale(
+                balancer_pb2.ScaleRequest(num_workers=num_workers), timeout=_SCALE_S
+            )
+        except aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return pb.ScaleWorkersResponse(num_workers=answer.num_workers, retiring=answer.retiring)
 
     def _without_balancer(self) -> pb.GetClusterResponse:
         routers = [
@@ -76,7 +102,9 @@ class ClusterView:
         return pb.GetClusterResponse(members=_sorted([self._me(), *routers]))
 
 
-def from_view(view: balancer_pb2.WatchPlacementResponse, balancer: pb.MemberStatus) -> pb.GetClusterResponse:
+def from_view(
+    view: balancer_pb2.WatchPlacementResponse, balancer: pb.MemberStatus, stale_ms: int = 0
+) -> pb.GetClusterResponse:
     """Write the balancer's view as a status."""
     members = [
         pb.MemberStatus(
@@ -94,6 +122,9 @@ def from_view(view: balancer_pb2.WatchPlacementResponse, balancer: pb.MemberStat
         members=_sorted([balancer, *members]),
         placement_epoch=view.placement.epoch,
         experts_per_worker=_homes(view.placement),
+        balance=view.balance,
+        wanted_workers=view.wanted_workers,
+        stale_ms=stale_ms,
     )
 
 

@@ -120,6 +120,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Describe the cluster as the balancer sees it."""
         return await self._cluster.describe()
 
+    async def ScaleWorkers(self, request: pb.ScaleWorkersRequest, context: Context) -> pb.ScaleWorkersResponse:
+        """Say how many workers there should be."""
+        return await self._cluster.scale(request.num_workers)
+
     def _described(self) -> pb.Model:
         model = pb.Model()
         model.CopyFrom(self._pool.model)

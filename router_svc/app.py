@@ -17,6 +17,7 @@ from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
+from router_svc.load_counts import LoadCounts
 from router_svc.model_loader import RouterModel, load_router_model
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
@@ -24,6 +25,7 @@ from router_svc.token_memory import TokenMemory
 from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_unsafe_routing
 
 _log = logs.get("router")
+_REPORT_EVERY_S = 1.0
 
 
 def load(config: Settings) -> tuple[RouterModel, Manifest]:
@@ -189,7 +191,9 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
         follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")
-        follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
+        reporter = asyncio.create_task(_report(membership, calls.loads), name="load-report")
+        for task in (follower, reporter):
+            task.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()
             service.is_draining = True
@@ -201,18 +205,29 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             await asyncio.to_thread(engine.wait_idle, config.drain_s)
         finally:
             follower.cancel()
-            ended = (await asyncio.gather(follower, return_exceptions=True))[0]
+            reporter.cancel()
+            ended = await asyncio.gather(follower, reporter, return_exceptions=True)
             outboxes.end_all()
             await server.stop(1.0)
             await asyncio.to_thread(engine.stop)
             await keeper.close()
             tracing.shutdown_tracing()
-    if failed := engine.error or _failure(ended):
+    if failed := engine.error or _failure(ended[0]) or _failure(ended[1]):
         raise failed
 
 
 def _failure(ended: BaseException | None) -> BaseException | None:
     return None if isinstance(ended, asyncio.CancelledError) else ended
+
+
+async def _report(membership: Membership, loads: LoadCounts) -> None:
+    """Tell the balancer what the gates chose, as long as anything new was chosen."""
+    told = -1
+    while True:
+        await asyncio.sleep(_REPORT_EVERY_S)
+        counted = int(loads.activations.sum())
+        if counted != told and await membership.report_load(loads.to_message(membership.member_id)):
+            told = counted
 
 
 async def _follow(

@@ -20,7 +20,8 @@ from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_di
 from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
-from router_svc.routing import route
+from router_svc.load_counts import LoadCounts
+from router_svc.routing import ACTIVATION_ROWS, LayerRoute, choose_replicas, route
 from router_svc.token_memory import TokenMemory
 
 # Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
@@ -84,10 +85,12 @@ class ExpertCalls:
         self._routed_version = -1
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
-        self._table: list[NDArray[np.int64]] = []
+        self._table: list[LayerRoute] = []
         self._seq = 0
         self._closed = LinkStats()
         self.totals = CallTotals()
+        self.loads = LoadCounts(num_layers, num_experts)
+        self.activation_rows = ACTIVATION_ROWS  # set from the control loop, once the balancer has measured it
         self._num_ahead = num_ahead
         self._hinting = None if foresight is None else Hinting(foresight, self.totals, memory)
         self._step = 0
@@ -165,17 +168,22 @@ class ExpertCalls:
         if self._wanting and num_decode_rows:
             self._refresh()
             if self._live:
-                self._hinting.recall(num_decode_rows, self._table, self._live)
+                table = [route.worker_of for route in self._table]
+                self._hinting.recall(num_decode_rows, table, self._live)
 
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
 
         Blocks until every row is back. Raises ExpertsUnavailableError or ExpertFailedError.
         """
-        worker_of = self._worker_of(layer)
+        route = self._route(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
         host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
-        plan = plan_dispatch(host_ids, host_weights, worker_of)
+        counts = self.loads.note(layer, host_ids, self._num_decode_rows)
+        workers = (
+            choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows) if route.replicas else None
+        )
+        plan = plan_dispatch(host_ids, host_weights, route.worker_of, workers)
         self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
         missed: list[NDArray[np.uint16]] = []
         pending: tuple[WorkerShare, ...] = plan.shares
@@ -193,9 +201,9 @@ class ExpertCalls:
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
-                worker_of = self._worker_of(layer)
+                route = self._route(layer)
             answers += done
-            pending = tuple(new for share in failed for new in replan(share, worker_of, plan.num_tokens))
+            pending = tuple(new for share in failed for new in replan(share, route.worker_of, plan.num_tokens))
         if self.on_layer is not None:
             self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
         return combine(answers, plan.num_tokens, x.shape[1], x.dtype).to(x.device)
@@ -264,9 +272,9 @@ class ExpertCalls:
         if self._num_decode_rows and self._wanting:
             rows = x[: self._num_decode_rows]
             for ahead in range(layer + 1, min(layer + 1 + self._num_ahead, self._num_layers)):
-                hinting.tell(ahead, rows, self._table[ahead], self._live)
+                hinting.tell(ahead, rows, self._table[ahead].worker_of, self._live)
 
-    def _worker_of(self, layer: int) -> NDArray[np.int64]:
+    def _route(self, layer: int) -> LayerRoute:
         self._refresh()
         if not self._live:
             raise ExpertsUnavailableError("no expert worker can be reached")

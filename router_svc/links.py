@@ -22,6 +22,7 @@ from router_svc.model_loader import RouterModel
 _log = logs.get("links")
 _OPEN_S = 5.0
 _RETRY_S = (0.1, 2.0)
+_ANSWERING = (balancer_pb2.MEMBER_STATE_SERVING, balancer_pb2.MEMBER_STATE_RETIRING)
 
 
 class LinkKeeper:
@@ -51,12 +52,12 @@ class LinkKeeper:
 
     def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
         """Follow the cluster's view: links to live workers, the placement in force."""
-        if view.placement.epoch:
+        if view.placement.epoch > self._calls.epoch:
             self._calls.set_placement(from_proto(view.placement))
+        if view.balance.row_ns > 0 and view.balance.activation_ns > 0:
+            self._calls.activation_rows = view.balance.activation_ns / view.balance.row_ns
         workers = {
-            m.address: m.member_id
-            for m in view.members
-            if m.role == balancer_pb2.ROLE_WORKER and m.state == balancer_pb2.MEMBER_STATE_SERVING
+            m.address: m.member_id for m in view.members if m.role == balancer_pb2.ROLE_WORKER and m.state in _ANSWERING
         }
         for address in self._tasks.keys() - workers.keys():
             self._forget(address)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from balancer_svc.planner import Planner
+from balancer_svc.rebalancing import Rules
 from balancer_svc.roster import Roster
 from balancer_svc.service import Balancer
 from balancer_svc.store import Store
@@ -31,12 +32,20 @@ class RunningBalancer:
 
 @asynccontextmanager
 async def running_balancer(
-    store: Store, *, bind: str = "127.0.0.1:0", ttl_s: float = 30.0, expected_workers: int = 1
+    store: Store,
+    *,
+    bind: str = "127.0.0.1:0",
+    ttl_s: float = 30.0,
+    expected_workers: int = 1,
+    window_s: float = 0.1,
+    rebalance_s: float = 0.0,
+    lead_ttl_s: float = 0.5,
+    rules: Rules | None = None,
 ) -> AsyncIterator[RunningBalancer]:
     """Run a balancer; its leases are long unless the test wants them to lapse."""
     roster = Roster(ttl_s)
-    planner = Planner(expected_workers=expected_workers, settle_s=0.0, patience_s=60.0)
-    balancer = Balancer(roster, planner, store)
+    planner = Planner(expected_workers=expected_workers, settle_s=0.0, patience_s=60.0, rules=rules)
+    balancer = Balancer(roster, planner, store, window_s=window_s, rebalance_s=rebalance_s, lead_ttl_s=lead_ttl_s)
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
     address = await server.start(bind)
@@ -47,6 +56,7 @@ async def running_balancer(
         yield RunningBalancer(address=address, balancer=balancer, roster=roster, planner=planner)
     finally:
         balancer.end()
+        await balancer.resign()
         await server.stop(2.0)
         loop.cancel()
         await asyncio.wait([loop])

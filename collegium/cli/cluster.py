@@ -6,6 +6,7 @@ things are show's; what each process is given is spec's.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -21,16 +22,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.cli.child import Child, ChildFailed, Command
 from collegium.cli.embedded import find_server, private_directory, server_argv, server_url
-from collegium.cli.spec import ClusterSpec, Member, members_of, service_env
+from collegium.cli.scaling import plan_scale
+from collegium.cli.spec import ClusterSpec, Member, members_of, service_env, worker_of
 from collegium.cli.up import up
 from collegium.fabric.channels import TlsTrust, channel_credentials, channel_options
 from collegium.fabric.errors import Cancelled, DeadlineExceeded
+from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 
 __all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr", "up"]
 
 REDIS = "redis"
 _POLL_S = 0.05
 _CHECK_S = 0.5
+_SCALE_EVERY_S = 0.5
 # When each rank must have ended, in seconds after the stop was asked for; what has not is killed.
 _STOP_RANKS = (("gateway", 3.0), ("router", 5.0), ("worker", 6.0), ("balancer", 6.8), (REDIS, 7.3))
 
@@ -65,6 +69,8 @@ class Cluster:
         self._members: dict[str, Member] = {}
         self._channels: dict[str, grpc.Channel] = {}
         self._has_served = False
+        self._scaled_s = 0.0
+        self._ended: set[str] = set()  # workers that were told to end, and are not to be started again
 
     @property
     def members(self) -> Sequence[Member]:
@@ -120,7 +126,14 @@ class Cluster:
         Raises ChildFailed when one has died too often, could not start, or was told something wrong.
         """
         now_s = time.monotonic()
-        for child in self._children.values():
+        if self._has_served and now_s - self._scaled_s >= _SCALE_EVERY_S:
+            self._scaled_s = now_s
+            self._scale()
+        for child in list(self._children.values()):
+            if child.name in self._ended:
+                if not child.is_running:
+                    self._remove(child)
+                continue
             if child.is_running and child.lost_at_s is not None:
                 self._note_return(child, child.lost_at_s)
             if child.is_running or child.num_starts == 0:
@@ -228,6 +241,48 @@ class Cluster:
     ) -> None:
         """Stop."""
         self.stop()
+
+    def _scale(self) -> None:
+        """Start and end workers as the balancer says; a balancer that does not answer asks for nothing."""
+        view = self._view()
+        if view is None:
+            return
+        running = {
+            m.name: m.address for m in self._members.values() if m.role == "worker" and m.name not in self._ended
+        }
+        plan = plan_scale(view, running)
+        for name in plan.to_end:
+            self._say(f"{name} has no experts left and is ended: {view.wanted_workers} workers are wanted")
+            self._ended.add(name)
+            self._children[name].send(signal.SIGTERM)
+        for _ in range(plan.num_to_start):
+            index = next(i for i in itertools.count() if f"worker-{i}" not in self._children)
+            taken = {int(member.address.rpartition(":")[2]) for member in self._members.values()}
+            member = worker_of(self._spec, index, ",".join(self.addresses("balancer")), taken)
+            self._members[member.name] = member
+            self._add("worker", Child(member.command, self._relay))
+            self._children[member.name].start()
+            self._say(f"{member.name} started: {view.wanted_workers} workers are wanted")
+
+    def _view(self) -> balancer_pb2.WatchPlacementResponse | None:
+        for member in self._members.values():
+            if member.role == "balancer" and self._children[member.name].is_running:
+                stub: Any = balancer_pb2_grpc.BalancerStub(self._channel(member))
+                try:
+                    return stub.GetPlacement(balancer_pb2.GetPlacementRequest(), timeout=_CHECK_S).view
+                except grpc.RpcError:
+                    continue
+        return None
+
+    def _remove(self, child: Child) -> None:
+        child.close()
+        self._say(f"{child.name} has ended")
+        member = self._members.pop(child.name)
+        channel = self._channels.pop(member.name, None)
+        if channel is not None:
+            channel.close()
+        del self._children[child.name], self._roles[child.name]
+        self._ended.discard(child.name)
 
     def _add(self, role: str, child: Child) -> None:
         self._children[child.name] = child

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from collegium.cli.complaint import told
 from collegium.cli.generate import generate
+from collegium.cli.scale import scale
 from collegium.cli.score import score
 from collegium.cli.status import status
 from collegium.fabric.errors import CollegiumError, SettingsError
@@ -28,7 +29,12 @@ _LAZY: Mapping[str, str] = {
     "replay": "collegium.cli.replay",
     "trace": "collegium.cli.trace",
 }
-_HERE: Mapping[str, Callable[..., None]] = {"generate": generate, "score": score, "status": status}
+_HERE: Mapping[str, Callable[..., None]] = {
+    "generate": generate,
+    "score": score,
+    "scale": scale,
+    "status": status,
+}
 _INTERRUPTED = 130
 _INSTALL = "run pip install '.[all]' in a checkout of the project"
 

@@ -47,6 +47,7 @@ class ClusterSpec:
     num_workers: int = 2
     num_routers: int = 1
     num_gateways: int = 1
+    num_balancers: int = 1
     grpc_port: int = 0
     dtype: str = "float32"
     threads: Allotment = field(default_factory=lambda: Allotment(per_router=1, per_worker=1))
@@ -60,7 +61,12 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         """Check what a caller can get wrong."""
-        check_counts(workers=self.num_workers, routers=self.num_routers, gateways=self.num_gateways)
+        check_counts(
+            workers=self.num_workers,
+            routers=self.num_routers,
+            gateways=self.num_gateways,
+            balancers=self.num_balancers,
+        )
         if not 0 <= self.grpc_port <= 65536 - self.num_gateways:
             raise SettingsError(f"--grpc-port={self.grpc_port} cannot be used: give a port, or 0 for any free one")
         unknown = set(self.flags) - set(ROLES)
@@ -88,33 +94,50 @@ def check_counts(**counts: int) -> None:
 def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
     """Lay out all members, in the order in which they are started; each keeps its address over restarts."""
     taken: set[int] = set()
-    balancer = _address(taken)
-    tail = ("--log-level", spec.log_level, "--log-format", spec.log_format)
-
-    def member(role: str, index: int | None, address: str, flags: Sequence[str], num_threads: int) -> Member:
-        name = role if index is None else f"{role}-{index}"
-        argv = (sys.executable, "-m", _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
-        env = service_env(num_threads) | dict(spec.env)
-        if role in ("balancer", "gateway"):
-            env["REDIS_URL"] = redis_url  # not a flag: it may hold a password
-        return Member(name=name, role=role, address=address, command=Command(name=name, argv=argv, env=env))
-
-    join = ("--balancer", balancer)
-    model = ("--model", str(spec.model))
-    weights = ("--manifest", str(spec.manifest), "--dtype", spec.dtype)
-    threads = spec.threads
-    workers_flags = (*weights, *join, "--threads", str(threads.per_worker))
-    router_flags = (*model, *weights, *join, "--threads", str(threads.per_router), "--drain-s", "1")
-    gateway_flags = (*model, *join, "--drain-s", "2")
-    members = [member("balancer", None, balancer, ("--expected-workers", str(spec.num_workers)), 1)]
-    for i in range(spec.num_workers):
-        members.append(member("worker", i, _address(taken), workers_flags, threads.per_worker))
+    balancers = [_address(taken) for _ in range(spec.num_balancers)]
+    router_flags = (*_model(spec), *_weights(spec), "--threads", str(spec.threads.per_router), "--drain-s", "1")
+    gateway_flags = (*_model(spec), "--drain-s", "2")
+    members: list[Member] = []
+    for i, address in enumerate(balancers):
+        name = "balancer" if len(balancers) == 1 else f"balancer-{i}"
+        flags = ("--expected-workers", str(spec.num_workers))
+        members.append(_member(spec, redis_url, "balancer", name, address, flags, 1))
+    known = ("--balancer", ",".join(balancers))
+    members += [worker_of(spec, i, ",".join(balancers), taken) for i in range(spec.num_workers)]
     for i in range(spec.num_routers):
-        members.append(member("router", i, _address(taken), router_flags, threads.per_router))
+        flags = (*router_flags, *known)
+        address = _address(taken)
+        members.append(_member(spec, redis_url, "router", f"router-{i}", address, flags, spec.threads.per_router))
     for i in range(spec.num_gateways):
         address = _fixed_address(spec.grpc_port + i) if spec.grpc_port else _address(taken)
-        members.append(member("gateway", i, address, gateway_flags, 1))
+        members.append(_member(spec, redis_url, "gateway", f"gateway-{i}", address, (*gateway_flags, *known), 1))
     return members
+
+
+def worker_of(spec: ClusterSpec, index: int, balancers: str, taken: set[int]) -> Member:
+    """Lay out one worker, of the start or a later one. balancers: their addresses; taken: ports, added to."""
+    num_threads = spec.threads.per_worker
+    flags = (*_weights(spec), "--balancer", balancers, "--threads", str(num_threads))
+    return _member(spec, "", "worker", f"worker-{index}", _address(taken), flags, num_threads)
+
+
+def _model(spec: ClusterSpec) -> tuple[str, ...]:
+    return "--model", str(spec.model)
+
+
+def _weights(spec: ClusterSpec) -> tuple[str, ...]:
+    return "--manifest", str(spec.manifest), "--dtype", spec.dtype
+
+
+def _member(
+    spec: ClusterSpec, redis_url: str, role: str, name: str, address: str, flags: Sequence[str], num_threads: int
+) -> Member:
+    tail = ("--log-level", spec.log_level, "--log-format", spec.log_format)
+    argv = (sys.executable, "-m", _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
+    env = service_env(num_threads) | dict(spec.env)
+    if role in ("balancer", "gateway"):
+        env["REDIS_URL"] = redis_url  # not a flag: it may hold a password
+    return Member(name=name, role=role, address=address, command=Command(name=name, argv=argv, env=env))
 
 
 def service_env(num_threads: int) -> dict[str, str]:

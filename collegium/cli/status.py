@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collegium.cli import target as t
-from collegium.client import Cluster, Model
+from collegium.client import Balance, Cluster, Model
 
 _CALL_S = 10.0
 
@@ -42,6 +42,9 @@ def _as_json(cluster: Cluster, models: tuple[Model, ...]) -> t.Json:
         "members": [{**asdict(member), "counters": dict(member.counters)} for member in cluster.members],
         "placement_epoch": cluster.placement_epoch,
         "experts_per_worker": dict(cluster.experts_per_worker),
+        "balance": asdict(cluster.balance),
+        "wanted_workers": cluster.wanted_workers,
+        "stale_ms": cluster.stale_ms,
         "models": [{**asdict(model), "eos_ids": list(model.eos_ids)} for model in models],
     }
 
@@ -70,7 +73,34 @@ def _show(cluster: Cluster, models: tuple[Model, ...]) -> None:
             *_buffer(member.counters),
         )
     console.print(table)
-    console.print(f"placement epoch {cluster.placement_epoch}")
+    wanted = f", {cluster.wanted_workers} workers wanted" if cluster.wanted_workers else ""
+    console.print(f"placement epoch {cluster.placement_epoch}{wanted}")
+    if cluster.stale_ms:
+        console.print(f"the balancer has not answered for {cluster.stale_ms / 1e3:.1f} s; this is what it said before")
+    for line in _balance_lines(cluster.balance):
+        console.print(line, markup=False)
+
+
+def _balance_lines(balance: Balance) -> list[str]:
+    """Say how even the load is, what was moved, and why nothing is."""
+    lines: list[str] = []
+    if not balance.has_memory and balance.last_decision:
+        lines.append("the balancer does not reach Redis; it goes on from memory")
+    phases = [
+        f"{name} {even.min:.2f} / {even.p50:.2f} / {even.mean:.2f}"
+        for name, even in (("decode", balance.decode), ("prefill", balance.prefill))
+        if even.mean
+    ]
+    if phases:
+        lines.append(f"balancedness over layers, least / median / mean: {', '.join(phases)}")
+    if balance.moves:
+        lines.append(
+            f"{balance.moves} experts moved, {balance.moved_bytes / 2**20:.1f} MiB, the last "
+            f"{balance.since_plan_ms / 1e3:.0f} s ago"
+        )
+    if balance.last_decision:
+        lines.append(f"last look at the load: {balance.last_decision}")
+    return lines
 
 
 def _buffer(counters: Mapping[str, float]) -> tuple[str, str, str]:

@@ -52,6 +52,7 @@ def up(
     workers: Annotated[int, typer.Option(help="Expert workers.")] = 2,
     routers: Annotated[int, typer.Option(help="Routers.")] = 1,
     gateways: Annotated[int, typer.Option(help="Gateways.")] = 1,
+    balancers: Annotated[int, typer.Option(help="Balancers, of which one leads.")] = 1,
     grpc_port: Annotated[
         int, typer.Option(help="Port of the first gateway; further ones take the next ports; 0: any free ones.")
     ] = DEFAULT_PORT,
@@ -85,6 +86,9 @@ def up(
     prefetch: Annotated[
         str, typer.Option(help="Load what the next layer is likely to need: on, off, or auto: while it pays.")
     ] = "auto",
+    rebalance_s: Annotated[
+        float, typer.Option(min=0, help="Time between looks at the load, in s; 0: experts stay where they are.")
+    ] = 10.0,
     unsafe_routing: Annotated[
         Path | None, typer.Option(help="For experiments: a trace whose experts replace the gate's choices.")
     ] = None,
@@ -117,6 +121,7 @@ def up(
         ("--eviction", eviction),
         ("--prefetch", prefetch),
     )
+    balancer_flags = ["--rebalance-s", str(rebalance_s)]
     gateway_flags = _given(("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--api-keys", api_keys))
     try:
         check_model_dir(model_dir)
@@ -129,7 +134,7 @@ def up(
         redis_url = os.environ.get("REDIS_URL", "")
         if redis_url:
             check_redis_url(redis_url)
-        check_counts(workers=workers, routers=routers, gateways=gateways)
+        check_counts(workers=workers, routers=routers, gateways=gateways, balancers=balancers)
         if dtype not in ("auto", "float32", "bfloat16"):
             raise SettingsError(f"--dtype={dtype!r} cannot be used: give float32, bfloat16 or auto")
         try:
@@ -146,6 +151,7 @@ def up(
             num_workers=workers,
             num_routers=routers,
             num_gateways=gateways,
+            num_balancers=balancers,
             grpc_port=grpc_port,
             dtype=resolved,
             threads=allotment,
@@ -153,7 +159,12 @@ def up(
             can_restart=not no_restart,
             log_level=log_level,
             log_format=log_format,
-            flags={"worker": worker_flags, "router": router_flags, "gateway": gateway_flags},
+            flags={
+                "worker": worker_flags,
+                "router": router_flags,
+                "gateway": gateway_flags,
+                "balancer": balancer_flags,
+            },
             tls_ca=tls_ca or tls_cert,
         )
         demo = _Demo(

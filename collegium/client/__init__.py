@@ -6,12 +6,15 @@ Imports neither torch nor redis nor transformers. Errors are those of collegium.
 from collegium.client.aio import AsyncClient, AsyncStream
 from collegium.client.options import GenerateOptions, Message
 from collegium.client.results import (
+    Balance,
     Choice,
     Chunk,
     Cluster,
     Completion,
+    Evenness,
     Member,
     Model,
+    Scaling,
     Score,
     TokenLogprobs,
     Usage,
@@ -34,6 +37,7 @@ from collegium.fabric.errors import (
 __all__ = [
     "AsyncClient",
     "AsyncStream",
+    "Balance",
     "Cancelled",
     "Choice",
     "Chunk",
@@ -42,6 +46,7 @@ __all__ = [
     "CollegiumError",
     "Completion",
     "DeadlineExceeded",
+    "Evenness",
     "FailedPrecondition",
     "GenerateOptions",
     "Internal",
@@ -52,6 +57,7 @@ __all__ = [
     "NotFound",
     "ResourceExhausted",
     "RetryPolicy",
+    "Scaling",
     "Score",
     "Stream",
     "TokenLogprobs",

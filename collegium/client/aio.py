@@ -25,9 +25,11 @@ from collegium.client.results import (
     Cluster,
     Completion,
     Model,
+    Scaling,
     Score,
     read_cluster,
     read_model,
+    read_scaling,
     read_score,
 )
 from collegium.client.retry import Attempts, RetryPolicy
@@ -104,6 +106,11 @@ class AsyncClient:
     async def get_cluster(self, *, timeout_s: float | None = None) -> Cluster:
         """Describe the services behind the gateway."""
         return read_cluster(await self._reach.ask("GetCluster", pb.GetClusterRequest(), timeout_s))
+
+    async def scale_workers(self, num_workers: int, *, timeout_s: float | None = None) -> Scaling:
+        """Say how many expert workers there should be; whoever starts processes follows."""
+        request = pb.ScaleWorkersRequest(num_workers=num_workers)
+        return read_scaling(await self._reach.ask("ScaleWorkers", request, timeout_s))
 
     async def cancel(self, request_id: str, *, timeout_s: float | None = None) -> bool:
         """End a running request by its id, at every gateway that is known; whether one had it running."""

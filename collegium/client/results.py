@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from collegium.v1 import balancer_pb2
 from collegium.v1 import inference_pb2 as pb
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -133,12 +134,48 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evenness:
+    """Balancedness over layers: mean over max of the workers' tokens, in (0, 1]; 0 where nothing was counted."""
+
+    min: float
+    p50: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """How even the load is, and what the balancer last did about it; all zero without a balancer."""
+
+    decode: Evenness
+    prefill: Evenness
+    num_windows: int
+    since_plan_ms: int  # since a plan that moved something came into force; negative: never
+    last_decision: str
+    moves: int
+    moved_bytes: int
+    is_leader: bool  # of the balancer that answered
+    has_memory: bool
+    hottest: tuple[tuple[int, int, float], ...]  # (layer, expert, share of its layer's tokens), hottest first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """The services behind a gateway."""
 
     members: tuple[Member, ...]
     placement_epoch: int
     experts_per_worker: Mapping[str, int]
+    balance: Balance
+    wanted_workers: int  # 0: as many as come
+    stale_ms: int  # how long the balancer has not answered; 0: it did
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """What followed from asking for a number of workers."""
+
+    num_workers: int  # now, those that retire included
+    retiring: tuple[str, ...]
 
 
 def read_chunk(chunk: pb.Chunk) -> Chunk:
@@ -207,7 +244,32 @@ def read_cluster(response: pb.GetClusterResponse) -> Cluster:
         members=members,
         placement_epoch=response.placement_epoch,
         experts_per_worker=dict(response.experts_per_worker),
+        balance=read_balance(response.balance),
+        wanted_workers=response.wanted_workers,
+        stale_ms=response.stale_ms,
     )
+
+
+def read_balance(balance: balancer_pb2.Balance) -> Balance:
+    """Read how even the load is."""
+    decode, prefill = (Evenness(min=e.min, p50=e.p50, mean=e.mean) for e in (balance.decode, balance.prefill))
+    return Balance(
+        decode=decode,
+        prefill=prefill,
+        num_windows=balance.num_windows,
+        since_plan_ms=balance.since_plan_ms,
+        last_decision=balance.last_decision,
+        moves=balance.moves,
+        moved_bytes=balance.moved_bytes,
+        is_leader=balance.is_leader,
+        has_memory=balance.has_memory,
+        hottest=tuple((one.layer, one.expert, one.share) for one in balance.hottest),
+    )
+
+
+def read_scaling(response: pb.ScaleWorkersResponse) -> Scaling:
+    """Read what follows from scaling."""
+    return Scaling(num_workers=response.num_workers, retiring=tuple(response.retiring))
 
 
 def join_chunks(chunks: Iterable[Chunk], num_choices: int) -> tuple[Choice, ...]:

@@ -6,6 +6,7 @@ Owns the transport options that both ends share. Needs grpc alone, so that the S
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,13 @@ class TlsTrust:
 
 
 def channel(address: str, *, tls: TlsTrust | None = None, options: Sequence[Option] = ()) -> aio.Channel:
-    """Open a channel with our limits and keepalive; options beat ours."""
+    """Open a channel with our limits and keepalive; options beat ours.
+
+    address: HOST:PORT, or several with numeric hosts, separated by commas: the first that answers is used.
+    SettingsError.
+    """
     merged = tuple((dict(_CHANNEL_OPTIONS) | dict(options)).items())
+    address = _target(address)
     if tls is None:
         return aio.insecure_channel(address, options=merged)
     return aio.secure_channel(address, channel_credentials(tls), options=merged)
@@ -59,6 +65,19 @@ def channel_options() -> tuple[Option, ...]:
 def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
     """Make credentials from a CA file; SettingsError where it cannot be read."""
     return grpc.ssl_channel_credentials(None if tls.ca is None else read_file(tls.ca, "the CA file"))
+
+
+def _target(address: str) -> str:
+    if "," not in address:
+        return address
+    parts = [part.strip() for part in address.split(",") if part.strip()]
+    try:
+        versions = {ipaddress.ip_address(part.rpartition(":")[0].strip("[]")).version for part in parts}
+    except ValueError as error:
+        raise SettingsError(f"{address!r}: several addresses need numeric hosts ({error})") from None
+    if len(versions) != 1:
+        raise SettingsError(f"{address!r}: several addresses need hosts of one kind, IPv4 or IPv6")
+    return f"ipv{versions.pop()}:{','.join(parts)}"
 
 
 async def wait_until_serving(address: str, *, service: str = "", tls: TlsTrust | None = None) -> None:

@@ -45,6 +45,7 @@ class Membership:
         capacity_bytes: int = 0,
         counters: Callable[[], Mapping[str, float]] = dict,
         *,
+        failure_domain: str = "",
         tls: rpc.TlsTrust | None = None,
         join_limit_s: float = _JOIN_LIMIT_S,
     ) -> None:
@@ -56,6 +57,7 @@ class Membership:
             num_threads=num_threads,
             model=model,
             capacity_bytes=capacity_bytes,
+            failure_domain=failure_domain,
         )
         self._counters = counters
         self._tls = tls
@@ -92,6 +94,16 @@ class Membership:
         if epoch != self._ready_plan:
             self._ready_plan = epoch
             self._kick.set()
+
+    async def report_load(self, report: pb.ReportLoadRequest) -> bool:
+        """Tell the balancer what gates have chosen so far (routers); gives whether it heard; later ones make up for it."""
+        report.member_id = self._member_id
+        try:
+            await self._stub.ReportLoad(report, timeout=_CALL_S)
+        except aio.AioRpcError as error:
+            _log.debug("the balancer did not take the load report", why=error.details())
+            return False
+        return True
 
     async def views(self) -> AsyncIterator[pb.WatchPlacementResponse]:
         """Iterate over views, the newest first and then every change; a slow reader skips to the newest.

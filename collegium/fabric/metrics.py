@@ -93,6 +93,9 @@ METRICS: dict[str, MetricName] = {
         _counter("collegium_expert_evictions_total", "Experts that left their slot for another one"),
         _counter("collegium_expert_streamed_total", "Misses that were computed and not kept"),
         _counter("collegium_expert_load_bytes_total", "Bytes copied into slots, by the tier they came from", "tier"),
+        _counter("collegium_expert_load_seconds_total", "Time that loads took, added up over loading threads"),
+        _counter("collegium_activated_bytes_total", "Bytes of the experts that were called, at every call"),
+        _gauge("collegium_queued_dispatches", "Dispatches that wait to be computed"),
         _counter("collegium_expert_stall_seconds_total", "Computing time that went by waiting for loads"),
         _counter("collegium_prefetch_loads_total", "Loads begun because a router's hint named the expert"),
         _counter("collegium_prefetch_useful_total", "Prefetched experts that were then asked for"),
@@ -112,6 +115,19 @@ METRICS: dict[str, MetricName] = {
         _counter("collegium_lease_expiries_total", "Leases that lapsed"),
         _counter("collegium_plans_total", "Placements planned"),
         _counter("collegium_store_failures_total", "Redis calls that failed"),
+        _gauge("collegium_balancer_is_leader", "Whether this balancer plans and publishes"),
+        _gauge("collegium_balancer_has_memory", "Whether this balancer reaches Redis"),
+        _gauge(
+            "collegium_expert_balancedness",
+            "Mean over max of the workers' tokens per layer in the newest window, over layers: least, median, mean",
+            "phase",
+            "statistic",
+        ),
+        _counter("collegium_moves_total", "Experts loaded for plans that came into force"),
+        _counter("collegium_moved_bytes_total", "Bytes of experts loaded for plans that came into force"),
+        _gauge(
+            "collegium_seconds_since_plan", "Time since a plan that moved something came into force, or since the start"
+        ),
         # every process
         _histogram("collegium_event_loop_lag_seconds", "How late the event loop ran what was due"),
     )

@@ -44,36 +44,40 @@ class DispatchPlan:
 
 
 def plan_dispatch(
-    expert_ids: NDArray[np.int64], weights: NDArray[np.float32], worker_of: NDArray[np.int64]
+    expert_ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    worker_of: NDArray[np.int64],
+    workers: NDArray[np.int64] | None = None,
 ) -> DispatchPlan:
     """Split the gate's choices by worker.
 
     expert_ids, weights: [T, K]; an id below 0 means no expert. worker_of: [E], the worker that computes each expert
-    now. Cost O(N log N): one sort of the pairs by (worker, expert, token).
+    now; workers: [T, K], who computes each pair instead, where experts have several homes. Cost O(N log N): one sort of
+    the pairs by (worker, expert, token).
     """
     num_tokens, top_k = expert_ids.shape
     expert, weight = expert_ids.ravel(), weights.ravel()
     token: NDArray[np.int64] = np.repeat(np.arange(num_tokens, dtype=np.int64), top_k)
+    worker = worker_of[expert] if workers is None else workers.ravel()
     if (expert < 0).any():
         kept = expert >= 0
-        expert, token, weight = expert[kept], token[kept], weight[kept]
-    return DispatchPlan(num_tokens=num_tokens, shares=_split(token, expert, weight, worker_of, num_tokens))
+        expert, token, weight, worker = expert[kept], token[kept], weight[kept], worker[kept]
+    return DispatchPlan(num_tokens=num_tokens, shares=_split(token, expert, weight, worker, num_tokens))
 
 
 def replan(share: WorkerShare, worker_of: NDArray[np.int64], num_tokens: int) -> tuple[WorkerShare, ...]:
     """Split a share anew, for a worker that could not compute it. Token indices stay those of the layer."""
     expert = np.repeat(share.experts.astype(np.int64), share.counts)
-    return _split(share.tokens[share.pair_rows], expert, share.pair_weights, worker_of, num_tokens)
+    return _split(share.tokens[share.pair_rows], expert, share.pair_weights, worker_of[expert], num_tokens)
 
 
 def _split(
     token: NDArray[np.int64],
     expert: NDArray[np.int64],
     weight: NDArray[np.float32],
-    worker_of: NDArray[np.int64],
+    worker: NDArray[np.int64],
     num_tokens: int,
 ) -> tuple[WorkerShare, ...]:
-    worker = worker_of[expert]
     order = np.lexsort((expert, worker))  # stable: tokens stay rising within an expert
     token, expert, weight, worker = token[order], expert[order], weight[order], worker[order]
     starts = [0, *(np.flatnonzero(np.diff(worker)) + 1).tolist(), len(worker)]

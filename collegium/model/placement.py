@@ -80,7 +80,7 @@ def plan_homes(
         raise ValueError("workers: at least one is needed")
     if len(set(ids)) != len(ids):
         raise ValueError(f"workers: ids repeat: {ids}")
-    share = _shares(workers, sum(layer.num_experts * layer.expert_bytes for layer in layers))
+    share = fair_shares(workers, sum(layer.num_experts * layer.expert_bytes for layer in layers))
     held = _kept(layers, ids, base)  # [L][W] sets of experts
     quotas = _quotas(layers, share, [[len(experts) for experts in row] for row in held])
     _level(quotas, layers, share)
@@ -90,8 +90,8 @@ def plan_homes(
     return Placement(epoch=epoch, worker_ids=ids, homes=tuple(homes))
 
 
-def _shares(workers: Sequence[Worker], total_bytes: int) -> list[float]:
-    # Share of all bytes per worker: equal, but never above a capacity while another worker has room.
+def fair_shares(workers: Sequence[Worker], total_bytes: int) -> list[float]:
+    """Share out bytes over workers: equal shares of 1, but none above a capacity while another worker has room."""
     caps = [worker.capacity_bytes or total_bytes for worker in workers]
     if sum(caps) <= total_bytes:
         return [cap / max(1, sum(caps)) for cap in caps]

@@ -60,6 +60,16 @@ class BalancerStub:
                 request_serializer=collegium_dot_v1_dot_balancer__pb2.GetPlacementRequest.SerializeToString,
                 response_deserializer=collegium_dot_v1_dot_balancer__pb2.GetPlacementResponse.FromString,
                 _registered_method=True)
+        self.ReportLoad = channel.unary_unary(
+                '/collegium.v1.Balancer/ReportLoad',
+                request_serializer=collegium_dot_v1_dot_balancer__pb2.ReportLoadRequest.SerializeToString,
+                response_deserializer=collegium_dot_v1_dot_balancer__pb2.ReportLoadResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/collegium.v1.Balancer/Scale',
+                request_serializer=collegium_dot_v1_dot_balancer__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=collegium_dot_v1_dot_balancer__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class BalancerServicer:
@@ -102,6 +112,22 @@ class BalancerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportLoad(self, request, context):
+        """ReportLoad tells what a router's gates chose since its start. Idempotent: counts only grow, what was heard before
+        is taken off. NOT_FOUND when the lease has lapsed, INVALID_ARGUMENT for another shape than the model's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Scale says how many workers there should be. Idempotent. Whoever starts processes follows: the balancer empties
+        workers that are too many, it starts and ends none. INVALID_ARGUMENT for none, UNAVAILABLE without a model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BalancerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +155,16 @@ def add_BalancerServicer_to_server(servicer, server):
                     servicer.GetPlacement,
                     request_deserializer=collegium_dot_v1_dot_balancer__pb2.GetPlacementRequest.FromString,
                     response_serializer=collegium_dot_v1_dot_balancer__pb2.GetPlacementResponse.SerializeToString,
+            ),
+            'ReportLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportLoad,
+                    request_deserializer=collegium_dot_v1_dot_balancer__pb2.ReportLoadRequest.FromString,
+                    response_serializer=collegium_dot_v1_dot_balancer__pb2.ReportLoadResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=collegium_dot_v1_dot_balancer__pb2.ScaleRequest.FromString,
+                    response_serializer=collegium_dot_v1_dot_balancer__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +303,60 @@ class Balancer:
             '/collegium.v1.Balancer/GetPlacement',
             collegium_dot_v1_dot_balancer__pb2.GetPlacementRequest.SerializeToString,
             collegium_dot_v1_dot_balancer__pb2.GetPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collegium.v1.Balancer/ReportLoad',
+            collegium_dot_v1_dot_balancer__pb2.ReportLoadRequest.SerializeToString,
+            collegium_dot_v1_dot_balancer__pb2.ReportLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collegium.v1.Balancer/Scale',
+            collegium_dot_v1_dot_balancer__pb2.ScaleRequest.SerializeToString,
+            collegium_dot_v1_dot_balancer__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,3 +1,4 @@
+from collegium.v1 import balancer_pb2 as _balancer_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -292,7 +293,7 @@ class MemberStatus(_message.Message):
     def __init__(self, role: _Optional[str] = ..., member_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_threads: _Optional[int] = ..., metrics_url: _Optional[str] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("members", "placement_epoch", "experts_per_worker")
+    __slots__ = ("members", "placement_epoch", "experts_per_worker", "balance", "wanted_workers", "stale_ms")
     class ExpertsPerWorkerEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -303,7 +304,27 @@ class GetClusterResponse(_message.Message):
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_PER_WORKER_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    STALE_MS_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
     placement_epoch: int
     experts_per_worker: _containers.ScalarMap[str, int]
-    def __init__(self, members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., placement_epoch: _Optional[int] = ..., experts_per_worker: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    balance: _balancer_pb2.Balance
+    wanted_workers: int
+    stale_ms: int
+    def __init__(self, members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., placement_epoch: _Optional[int] = ..., experts_per_worker: _Optional[_Mapping[str, int]] = ..., balance: _Optional[_Union[_balancer_pb2.Balance, _Mapping]] = ..., wanted_workers: _Optional[int] = ..., stale_ms: _Optional[int] = ...) -> None: ...
+
+class ScaleWorkersRequest(_message.Message):
+    __slots__ = ("num_workers",)
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    num_workers: int
+    def __init__(self, num_workers: _Optional[int] = ...) -> None: ...
+
+class ScaleWorkersResponse(_message.Message):
+    __slots__ = ("num_workers", "retiring")
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RETIRING_FIELD_NUMBER: _ClassVar[int]
+    num_workers: int
+    retiring: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, num_workers: _Optional[int] = ..., retiring: _Optional[_Iterable[str]] = ...) -> None: ...

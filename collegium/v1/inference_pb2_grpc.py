@@ -73,6 +73,11 @@ class InferenceStub:
                 request_serializer=collegium_dot_v1_dot_inference__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=collegium_dot_v1_dot_inference__pb2.GetClusterResponse.FromString,
                 _registered_method=True)
+        self.ScaleWorkers = channel.unary_unary(
+                '/collegium.v1.Inference/ScaleWorkers',
+                request_serializer=collegium_dot_v1_dot_inference__pb2.ScaleWorkersRequest.SerializeToString,
+                response_deserializer=collegium_dot_v1_dot_inference__pb2.ScaleWorkersResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -134,6 +139,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleWorkers(self, request, context):
+        """ScaleWorkers says how many expert workers there should be; whoever starts processes follows. Idempotent.
+        INVALID_ARGUMENT for none, FAILED_PRECONDITION without a balancer, UNAVAILABLE where it cannot be reached.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -171,6 +184,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetCluster,
                     request_deserializer=collegium_dot_v1_dot_inference__pb2.GetClusterRequest.FromString,
                     response_serializer=collegium_dot_v1_dot_inference__pb2.GetClusterResponse.SerializeToString,
+            ),
+            'ScaleWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleWorkers,
+                    request_deserializer=collegium_dot_v1_dot_inference__pb2.ScaleWorkersRequest.FromString,
+                    response_serializer=collegium_dot_v1_dot_inference__pb2.ScaleWorkersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -366,6 +384,33 @@ class Inference:
             '/collegium.v1.Inference/GetCluster',
             collegium_dot_v1_dot_inference__pb2.GetClusterRequest.SerializeToString,
             collegium_dot_v1_dot_inference__pb2.GetClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/collegium.v1.Inference/ScaleWorkers',
+            collegium_dot_v1_dot_inference__pb2.ScaleWorkersRequest.SerializeToString,
+            collegium_dot_v1_dot_inference__pb2.ScaleWorkersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from balancer_svc.messages import from_shape
 from balancer_svc.planner import Model
-from balancer_svc.store import MemoryStore, RedisStore, StoreError
+from balancer_svc.store import NO_TOKEN, MemoryStore, RedisStore, StoreError
 from collegium.fabric import rpc
 from collegium.fabric.errors import from_rpc_error
 from collegium.fabric.leases import Membership
@@ -39,8 +39,8 @@ class TellingStore(RedisStore):
         super().__init__(url, "test")
         self.remembered: asyncio.Queue[int] = asyncio.Queue()
 
-    async def publish(self, placement: Placement, model: Model) -> int:
-        epoch = await super().publish(placement, model)
+    async def publish(self, placement: Placement, model: Model, token: int = NO_TOKEN) -> int:
+        epoch = await super().publish(placement, model, token)
         self.remembered.put_nowait(epoch)
         return epoch
 

@@ -190,9 +190,9 @@ def test_a_batch_says_how_many_decoding_rows_chose_each_expert(shapes: list[tupl
 
 def test_routing_takes_live_homes_and_falls_back_on_any_live_worker() -> None:
     placement = Placement(epoch=1, worker_ids=("a", "b", "c"), homes=(((0,), (1,), (0, 1), (2,)),))
-    assert route(placement, ["a", "b"], 1, 4)[0].tolist()[:3] == [0, 1, 0]
-    assert route(placement, ["b"], 1, 4)[0].tolist() == [0, 0, 0, 0]
-    again = [route(placement, live, 1, 4)[0][3] for live in (["a", "b"], ["b", "a"])]
+    assert route(placement, ["a", "b"], 1, 4)[0].worker_of.tolist()[:3] == [0, 1, 0]
+    assert route(placement, ["b"], 1, 4)[0].worker_of.tolist() == [0, 0, 0, 0]
+    again = [route(placement, live, 1, 4)[0].worker_of[3] for live in (["a", "b"], ["b", "a"])]
     assert ["a", "b"][again[0]] == ["b", "a"][again[1]]  # all routers choose the same
     assert len(route(Placement(epoch=0, worker_ids=(), homes=()), ["a"], 3, 5)) == 3
 

@@ -1,0 +1,34 @@
+"""What the supervisor starts and ends so that there are as many workers as the balancer says are wanted.
+
+Owns that decision. Pure: told the view and what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from collegium.v1 import balancer_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePlan:
+    """Workers to start, and members' names to end."""
+
+    num_to_start: int = 0
+    to_end: tuple[str, ...] = ()
+
+
+def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str]) -> ScalePlan:
+    """Say what is to be started and ended. addresses: control address by name, of the workers that run.
+
+    A worker that retires is ended once neither the placement in force nor the planned one names it: then nobody needs
+    what it holds.
+    """
+    if not view.wanted_workers:
+        return ScalePlan()
+    members = {member.address: member for member in view.members if member.role == pb.ROLE_WORKER}
+    named = {*view.placement.worker_ids, *view.planned.worker_ids}
+    retiring = [n for n, a in addresses.items() if a in members and members[a].state == pb.MEMBER_STATE_RETIRING]
+    to_end = tuple(name for name in retiring if members[addresses[name]].member_id not in named)
+    return ScalePlan(num_to_start=max(0, view.wanted_workers - (len(addresses) - len(retiring))), to_end=to_end)
