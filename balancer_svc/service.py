@@ -20,7 +20,7 @@ from balancer_svc.balance import Account
 from balancer_svc.costs import CostModel
 from balancer_svc.load_windows import Counts, LoadWindows, Window, read_layers
 from balancer_svc.messages import from_shape, to_view
-from balancer_svc.planner import NO_LOAD, Load, Planner, Wish
+from balancer_svc.planner import NO_LOAD, Load, Model, Planner, Wish
 from balancer_svc.roster import Member, Roster
 from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
 from collegium.fabric import logs
@@ -31,7 +31,7 @@ from collegium.v1 import balancer_pb2_grpc
 _TICK_S = 0.1
 _COUNTERS_EVERY_S = 1.0
 _STORE_RETRY_S = 1.0
-_SHARE_EVERY_S = 1.0  # how often balancers look at what the others have written
+_SHARE_EVERY_S = 1.0  # how often balancers look at what the others have written, at least
 NUM_WINDOWS = 12
 _ROLES = {pb.ROLE_GATEWAY: "gateway", pb.ROLE_ROUTER: "router", pb.ROLE_WORKER: "worker"}
 Context = aio.ServicerContext[Any, Any]
@@ -61,6 +61,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._store = store
         self._clock = clock
         self._rebalance_s, self._lead_ttl_s = rebalance_s, lead_ttl_s
+        self._share_every_s = min(_SHARE_EVERY_S, lead_ttl_s / 3)
         self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
         self._costs = CostModel()
         self._account = Account(clock())
@@ -72,7 +73,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._unsaved: set[str] = set()  # ids to write or to forget
         self._unsaved_windows: list[Window] = []
         self._unsaved_reports: dict[str, Counts] = {}
-        self._is_plan_unsaved = self._is_wanted_unsaved = False
+        self._is_plan_unsaved = self._is_wanted_unsaved = self._is_model_unsaved = False
         self._unpublished = False
         self._view = to_view(roster, planner)
         self._view_changed = asyncio.Event()
@@ -160,7 +161,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def tick(self) -> None:
         """Do once what is due now."""
         now_s = self._clock()
-        if now_s - self._shared_s >= _SHARE_EVERY_S:
+        if now_s - self._shared_s >= self._share_every_s:
             self._shared_s = now_s
             await self._share(now_s)
         try:
@@ -426,8 +427,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             _log.info("leads", token=token)
         self._token = token
         changed = self._roster.merge((m for m in memory.members if m.member_id not in self._unsaved), now_s)
+        if memory.model is not None and not self._is_model_unsaved:
+            self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
-            self._planner.model = memory.model or self._planner.model
             changed |= self._planner.follow(memory.placement, memory.planned)
             self._planner.see_epoch(memory.newest_epoch)
         if has_come_to_lead:
@@ -470,12 +472,16 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             or self._unpublished
             or self._is_plan_unsaved
             or self._is_wanted_unsaved
+            or self._is_model_unsaved
             or self._unsaved_windows
             or self._unsaved_reports
             or self._is_store_lost
         )
 
     async def _remember_plans(self) -> None:
+        if self._is_model_unsaved and self._planner.model is not None:
+            await self._store.save_model(self._planner.model)
+            self._is_model_unsaved = False
         if self._unpublished and self._planner.model is not None and self.is_leader:
             in_force = self._planner.in_force
             self._planner.see_epoch(await self._store.publish(in_force, self._planner.model, self._token))
@@ -513,6 +519,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._unsaved.update(m.member_id for m in self._roster.members() if not m.is_remote)
         self._unpublished = self.is_leader and self._planner.in_force.epoch > 0
         self._is_plan_unsaved = self.is_leader
+        self._is_model_unsaved = self._planner.model is not None
         self._is_wanted_unsaved = self._planner.wanted_workers > 0
         if self.is_leader:
             self._unsaved_windows = list(self._windows.windows)
@@ -532,6 +539,11 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 field="model.digest",
                 remedy="give every worker the manifest and dtype of the same checkpoint",
             )
+        self._adopt_model(model)
+        self._is_model_unsaved = True
+
+    def _adopt_model(self, model: Model) -> None:
+        known = self._planner.model
         if known is not None and known.digest != model.digest:
             self._windows.clear()
         self._planner.adopt_model(model)

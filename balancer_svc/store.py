@@ -116,6 +116,10 @@ class Store(Protocol):
         """Remember what is planned, so that a balancer that comes to lead goes on with it. FencedError."""
         ...
 
+    async def save_model(self, model: Model) -> None:
+        """Remember what the workers serve."""
+        ...
+
     async def save_window(self, window: Window, num_kept: int) -> None:
         """Remember one more window of load, and no more than so many."""
         ...
@@ -201,6 +205,7 @@ class RedisStore:
         placement, planned, model = NO_PLACEMENT, None, None
         if b"placement" in fields:
             placement = self._read_placement("placement", fields[b"placement"])
+        if b"model" in fields:
             model = from_shape(pb.ModelShape.FromString(fields[b"model"]))
         if fields.get(b"planned"):
             planned = self._read_placement("planned", fields[b"planned"])
@@ -262,6 +267,11 @@ class RedisStore:
             keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
             answer = int(await self._save_plan(keys=keys, args=[token, packed]))
         _unless_fenced(answer)
+
+    async def save_model(self, model: Model) -> None:
+        """Remember what the workers serve."""
+        with _store_errors():
+            await self._redis.hset(f"{self._prefix}:placement", "model", to_shape(model).SerializeToString())
 
     async def save_window(self, window: Window, num_kept: int) -> None:
         """Remember one more window of load, and no more than so many."""
@@ -367,6 +377,11 @@ class MemoryStore:
         self._reach()
         _unless_fenced(-1 if token < self.token else 0)
         self.planned = planned
+
+    async def save_model(self, model: Model) -> None:
+        """Remember what the workers serve."""
+        self._reach()
+        self.model = model
 
     async def save_window(self, window: Window, num_kept: int) -> None:
         """Remember one more window of load, and no more than so many."""

@@ -96,7 +96,7 @@ class Membership:
             self._kick.set()
 
     async def report_load(self, report: pb.ReportLoadRequest) -> bool:
-        """Tell the balancer what gates have chosen so far (routers); gives whether it heard; later ones make up for it."""
+        """Tell the balancer what gates have chosen so far (routers). Gives whether it heard."""
         report.member_id = self._member_id
         try:
             await self._stub.ReportLoad(report, timeout=_CALL_S)
