@@ -1,4 +1,4 @@
-"""Balancing over real gRPC with Redis behind it: reports, moves, leaders and followers, and how many workers there are."""
+"""Balancing over real gRPC, Redis behind it: reports, moves, leaders and followers, how many workers there are."""
 
 from __future__ import annotations
 
