@@ -1,13 +1,18 @@
 """Run a worker. Settings are read before anything heavy is imported, so that a mistyped one is reported at once."""
 
+import asyncio
+import importlib
 import sys
 
 from collegium.fabric import lifecycle, logs, settings
+from collegium.fabric.idle import run_idle
 from expert_svc.settings import Settings
 
 
 async def serve(config: Settings, stop: lifecycle.Stop) -> None:
     """Import what computes, and serve until stopped."""
+    if config.idle_start:  # importing torch takes seconds of a core that others serve with
+        await asyncio.to_thread(run_idle, lambda: importlib.import_module("expert_svc.app"), "import")
     from expert_svc.app import main
 
     await main(config, stop)

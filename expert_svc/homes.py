@@ -6,12 +6,11 @@ homes of the plan in force and of the coming one are kept together until the com
 
 import asyncio
 import contextlib
-import os
-import threading
 from collections.abc import Callable, Iterable
 
 from collegium.buffering.policies import ExpertId
 from collegium.fabric import logs
+from collegium.fabric.idle import run_idle
 from collegium.fabric.leases import Membership
 from collegium.fabric.views import from_proto
 from collegium.model.architectures import CheckpointError
@@ -78,28 +77,9 @@ class HomeKeeper:
         if all(self._buffer.is_resident(expert_id) for expert_id in wanted):
             return True
         try:
-            await asyncio.to_thread(_in_the_background, lambda: self._buffer.warm(wanted, progress))
+            await asyncio.to_thread(run_idle, lambda: self._buffer.warm(wanted, progress), "warm")
         except CheckpointError as error:
             _log.error("an expert cannot be loaded; the worker stays out of the plan", why=str(error), epoch=epoch)
             await asyncio.sleep(_RETRY_S)
             return False
         return True
-
-
-def _in_the_background(work: Callable[[], object]) -> None:
-    """Do it in a thread of its own that gets the core when nobody else wants it."""
-    failure: list[Exception] = []
-
-    def run() -> None:
-        with contextlib.suppress(OSError, AttributeError):  # not every system lets a thread say so
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        try:
-            work()
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="warm", daemon=True)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]

@@ -17,6 +17,10 @@ class Settings(ServiceSettings):
     data_advertise: str = setting(
         "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""
     )
+    idle_start: bool = setting(
+        "start in the scheduler's idle class: a worker that is added must not take the core from those that serve",
+        default=False,
+    )
     failure_domain: str = setting(
         "workers of equal domains fail together: copies of an expert go to several; empty: the host it advertises",
         default="",

@@ -258,7 +258,7 @@ class Cluster:
         for _ in range(plan.num_to_start):
             index = next(i for i in itertools.count() if f"worker-{i}" not in self._children)
             taken = {int(member.address.rpartition(":")[2]) for member in self._members.values()}
-            member = worker_of(self._spec, index, ",".join(self.addresses("balancer")), taken)
+            member = worker_of(self._spec, index, ",".join(self.addresses("balancer")), taken, is_added=True)
             self._members[member.name] = member
             self._add("worker", Child(member.command, self._relay))
             self._children[member.name].start()

@@ -114,10 +114,12 @@ def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
     return members
 
 
-def worker_of(spec: ClusterSpec, index: int, balancers: str, taken: set[int]) -> Member:
-    """Lay out one worker, of the start or a later one. balancers: their addresses; taken: ports, added to."""
+def worker_of(spec: ClusterSpec, index: int, balancers: str, taken: set[int], *, is_added: bool = False) -> Member:
+    """Lay out one worker, of the start or added later. balancers: their addresses; taken: ports, added to."""
     num_threads = spec.threads.per_worker
     flags = (*_weights(spec), "--balancer", balancers, "--threads", str(num_threads))
+    if is_added:
+        flags = (*flags, "--idle-start")
     return _member(spec, "", "worker", f"worker-{index}", _address(taken), flags, num_threads)
 
 

@@ -332,6 +332,13 @@ async def test_without_a_balancer_the_cluster_is_what_the_gateway_sees(served: R
     ]
 
 
+async def test_workers_are_not_scaled_to_none_nor_without_a_balancer(served: Rig) -> None:
+    none = await error_of(served.stub.ScaleWorkers(pb.ScaleWorkersRequest()))
+    assert (none.code, none.field) == (grpc.StatusCode.INVALID_ARGUMENT, "num_workers")
+    alone = await error_of(served.stub.ScaleWorkers(pb.ScaleWorkersRequest(num_workers=2)))
+    assert (alone.code, alone.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_BALANCER")
+
+
 async def test_a_gateway_serves_only_while_a_router_can(router: FakeRouter) -> None:
     async with rig(is_waiting=False, routers=("127.0.0.1:1",)) as lonely:
         error = await error_of(lonely.stub.Generate(ids_request(1)))

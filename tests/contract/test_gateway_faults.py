@@ -274,6 +274,9 @@ async def test_routers_are_found_through_the_balancer_and_the_cluster_is_its_vie
             assert by_role["router"].num_threads == 3
             assert by_role["router"].member_id == lease.member_id
             assert by_role["gateway"].address == served.address
+            early = await error_of(served.stub.ScaleWorkers(pb.ScaleWorkersRequest(num_workers=2)))
+            assert (early.code, early.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_MODEL")
+            assert cluster.balance.is_leader and not cluster.stale_ms
         await router.stop()
 
 
@@ -291,6 +294,7 @@ async def test_without_its_balancer_a_gateway_goes_on() -> None:
             assert token_ids(await gather(served.stub.Generate(ids_request(1)))) == expected([1], 8)
             cluster = await served.stub.GetCluster(pb.GetClusterRequest())
             assert {member.state for member in cluster.members if member.role == "balancer"} == {"LOST"}
+            assert cluster.stale_ms > 0
     await router.stop()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,8 +129,13 @@ def test_experts_move_with_the_hot_set_and_tokens_stay(cluster: Cluster, lanes: 
 
 
 def test_workers_come_and_go_under_load(cluster: Cluster, lanes: Lanes) -> None:
+    command = [sys.executable, "-m", "collegium", "scale", "--target", cluster.targets[0], "--workers", "3", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as scaling:
+        cluster.wait_until(lambda: scaling.poll() is not None, LIMIT_S, "the end of `collegium scale`")
+        assert scaling.stdout is not None
+        said = json.loads(scaling.stdout.read())
+    assert (said["before"], said["serving"]) == (2, 3)
     with Client(cluster.targets, timeout_s=10.0) as client:
-        assert client.scale_workers(3).num_workers == 2
         grown = wait(cluster, lanes, lambda status: placed(status) == 3, "three workers with homes")
         assert grown.wanted_workers == 3
         go_on(cluster, lanes)

@@ -68,7 +68,7 @@ def check(experts: Ints, fleet: Fleet, num_experts: int, *, can_repeat: bool = F
             assert len(set(seated)) == len(seated)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_plan_gives_every_expert_a_home_within_capacities(policy: str, case: tuple[Floats, Fleet]) -> None:
@@ -78,7 +78,7 @@ def test_every_plan_gives_every_expert_a_home_within_capacities(policy: str, cas
     assert np.array_equal(experts, POLICIES[policy](loads[None].copy(), fleet))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_the_default_is_never_less_even_than_the_policies_that_it_replaces(case: tuple[Floats, Fleet]) -> None:
     loads, fleet = case
