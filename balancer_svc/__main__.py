@@ -64,12 +64,12 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         server.set_serving(True)
         await stop.wait()
         balancer.end()
+        await asyncio.wait([loop], timeout=_GRACE_S)  # not cancelled: that may hit it while Redis answers
         await balancer.resign()
         await server.stop(_GRACE_S)
-        loop.cancel()
-        await asyncio.wait([loop])
-        if not loop.cancelled():
+        if loop.done():
             loop.result()
+        loop.cancel()
     finally:
         await server.stop(0)
         await store.close()

@@ -100,7 +100,14 @@ class Account:
         return counts
 
     def to_message(
-        self, now_s: float, *, costs: Costs, num_windows: int, is_leader: bool, has_memory: bool
+        self,
+        now_s: float,
+        *,
+        costs: Costs,
+        num_windows: int,
+        is_leader: bool,
+        has_memory: bool,
+        retiring: Sequence[str] = (),
     ) -> pb.Balance:
         """Write the account."""
         return pb.Balance(
@@ -116,6 +123,7 @@ class Account:
             is_leader=is_leader,
             has_memory=has_memory,
             hottest=self._hottest,
+            retiring=retiring,
         )
 
 

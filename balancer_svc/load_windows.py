@@ -65,9 +65,9 @@ class LoadWindows:
         """What is kept, oldest first."""
         return tuple(self._windows)
 
-    def restore(self, windows: Iterable[Window]) -> None:
-        """Take up what is remembered, oldest first."""
-        self._windows.extend(windows)
+    def restore(self, windows: Iterable[Window], shape: tuple[int, int]) -> None:
+        """Take up what is remembered, oldest first, of models of this shape [L, E]; others' loads say nothing."""
+        self._windows.extend(window for window in windows if window.decode.shape == shape)
 
     def expect(self, router_id: str) -> None:
         """Hear of a router that has just started: all that it will report is news."""

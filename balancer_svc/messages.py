@@ -27,6 +27,7 @@ def to_message(member: Member) -> pb.Member:
         failure_domain=member.failure_domain,
         seen_epoch=member.seen_epoch,
         num_renewals=member.num_renewals,
+        joined_unix_ms=member.joined_unix_ms,
     )
 
 
@@ -45,6 +46,7 @@ def from_message(message: pb.Member) -> Member:
         failure_domain=message.failure_domain,
         seen_epoch=message.seen_epoch,
         num_renewals=message.num_renewals,
+        joined_unix_ms=message.joined_unix_ms,
     )
 
 

@@ -19,6 +19,7 @@ from balancer_svc.load_windows import Window
 from balancer_svc.rebalancing import Candidate, Proposal, Rules, lacking, propose
 from balancer_svc.roster import Member
 from collegium.model.placement import NO_PLACEMENT, LayerSize, Placement, Worker, plan_homes
+from collegium.v1 import balancer_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class Wish(enum.Enum):
     NOTHING = "nothing"
     PLAN = "plan"
     PUBLISH = "publish"
-    GIVE_UP = "give up"  # a plan whose worker does not get ready, while what is in force does well without it
+    GIVE_UP = "give up"  # a plan whose worker does not get ready
 
 
 class Planner:
@@ -75,6 +76,7 @@ class Planner:
         self.rules = rules or Rules()
         self._ready_limit_s = ready_limit_s
         self._planned_s = 0.0
+        self._late: dict[str, int] = {}  # workers that did not get ready, by the plan that they had got ready for
         self._base: Placement | None = None  # what the next plan starts from; None: the newest placement
 
     def restore(self, model: Model | None, placement: Placement) -> None:
@@ -103,14 +105,13 @@ class Planner:
 
     def wish(self, workers: Sequence[Member], now_s: float) -> Wish:
         """Say what is to be done, given the members that are workers."""
-        live = [worker for worker in workers if not worker.is_leaving]
+        live = self.live(workers)
         ids = {worker.member_id for worker in live}
         if self.planned is not None and set(self.planned.worker_ids) == ids:
             planned = self.planned
             if all(worker.ready_plan >= planned.epoch for worker in live):
                 return Wish.PUBLISH
-            is_late = now_s - self._planned_s > self._ready_limit_s and set(self.in_force.worker_ids) == ids
-            return Wish.GIVE_UP if is_late else Wish.NOTHING
+            return Wish.GIVE_UP if now_s - self._planned_s > self._ready_limit_s else Wish.NOTHING
         if self.model is None or not live or not all(worker.is_confirmed for worker in live):
             return Wish.NOTHING
         if self.planned is None and set(self.in_force.worker_ids) == ids:
@@ -125,17 +126,20 @@ class Planner:
 
     def plan(self, workers: Sequence[Member], epoch: int, load: Load = NO_LOAD, now_s: float = 0.0) -> Placement:
         """Plan for the live workers under a new epoch, which must be above all that were seen."""
-        assert self.model is not None and epoch > self.newest_epoch, "a plan needs a model and a new epoch"
+        planned = self.draft(workers, epoch, load)
+        self.adopt(planned, now_s)
+        return planned
+
+    def draft(self, workers: Sequence[Member], epoch: int, load: Load = NO_LOAD) -> Placement:
+        """Work out a plan for the live workers; changes nothing. Takes its time."""
+        assert self.model is not None, "a plan needs a model"
         base = self._base or self.planned or self.in_force
         candidates = self.candidates(workers, load)
         if base.worker_ids and not lacking(load.windows, self.model.layers):
             # Homes of those that are gone must be given to others whatever it costs: the budget is for the rest.
             proposal = propose(self.model.layers, candidates, base, load.windows, load.costs, self.rules, epoch=epoch)
-            planned = proposal.placement or replace(base, epoch=epoch)
-        else:
-            planned = plan_homes(self.model.layers, [one.worker for one in candidates], base, epoch=epoch)
-        self.adopt(planned, now_s)
-        return planned
+            return proposal.placement or replace(base, epoch=epoch)
+        return plan_homes(self.model.layers, [one.worker for one in candidates], base, epoch=epoch)
 
     def propose(self, workers: Sequence[Member], load: Load) -> Proposal:
         """Look whether the placement in force should change for the load's sake; changes nothing. Takes its time."""
@@ -155,7 +159,7 @@ class Planner:
 
     def can_move(self, workers: Sequence[Member]) -> bool:
         """Whether nothing is under way and the placement in force is that of the live workers."""
-        live = {worker.member_id for worker in workers if not worker.is_leaving}
+        live = {worker.member_id for worker in self.live(workers)}
         return self.model is not None and self.planned is None and live == set(self.in_force.worker_ids) != set()
 
     def adopt(self, planned: Placement, now_s: float) -> None:
@@ -163,12 +167,33 @@ class Planner:
         assert planned.epoch > self.newest_epoch, "a plan needs a new epoch"
         self.planned, self.newest_epoch, self._base, self._planned_s = planned, planned.epoch, None, now_s
 
-    def give_up(self) -> None:
-        """Forget the plan."""
-        self.planned = None
+    def give_up(self, workers: Sequence[Member]) -> list[str]:
+        """Forget the plan, and say who did not get ready for it.
 
-    def follow(self, placement: Placement, planned: Placement | None) -> bool:
+        What is in force does well without a plan for the same workers. Another one must come about: it is made without
+        those who were late, until they say that they have loaded something after all.
+        """
+        assert self.planned is not None
+        live = self.live(workers)
+        late = {worker.member_id: worker.ready_plan for worker in live if worker.ready_plan < self.planned.epoch}
+        if {worker.member_id for worker in live} != set(self.in_force.worker_ids):
+            self._late |= late
+        self.planned = None
+        return sorted(late)
+
+    def live(self, workers: Sequence[Member]) -> list[Member]:
+        """Name the workers that can have homes: they stay, and they can load."""
+        return [
+            worker
+            for worker in workers
+            if not worker.is_leaving and self._late.get(worker.member_id) != worker.ready_plan
+        ]
+
+    def follow(self, placement: Placement, planned: Placement | None, now_s: float) -> bool:
         """Take what the balancer that leads has published and planned; gives whether it is news."""
+        self._base = None
+        if planned is not None and (self.planned is None or self.planned.epoch != planned.epoch):
+            self._planned_s = now_s
         before = (self.in_force.epoch, self.planned.epoch if self.planned is not None else 0)
         if placement.epoch >= self.in_force.epoch:
             self.in_force = placement
@@ -184,8 +209,7 @@ class Planner:
                 speed=load.speeds.get(worker.member_id, 1.0),
                 domain=worker.failure_domain or worker.address.rpartition(":")[0],
             )
-            for worker in workers
-            if not worker.is_leaving
+            for worker in self.live(workers)
         ]
 
     def to_retire(self, workers: Sequence[Member]) -> list[Member]:
@@ -193,7 +217,14 @@ class Planner:
         if not self.wanted_workers:
             return []
         staying = [worker for worker in workers if not worker.is_leaving]
-        return staying[self.wanted_workers :]
+        return sorted(staying, key=lambda worker: worker.joined_unix_ms)[self.wanted_workers :]
+
+    def to_keep(self, workers: Sequence[Member]) -> list[Member]:
+        """Say which of the workers that retire are wanted again, the oldest first."""
+        retiring = [worker for worker in workers if worker.state == pb.MEMBER_STATE_RETIRING]
+        num_staying = sum(not worker.is_leaving for worker in workers)
+        num_lacking = len(retiring) if not self.wanted_workers else max(0, self.wanted_workers - num_staying)
+        return sorted(retiring, key=lambda worker: worker.joined_unix_ms)[:num_lacking]
 
     def publish(self) -> Placement:
         """Bring the plan into force."""

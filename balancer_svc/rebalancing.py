@@ -75,7 +75,7 @@ def lacking(windows: Sequence[Window], layers: Sequence[LayerSize]) -> str:
         return "no load has been seen yet"
     if not has_even_layers(layers):
         return "layers differ in their number of experts: homes are placed by count"
-    if windows[-1].decode.shape != (len(layers), layers[0].num_experts):
+    if any(window.decode.shape != (len(layers), layers[0].num_experts) for window in windows):
         return "the load that is remembered is of another model"
     seen = min(float(sum(window.tokens.sum(1) for window in windows).min()), math.inf)
     wanted = _LEAST_CHOICES * layers[0].num_experts
@@ -109,7 +109,8 @@ def propose(
     before = to_experts(base, ids, layers)
     terms = Terms(
         expert_bytes=expert_bytes,
-        byte_budget=rules.byte_budget,
+        # Any budget allows one swap: else experts that are larger than it would never move.
+        byte_budget=None if rules.byte_budget is None else max(rules.byte_budget, 2 * int(expert_bytes.max())),
         seconds_per_byte=costs.byte_s,
         horizon_s=rules.horizon_s,
     )
@@ -174,6 +175,7 @@ def to_experts(placement: Placement, worker_ids: Sequence[str], layers: Sequence
         return experts
     index = {worker_id: w for w, worker_id in enumerate(worker_ids)}
     place = [index.get(worker_id, -1) for worker_id in placement.worker_ids]
+    widest = 1
     for number, layer in enumerate(placement.homes):
         used = [0] * len(worker_ids)
         for expert, homes in enumerate(layer):
@@ -181,7 +183,8 @@ def to_experts(placement: Placement, worker_ids: Sequence[str], layers: Sequence
                 if place[w] >= 0:
                     experts[number, place[w], used[place[w]]] = expert
                     used[place[w]] += 1
-    return experts
+        widest = max(widest, *used)
+    return experts[:, :, :widest]  # the arithmetic costs the square of the width
 
 
 def to_homes(experts: Ints, num_experts: int) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -6,7 +6,7 @@ Owns the one copy of membership. Pure: no I/O, no tasks, no Redis.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from collegium.v1 import balancer_pb2 as pb
@@ -32,6 +32,7 @@ class Member:
     failure_domain: str = ""
     seen_epoch: int = 0
     num_renewals: int = 0
+    joined_unix_ms: int = 0
     expires_s: float = 0.0
     is_confirmed: bool = True
     is_remote: bool = False
@@ -97,32 +98,43 @@ class Roster:
         member.num_renewals += 1
         return member
 
-    def merge(self, remembered: Iterable[Member], now_s: float) -> bool:
+    def merge(self, remembered: Iterable[Member], now_s: float, *, unsaved: Collection[str] = ()) -> bool:
         """Take what other balancers have written of members; gives whether who is there, or how far, has changed.
 
         A record with more renewals than ours is news, and its lease begins now. Members that are remembered no more are
-        gone, but for those that we hear ourselves.
+        gone, but for those that we hear ourselves. unsaved: ids of which we know better than the memory does.
         """
         changed = False
         records = {record.member_id: record for record in remembered}
         for record in records.values():
+            if record.member_id in unsaved:
+                continue
             mine = self._members.get(record.member_id)
             if mine is None:
                 record.expires_s, record.is_remote = now_s + self.ttl_s, True
+                record.state = _merged_state(pb.MEMBER_STATE_JOINING, record.state)
                 self._members[record.member_id] = record
                 changed = True
             elif record.num_renewals > mine.num_renewals:
-                is_retiring = mine.state == pb.MEMBER_STATE_RETIRING and record.state != pb.MEMBER_STATE_DRAINING
-                news = (mine.state if is_retiring else record.state, record.ready_plan, record.seen_epoch)
+                news = (_merged_state(mine.state, record.state), record.ready_plan, record.seen_epoch)
                 changed |= news != (mine.state, mine.ready_plan, mine.seen_epoch)
                 mine.state, mine.ready_plan, mine.seen_epoch = news
                 mine.counters, mine.num_renewals = record.counters, record.num_renewals
                 mine.expires_s, mine.is_remote, mine.is_confirmed = now_s + self.ttl_s, True, True
-            elif record.state == pb.MEMBER_STATE_RETIRING != mine.state != pb.MEMBER_STATE_DRAINING:
-                mine.state, changed = record.state, True
-        for member in [m for m in self._members.values() if m.is_remote and m.member_id not in records]:
+        gone = [m for m in self._members.values() if m.is_remote and m.member_id not in {*records, *unsaved}]
+        for member in gone:
             del self._members[member.member_id]
             changed = True
+        return changed
+
+    def set_retiring(self, ids: Collection[str]) -> list[Member]:
+        """Have these workers retire and no others; gives those whose state that changed."""
+        changed: list[Member] = []
+        for member in self.members(pb.ROLE_WORKER):
+            retires, is_said_to = member.state == pb.MEMBER_STATE_RETIRING, member.member_id in ids
+            if retires != is_said_to and member.state != pb.MEMBER_STATE_DRAINING:
+                member.state = pb.MEMBER_STATE_RETIRING if is_said_to else pb.MEMBER_STATE_SERVING
+                changed.append(member)
         return changed
 
     def hand_over(self, now_s: float) -> None:
@@ -161,3 +173,9 @@ class Roster:
         if self._stall_s < gap_s < math.inf:
             for member in self._members.values():
                 member.expires_s += gap_s
+
+
+def _merged_state(mine: pb.MemberState, recorded: pb.MemberState) -> pb.MemberState:
+    """Take a state from a record: whether a worker retires is not the record's to say, but the leader's."""
+    serving = pb.MEMBER_STATE_SERVING if recorded == pb.MEMBER_STATE_RETIRING else recorded
+    return mine if mine == pb.MEMBER_STATE_RETIRING and serving != pb.MEMBER_STATE_DRAINING else serving

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,12 @@ from balancer_svc.costs import CostModel
 from balancer_svc.load_windows import Counts, LoadWindows, Window, read_layers
 from balancer_svc.messages import from_shape, to_view
 from balancer_svc.planner import NO_LOAD, Load, Model, Planner, Wish
+from balancer_svc.rebalancing import has_even_layers
 from balancer_svc.roster import Member, Roster
 from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
 from collegium.fabric import logs
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 
@@ -72,6 +75,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._store_retry_s = 0.0
         self._unsaved: set[str] = set()  # ids to write or to forget
         self._unsaved_windows: list[Window] = []
+        self._are_windows_anew = False  # what is remembered of load is of another model, or of a time that is over
+        self._leads_from_s = 0.0  # a balancer that takes over first hears of what the one before it has done
+        self._leaders_balance: pb.Balance | None = None
         self._unsaved_reports: dict[str, Counts] = {}
         self._is_plan_unsaved = self._is_wanted_unsaved = self._is_model_unsaved = False
         self._unpublished = False
@@ -117,10 +123,10 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         """Take up what is remembered; StoreError where the memory cannot be reached."""
         memory = await self._store.load()
         self._planner.restore(memory.model, memory.placement)
-        self._planner.follow(memory.placement, memory.planned)
+        self._planner.follow(memory.placement, memory.planned, self._clock())
         self._planner.see_epoch(memory.newest_epoch)
         self._planner.wanted_workers = memory.wanted_workers
-        self._windows.restore(memory.windows)
+        self._restore_windows(memory.windows)
         self._roster.restore(memory.members, self._clock())
         self._token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
         self._is_loaded = True
@@ -135,8 +141,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         )
 
     async def run(self) -> None:
-        """Expire leases, plan, publish and write, until cancelled."""
-        while True:
+        """Expire leases, plan, publish and write, until `end`."""
+        while not self._is_over:
             try:
                 async with asyncio.timeout(_TICK_S):
                     await self._kick.wait()
@@ -146,9 +152,10 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             await self.tick()
 
     def end(self) -> None:
-        """End all watches."""
+        """End all watches, and `run` after what it is doing."""
         self._is_over = True
         self._view_changed.set()
+        self._kick.set()
 
     async def resign(self) -> None:
         """Give the lead back, so that another balancer need not wait for it."""
@@ -165,7 +172,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._shared_s = now_s
             await self._share(now_s)
         try:
-            if self.is_leader:
+            if self.is_leader and now_s >= self._leads_from_s:
                 await self._lead(now_s)
         except FencedError as error:
             self._step_down(str(error))
@@ -191,10 +198,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             case Wish.PUBLISH:
                 await self._publish(now_s)
             case Wish.GIVE_UP:
-                late = [w.member_id for w in workers if w.ready_plan < self._planner.newest_epoch and not w.is_leaving]
+                late = self._planner.give_up(workers)
                 self._account.decide(f"plan given up: {', '.join(late)} did not get ready")
                 _log.warning("plan given up", late=late)
-                self._planner.give_up()
                 self._is_plan_unsaved = True
                 self._show()
             case Wish.NOTHING:
@@ -225,6 +231,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             capacity_bytes=request.capacity_bytes,
             failure_domain=request.failure_domain,
             seen_epoch=request.seen_epoch,
+            joined_unix_ms=time.time_ns() // 10**6,
         )
         self._planner.see_epoch(request.seen_epoch)
         twin = self._roster.join(member, now_s)
@@ -337,15 +344,18 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
 
     async def _plan(self) -> None:
         epoch = await self._next_epoch()
-        # The roster may have changed while the memory answered; then the next tick looks again.
         workers = self._roster.members(pb.ROLE_WORKER)
-        if self._planner.wish(workers, self._clock()) is Wish.PLAN:
-            plan = self._planner.plan(workers, epoch, self._load(workers), self._clock())
-            self._num_plans += 1
-            self._is_plan_unsaved = True
-            self._account.plan(plan, self._planner)
+        if self._planner.wish(workers, self._clock()) is not Wish.PLAN:
+            return
+        before = (self._planner.in_force, self._planner.planned)
+        plan = await asyncio.to_thread(self._planner.draft, workers, epoch, self._load(workers))
+        # What it was made for may have changed meanwhile; then the next tick looks again.
+        workers = self._roster.members(pb.ROLE_WORKER)
+        is_current = {worker.member_id for worker in self._planner.live(workers)} == set(plan.worker_ids)
+        is_current &= before == (self._planner.in_force, self._planner.planned) and self.is_leader
+        if is_current and epoch > self._planner.newest_epoch:
+            self._adopt(plan)
             _log.info("planned", epoch=plan.epoch, homes=plan.num_homes())
-            self._show()
 
     async def _publish(self, now_s: float) -> None:
         placement = self._planner.publish()
@@ -371,15 +381,18 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._show()
             return
         plan = replace(proposal.placement, epoch=await self._next_epoch())
-        if not self._planner.can_move(workers) or plan.epoch <= self._planner.newest_epoch:
+        if not self._planner.can_move(workers) or plan.epoch <= self._planner.newest_epoch or not self.is_leader:
             return
+        self._adopt(plan)
+        _log.info("planned for load", epoch=plan.epoch, decision=proposal.decision)
+        for reason in proposal.reasons:
+            _log.debug("move", why=reason)
+
+    def _adopt(self, plan: Placement) -> None:
         self._planner.adopt(plan, self._clock())
         self._num_plans += 1
         self._is_plan_unsaved = True
         self._account.plan(plan, self._planner)
-        _log.info("planned for load", epoch=plan.epoch, decision=proposal.decision)
-        for reason in proposal.reasons:
-            _log.debug("move", why=reason)
         self._show()
 
     async def _next_epoch(self) -> int:
@@ -403,7 +416,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if self.is_leader:
             _log.warning("no longer leads", why=why)
         self._token = NO_TOKEN
-        self._unpublished = self._is_plan_unsaved = False
+        self._unpublished = self._is_plan_unsaved = self._are_windows_anew = False
+        self._unsaved_windows.clear()
 
     # --- the memory ---
 
@@ -425,16 +439,26 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._roster.hand_over(now_s)
         elif has_come_to_lead:
             _log.info("leads", token=token)
+            self._leads_from_s = now_s + self._lead_ttl_s
+        elif memory.placement.epoch < self._planner.in_force.epoch and not self._unpublished:
+            _log.warning("Redis has lost what it was told; it is told again")
+            self._token = token
+            self._tell_all()
+            return
         self._token = token
-        changed = self._roster.merge((m for m in memory.members if m.member_id not in self._unsaved), now_s)
+        changed = self._roster.merge(memory.members, now_s, unsaved=self._unsaved)
+        for record in memory.members:
+            self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
         if memory.model is not None and not self._is_model_unsaved:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
-            changed |= self._planner.follow(memory.placement, memory.planned)
+            changed |= self._planner.follow(memory.placement, memory.planned, now_s)
             self._planner.see_epoch(memory.newest_epoch)
+            self._leaders_balance = memory.balance
+            changed |= bool(self._roster.set_retiring(memory.balance.retiring))
         if has_come_to_lead:
             self._windows.clear()
-            self._windows.restore(memory.windows)
+            self._restore_windows(memory.windows)
             self._measure()
         if not self._is_wanted_unsaved:
             self._planner.wanted_workers = memory.wanted_workers
@@ -444,8 +468,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 member = self._roster.get(router_id)
                 if member is not None and member.is_remote:
                     self._windows.report(router_id, counts, now_s)
+            await self._save_balance()
         if changed:
             self._show()
+
+    async def _save_balance(self) -> None:
+        try:
+            await self._store.save_balance(self._own_balance(), self._token)
+        except StoreError as error:
+            self._store_lost(error)
+        except FencedError as error:
+            self._step_down(str(error))
 
     async def _remember(self) -> None:
         # Write what the memory has not got yet; while it is away, try once a second.
@@ -474,31 +507,48 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             or self._is_wanted_unsaved
             or self._is_model_unsaved
             or self._unsaved_windows
+            or self._are_windows_anew
             or self._unsaved_reports
             or self._is_store_lost
         )
 
     async def _remember_plans(self) -> None:
+        # What is to be written is taken before the memory answers: what comes meanwhile is written the next time.
         if self._is_model_unsaved and self._planner.model is not None:
-            await self._store.save_model(self._planner.model)
             self._is_model_unsaved = False
+            with self._again_unless_saved("_is_model_unsaved"):
+                await self._store.save_model(self._planner.model)
         if self._unpublished and self._planner.model is not None and self.is_leader:
-            in_force = self._planner.in_force
-            self._planner.see_epoch(await self._store.publish(in_force, self._planner.model, self._token))
             self._unpublished = False
+            with self._again_unless_saved("_unpublished"):
+                in_force = self._planner.in_force
+                self._planner.see_epoch(await self._store.publish(in_force, self._planner.model, self._token))
         if self._is_plan_unsaved and self.is_leader:
-            await self._store.save_plan(self._planner.planned, self._token)
             self._is_plan_unsaved = False
+            with self._again_unless_saved("_is_plan_unsaved"):
+                await self._store.save_plan(self._planner.planned, self._token)
         if self._is_wanted_unsaved:
-            await self._store.save_wanted(self._planner.wanted_workers)
             self._is_wanted_unsaved = False
-        while self._unsaved_windows:
-            await self._store.save_window(self._unsaved_windows[0], NUM_WINDOWS)
-            self._unsaved_windows.pop(0)
+            with self._again_unless_saved("_is_wanted_unsaved"):
+                await self._store.save_wanted(self._planner.wanted_workers)
+        if self.is_leader and (self._unsaved_windows or self._are_windows_anew):
+            windows = list(self._unsaved_windows)
+            await self._store.save_windows(windows, NUM_WINDOWS, anew=self._are_windows_anew)
+            self._are_windows_anew = False
+            del self._unsaved_windows[: len(windows)]
         while self._unsaved_reports:
-            router_id = next(iter(self._unsaved_reports))
-            await self._store.save_report(router_id, self._unsaved_reports[router_id])
-            self._unsaved_reports.pop(router_id)
+            router_id, counts = next(iter(self._unsaved_reports.items()))
+            await self._store.save_report(router_id, counts)
+            if self._unsaved_reports.get(router_id) is counts:
+                del self._unsaved_reports[router_id]
+
+    @contextmanager
+    def _again_unless_saved(self, flag: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            setattr(self, flag, True)
+            raise
 
     def _store_lost(self, error: StoreError) -> None:
         if not self._is_store_lost:
@@ -509,20 +559,27 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._unsaved_windows = self._unsaved_windows[-NUM_WINDOWS:]
 
     async def _store_returned(self) -> None:
-        # It may have come back empty: write everything again, as far as it is still ours to write.
         _log.info("Redis is back")
         self._is_store_lost = False
-        token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
-        if token == NO_TOKEN:
-            self._step_down("another balancer came to lead while Redis was away")
-        self._token = token
+        # Nobody is to use again an epoch that was handed out meanwhile.
+        self._planner.see_epoch(await self._store.next_epoch(self._planner.newest_epoch))
+        if self.is_leader:
+            token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
+            if token == NO_TOKEN:
+                self._step_down("another balancer came to lead while Redis was away")
+            self._token = token
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Have everything written again that is ours to write: the memory may have come back empty."""
         self._unsaved.update(m.member_id for m in self._roster.members() if not m.is_remote)
-        self._unpublished = self.is_leader and self._planner.in_force.epoch > 0
-        self._is_plan_unsaved = self.is_leader
+        if not self.is_leader:
+            return
+        self._unpublished = self._planner.in_force.epoch > 0
+        self._is_plan_unsaved = self._are_windows_anew = True
         self._is_model_unsaved = self._planner.model is not None
         self._is_wanted_unsaved = self._planner.wanted_workers > 0
-        if self.is_leader:
-            self._unsaved_windows = list(self._windows.windows)
+        self._unsaved_windows = list(self._windows.windows)
 
     # --- what changes ---
 
@@ -546,16 +603,20 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         known = self._planner.model
         if known is not None and known.digest != model.digest:
             self._windows.clear()
+            self._unsaved_windows.clear()
+            self._are_windows_anew = self.is_leader
         self._planner.adopt_model(model)
+
+    def _restore_windows(self, windows: Sequence[Window]) -> None:
+        model = self._planner.model
+        if model is not None and has_even_layers(model.layers):
+            self._windows.restore(windows, (len(model.layers), model.layers[0].num_experts))
 
     def _keep_wanted(self, workers: Sequence[Member]) -> None:
         """Let workers that retire go on where they are wanted again."""
-        if self._planner.wanted_workers and self._planner.wanted_workers < len(workers):
-            return
-        for worker in workers:
-            if worker.state == pb.MEMBER_STATE_RETIRING:
-                worker.state = pb.MEMBER_STATE_SERVING
-                self._note(worker.member_id)
+        for worker in self._planner.to_keep(workers):
+            worker.state = pb.MEMBER_STATE_SERVING
+            self._note(worker.member_id)
 
     def _lapsed(self, member_id: str) -> NotFound:
         return NotFound(
@@ -582,14 +643,24 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     def _measure(self) -> None:
         self._account.measure(self._planner, self._windows.windows)
 
-    def _to_view(self) -> pb.WatchPlacementResponse:
-        balance = self._account.to_message(
+    def _own_balance(self) -> pb.Balance:
+        workers = self._roster.members(pb.ROLE_WORKER)
+        return self._account.to_message(
             self._clock(),
+            retiring=[worker.member_id for worker in workers if worker.state == pb.MEMBER_STATE_RETIRING],
             costs=self._costs.fit(),
             num_windows=len(self._windows.windows),
             is_leader=self.is_leader,
             has_memory=not self._is_store_lost,
         )
+
+    def _to_view(self) -> pb.WatchPlacementResponse:
+        balance = self._own_balance()
+        if (
+            not self.is_leader and self._leaders_balance is not None
+        ):  # a follower knows of the load what the leader says
+            balance.CopyFrom(self._leaders_balance)
+            balance.is_leader, balance.has_memory = False, not self._is_store_lost
         return to_view(self._roster, self._planner, balance)
 
     def _show(self) -> None:

@@ -36,7 +36,7 @@ class BalancerSettings(ServiceSettings):
         "of a layer's experts, how many replicas there may be beside their homes", default=0.125, at_least=0.0
     )
     move_budget: ByteSize = setting(
-        "bytes that one plan may have loaded; 0: no limit", default=ByteSize(256 << 20), at_least=0
+        "bytes that one plan may have loaded, one swap at least; 0: no limit", default=ByteSize(256 << 20), at_least=0
     )
     horizon_s: float = setting("time within which a move must pay for its loading, in s", default=60.0, at_least=0.0)
     ready_limit_s: float = setting(

@@ -8,7 +8,7 @@ fencing token: a balancer that led before, and has not noticed that another one 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -52,10 +52,10 @@ _RESIGN = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
-# Keep the plan, or none, unless somebody else has come to lead.
-_SAVE_PLAN = """
+# Keep what a leader says, unless somebody else has come to lead.
+_SAVE_FIELD = """
 if tonumber(ARGV[1]) < tonumber(redis.call('GET', KEYS[2]) or '0') then return -1 end
-redis.call('HSET', KEYS[1], 'planned', ARGV[2])
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
 return 0
 """
 # Publish unless a newer epoch is in force, whose number is the answer, or somebody else has come to lead: -1.
@@ -89,6 +89,7 @@ class Memory:
     planned: Placement | None = None
     newest_epoch: int = 0
     wanted_workers: int = 0
+    balance: pb.Balance = field(default_factory=pb.Balance)  # of the balancer that leads
     windows: tuple[Window, ...] = ()  # oldest first
     reports: Mapping[str, Counts] = field(default_factory=dict[str, Counts])  # by router, its newest counts [3, L, E]
 
@@ -120,8 +121,12 @@ class Store(Protocol):
         """Remember what the workers serve."""
         ...
 
-    async def save_window(self, window: Window, num_kept: int) -> None:
-        """Remember one more window of load, and no more than so many."""
+    async def save_windows(self, windows: Sequence[Window], num_kept: int, *, anew: bool) -> None:
+        """Remember more windows of load, oldest first, and no more than so many; `anew`: none of those before."""
+        ...
+
+    async def save_balance(self, balance: pb.Balance, token: int) -> None:
+        """Remember the account of the balancer that leads, which the others show. FencedError."""
         ...
 
     async def save_report(self, router_id: str, counts: Counts) -> None:
@@ -157,7 +162,7 @@ class RedisStore:
         self._placements: dict[str, tuple[bytes, Placement]] = {}
         self._next_epoch = self._redis.register_script(_NEXT_EPOCH)
         self._publish = self._redis.register_script(_PUBLISH)
-        self._save_plan = self._redis.register_script(_SAVE_PLAN)
+        self._save_field = self._redis.register_script(_SAVE_FIELD)
         self._lead = self._redis.register_script(_LEAD)
         self._resign = self._redis.register_script(_RESIGN)
 
@@ -216,6 +221,7 @@ class RedisStore:
             planned=planned,
             newest_epoch=max(int(epoch or 0), placement.epoch),
             wanted_workers=int(wanted or 0),
+            balance=pb.Balance.FromString(fields.get(b"balance", b"")),
             windows=tuple(window_from_message(pb.LoadWindow.FromString(packed)) for packed in reversed(loads)),
             reports={
                 router_id.decode(): read_layers(pb.ReportLoadRequest.FromString(packed).layers)
@@ -265,7 +271,7 @@ class RedisStore:
         packed = b"" if planned is None else to_proto(planned).SerializeToString()
         with _store_errors():
             keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
-            answer = int(await self._save_plan(keys=keys, args=[token, packed]))
+            answer = int(await self._save_field(keys=keys, args=[token, "planned", packed]))
         _unless_fenced(answer)
 
     async def save_model(self, model: Model) -> None:
@@ -273,14 +279,24 @@ class RedisStore:
         with _store_errors():
             await self._redis.hset(f"{self._prefix}:placement", "model", to_shape(model).SerializeToString())
 
-    async def save_window(self, window: Window, num_kept: int) -> None:
-        """Remember one more window of load, and no more than so many."""
+    async def save_windows(self, windows: Sequence[Window], num_kept: int, *, anew: bool) -> None:
+        """Remember more windows of load, oldest first, and no more than so many; `anew`: none of those before."""
         key = f"{self._prefix}:loads"
         with _store_errors():
             async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.lpush(key, window_to_message(window).SerializeToString())
+                if anew:
+                    pipeline.delete(key)
+                for window in windows:
+                    pipeline.lpush(key, window_to_message(window).SerializeToString())
                 pipeline.ltrim(key, 0, num_kept - 1)
                 await pipeline.execute()
+
+    async def save_balance(self, balance: pb.Balance, token: int) -> None:
+        """Remember the account of the balancer that leads. FencedError."""
+        with _store_errors():
+            keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
+            answer = int(await self._save_field(keys=keys, args=[token, "balance", balance.SerializeToString()]))
+        _unless_fenced(answer)
 
     async def save_report(self, router_id: str, counts: Counts) -> None:
         """Pass a router's counts on to the balancer that leads."""
@@ -332,6 +348,7 @@ class MemoryStore:
     wanted_workers: int = 0
     windows: list[Window] = field(default_factory=list[Window])
     reports: dict[str, Counts] = field(default_factory=dict[str, Counts])
+    balance: pb.Balance = field(default_factory=pb.Balance)
     leader: str = ""
     token: int = NO_TOKEN
 
@@ -347,6 +364,7 @@ class MemoryStore:
             planned=self.planned,
             newest_epoch=newest,
             wanted_workers=self.wanted_workers,
+            balance=self.balance,
             windows=tuple(self.windows),
             reports=dict(self.reports),
         )
@@ -383,10 +401,16 @@ class MemoryStore:
         self._reach()
         self.model = model
 
-    async def save_window(self, window: Window, num_kept: int) -> None:
-        """Remember one more window of load, and no more than so many."""
+    async def save_windows(self, windows: Sequence[Window], num_kept: int, *, anew: bool) -> None:
+        """Remember more windows of load, oldest first, and no more than so many; `anew`: none of those before."""
         self._reach()
-        self.windows = [*self.windows, window][-num_kept:]
+        self.windows = [*([] if anew else self.windows), *windows][-num_kept:]
+
+    async def save_balance(self, balance: pb.Balance, token: int) -> None:
+        """Remember the account of the balancer that leads. FencedError."""
+        self._reach()
+        _unless_fenced(-1 if token < self.token else 0)
+        self.balance = balance
 
     async def save_report(self, router_id: str, counts: Counts) -> None:
         """Pass a router's counts on to the balancer that leads."""

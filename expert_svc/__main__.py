@@ -12,6 +12,7 @@ from expert_svc.settings import Settings
 async def serve(config: Settings, stop: lifecycle.Stop) -> None:
     """Import what computes, and serve until stopped."""
     if config.idle_start:  # importing torch takes seconds of a core that others serve with
+        importlib.import_module("numpy")  # it may start threads of its own, which must not stay in the idle class
         await asyncio.to_thread(run_idle, lambda: importlib.import_module("expert_svc.app"), "import")
     from expert_svc.app import main
 

@@ -113,7 +113,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             lambda: _status(gateway_id, address, metrics_url, counts, is_serving=server.health.is_serving()),
             balancer=options.balancer,
             channel=balancer_channel,
-            last_view=lambda: None if serving.membership is None else serving.membership.view,
+            membership=lambda: serving.membership,
         )
         relay = Relay(
             pool, admission, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s

@@ -14,6 +14,7 @@ from typing import Any
 from grpc import aio
 
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, from_rpc_error
+from collegium.fabric.leases import Membership
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
 from gateway.pool import RouterPool
@@ -34,7 +35,7 @@ _STATES = {
 
 
 class ClusterView:
-    """Describes the cluster. balancer: its address, or empty. last_view: the newest view that was watched."""
+    """Describes the cluster. balancer: its address, or empty. membership: this gateway's own, once it has joined."""
 
     def __init__(
         self,
@@ -43,13 +44,13 @@ class ClusterView:
         *,
         balancer: str = "",
         channel: aio.Channel | None = None,
-        last_view: Callable[[], balancer_pb2.WatchPlacementResponse | None] = lambda: None,
+        membership: Callable[[], Membership | None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._me = me
         self._balancer = balancer
         self._channel = channel
-        self._last_view = last_view
+        self._membership = membership
         self._answered_s = time.monotonic()
 
     async def describe(self) -> pb.GetClusterResponse:
@@ -65,8 +66,10 @@ class ClusterView:
             view = response.view
             self._answered_s = time.monotonic()
         except aio.AioRpcError:
-            state, stale_ms = "LOST", max(1, round((time.monotonic() - self._answered_s) * 1e3))
-            view = self._last_view() or balancer_pb2.WatchPlacementResponse()
+            membership = self._membership()
+            heard_s = self._answered_s if membership is None else max(self._answered_s, membership.viewed_s)
+            state, stale_ms = "LOST", max(1, round((time.monotonic() - heard_s) * 1e3))
+            view = (None if membership is None else membership.view) or balancer_pb2.WatchPlacementResponse()
         balancer = pb.MemberStatus(role="balancer", member_id="balancer", address=self._balancer, state=state)
         return from_view(view, balancer, stale_ms)
 

@@ -56,10 +56,10 @@ async def running_balancer(
         yield RunningBalancer(address=address, balancer=balancer, roster=roster, planner=planner)
     finally:
         balancer.end()
+        await asyncio.wait([loop], timeout=10)
         await balancer.resign()
         await server.stop(2.0)
-        loop.cancel()
-        await asyncio.wait([loop])
+        loop.result()
 
 
 async def first_view(

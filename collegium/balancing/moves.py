@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from collegium.balancing.domains import matter
 from collegium.balancing.fleet import EMPTY, Bools, Fleet, Floats, Ints, count_copies, slots_in_use
 
 Seating: TypeAlias = tuple[int, int, int]  # worker, the expert that comes or EMPTY, the one that goes or EMPTY
@@ -67,8 +68,8 @@ def rebalance(experts: Ints, loads: Floats, fleet: Fleet, *, target: float, term
     experts: [L, W, R], not modified; loads [L, E]. Experts that nobody seats are seated first, whatever it costs.
     Raises ValueError where a layer has fewer slots than experts.
     """
-    outcome = Outcome(experts=_widen(experts, fleet))
     num_experts = loads.shape[1]
+    outcome = Outcome(experts=_widen(experts, fleet, num_experts))
     groups: list[tuple[float, int, int, int]] = []  # (-gain per byte, layer, first step, end)
     steps: list[list[Step]] = []
     starts: list[float] = []
@@ -173,11 +174,14 @@ def _listed(seated: Sequence[tuple[int, int]]) -> str:
     )
 
 
-def _widen(experts: Ints, fleet: Fleet) -> Ints:
-    """Copy seats, with as many columns as the largest worker has slots."""
-    width = max(experts.shape[2], int(fleet.num_slots.max()))
+def _widen(experts: Ints, fleet: Fleet, num_experts: int) -> Ints:
+    """Copy seats, free ones last, with as many columns as anybody has experts or can have: no more, they cost time."""
+    order = np.argsort(experts == EMPTY, axis=2, kind="stable")
+    packed = np.take_along_axis(experts, order, 2)
+    taken = int((experts != EMPTY).sum(2).max())
+    width = max(1, taken, int(np.minimum(fleet.num_slots, num_experts).max()))
     wide = np.full((*experts.shape[:2], width), EMPTY, np.int64)
-    wide[:, :, : experts.shape[2]] = experts
+    wide[:, :, :taken] = packed[:, :, :taken]
     return wide
 
 
@@ -186,8 +190,10 @@ class _Bench:
 
     def __init__(self, rows: Ints, loads: Floats, fleet: Fleet, layer: int, target: float) -> None:
         self.rows = rows.copy()
-        self.loads, self.speeds, self.slots = loads, fleet.speeds, fleet.num_slots[layer]
-        if int(np.minimum(self.slots, len(loads)).sum()) < len(loads):
+        self.loads, self.speeds = loads, fleet.speeds
+        self.slots = np.minimum(fleet.num_slots[layer], len(loads))
+        self._domains = fleet.domains if matter(fleet.domains) else None
+        if int(self.slots.sum()) < len(loads):
             raise ValueError(f"layer {layer} has {int(self.slots.sum())} slots for {len(loads)} experts")
         self.ideal = float(loads.sum() / self.speeds.sum())
         self._allowed = target * self.ideal
@@ -266,6 +272,8 @@ class _Bench:
         same = (mine[:, None, None] == self.rows[None]) & (mine != EMPTY)[:, None, None]  # [R, W, R]
         barred: Bools = same.any(2)[:, :, None] | same.any(0)[None] | ~usable | (mine == EMPTY)[:, None, None]
         barred[:, busy] = True
+        if self._domains is not None:
+            self._bar_gathering(barred, busy, self._domains)
         # Among equals what moves least work: it leaves most room below the target.
         score = np.where(barred, -np.inf, gain - _NO_GAIN * np.abs(passed))
         slot, other, its_slot = np.unravel_index(int(score.argmax()), score.shape)
@@ -290,6 +298,9 @@ class _Bench:
         for expert in hottest[:_HOTTEST]:
             holds = (self.rows == expert).any(1)  # [W]
             fits = ~holds[workers]
+            if self._domains is not None:  # the first other copy goes to another domain, where there is room in one
+                apart = fits & ~np.isin(self._domains[workers], self._domains[holds])
+                fits = apart if apart.any() and len(set(self._domains[holds].tolist())) == 1 else fits
             if not fits.any():
                 continue
             w, gone = workers[fits], self.rows[workers[fits], slots[fits]]  # [C]
@@ -310,6 +321,23 @@ class _Bench:
             if gains[at_best] > best[1]:
                 best = ([(int(w[at_best]), expert, int(gone[at_best]))], float(gains[at_best]))
         return best
+
+    def _bar_gathering(self, barred: Bools, busy: int, domains: Ints) -> None:
+        """Bar swaps that would bring all copies of an expert into one domain, in place: barred [R, W, R]."""
+        for slot, expert in enumerate(self.rows[busy].tolist()):
+            if expert != EMPTY and self.copies[expert] > 1:
+                others = self._domains_without(expert, busy, domains)
+                if len(others) == 1 and int(domains[busy]) not in others:
+                    barred[slot, np.isin(domains, list(others))] = True
+        for worker, its_slot in np.argwhere((self.rows != EMPTY) & (self.copies[self.rows] > 1)).tolist():
+            others = self._domains_without(int(self.rows[worker, its_slot]), worker, domains)
+            if others == {int(domains[busy])} and int(domains[worker]) not in others:
+                barred[:, worker, its_slot] = True
+
+    def _domains_without(self, expert: int, worker: int, domains: Ints) -> set[int]:
+        holds = (self.rows == expert).any(1)
+        holds[worker] = False
+        return set(domains[holds].tolist())
 
     def _drop_a_copy(self) -> None:
         """Free a slot of the copy that weighs least among those that others have too."""

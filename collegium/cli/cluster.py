@@ -6,6 +6,7 @@ things are show's; what each process is given is spec's.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -71,6 +72,9 @@ class Cluster:
         self._has_served = False
         self._scaled_s = 0.0
         self._ended: set[str] = set()  # workers that were told to end, and are not to be started again
+        self._added: set[str] = set()  # workers that were added; one that fails does not fail the cluster
+        self._failed_at = 0  # number of workers wanted when an added one failed: no more are started for it
+        self._has_scaled = False
 
     @property
     def members(self) -> Sequence[Member]:
@@ -247,6 +251,12 @@ class Cluster:
         view = self._view()
         if view is None:
             return
+        if not self._has_scaled:  # what an earlier run was told, in a memory that outlived it, is over
+            self._has_scaled = True
+            if view.wanted_workers not in (0, self._spec.num_workers):
+                self._say(f"an earlier run wanted {view.wanted_workers} workers, this one {self._spec.num_workers}")
+                self._ask_for(self._spec.num_workers)
+                return
         running = {
             m.name: m.address for m in self._members.values() if m.role == "worker" and m.name not in self._ended
         }
@@ -255,14 +265,24 @@ class Cluster:
             self._say(f"{name} has no experts left and is ended: {view.wanted_workers} workers are wanted")
             self._ended.add(name)
             self._children[name].send(signal.SIGTERM)
-        for _ in range(plan.num_to_start):
+        self._failed_at = self._failed_at if self._failed_at == view.wanted_workers else 0
+        for _ in range(0 if self._failed_at else plan.num_to_start):
             index = next(i for i in itertools.count() if f"worker-{i}" not in self._children)
             taken = {int(member.address.rpartition(":")[2]) for member in self._members.values()}
             member = worker_of(self._spec, index, ",".join(self.addresses("balancer")), taken, is_added=True)
             self._members[member.name] = member
             self._add("worker", Child(member.command, self._relay))
+            self._added.add(member.name)
             self._children[member.name].start()
             self._say(f"{member.name} started: {view.wanted_workers} workers are wanted")
+
+    def _ask_for(self, num_workers: int) -> None:
+        for member in self._members.values():
+            if member.role == "balancer" and self._children[member.name].is_running:
+                stub: Any = balancer_pb2_grpc.BalancerStub(self._channel(member))
+                with contextlib.suppress(grpc.RpcError):
+                    stub.Scale(balancer_pb2.ScaleRequest(num_workers=num_workers), timeout=_CHECK_S)
+                    return
 
     def _view(self) -> balancer_pb2.WatchPlacementResponse | None:
         for member in self._members.values():
@@ -283,6 +303,7 @@ class Cluster:
             channel.close()
         del self._children[child.name], self._roles[child.name]
         self._ended.discard(child.name)
+        self._added.discard(child.name)
 
     def _add(self, role: str, child: Child) -> None:
         self._children[child.name] = child
@@ -297,8 +318,15 @@ class Cluster:
             self._say(f"{child.name} {how}; it is not restarted")
             return
         # A process that ends by itself before it ever served, or that was told something wrong, will do so again.
-        is_hopeless = status == 2 or (status >= 0 and not child.has_served and not self._has_served)
+        has_begun = self._has_served and child.name not in self._added
+        is_hopeless = status == 2 or (status >= 0 and not child.has_served and not has_begun)
         pause_s = child.policy.after_death(now_s)
+        if (is_hopeless or pause_s is None) and child.name in self._added:
+            self._say(f"{child.name} {how}; it was added, and is left out")
+            view = self._view()
+            self._failed_at = view.wanted_workers if view is not None else 0
+            self._ended.add(child.name)
+            return
         if is_hopeless or not self._spec.can_restart or pause_s is None:
             child.close()
             raise ChildFailed(

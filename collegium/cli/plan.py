@@ -25,7 +25,7 @@ from collegium.balancing.policies import DEFAULT, POLICIES
 from collegium.cli import target as t
 from collegium.fabric.errors import InvalidArgument
 
-_MIB = 2**20
+_LARGEST_LOAD = 1e300  # of all loads together: beyond, they do not add up to a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +49,11 @@ def plan(
         Path,
         typer.Option(
             "--loads",
-            help="JSON file: [[load per expert] per layer], or a list of those, one a window.",
+            help="JSON file: a list of layers, each a list of a load per expert; or several of those, one a window.",
             show_default=False,
         ),
     ],
-    workers: Annotated[int, typer.Option("--workers", min=1, show_default=False)],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers to plan for.", show_default=False)],
     slots: Annotated[
         int,
         typer.Option(
@@ -185,6 +185,8 @@ def _read_loads(path: Path) -> Floats:
     if not np.isfinite(history).all() or (history < 0).any():
         at = np.argwhere(~(np.isfinite(history) & (history >= 0)))[0].tolist()
         raise InvalidArgument(f"{path}: a load is negative or no number at {at}", reason="LOADS", field="--loads")
+    if float(history.max()) > _LARGEST_LOAD / history.size:
+        raise InvalidArgument(f"{path}: the loads are too large to be added up", reason="LOADS", field="--loads")
     return history if history.ndim == 3 else history[None]
 
 
@@ -196,7 +198,7 @@ def _read_base(path: Path, num_layers: int, num_workers: int, num_experts: int) 
             raise ValueError(f"it has {len(placement)} layers, the loads {num_layers}")
         rows = [[list(dict.fromkeys(int(e) for e in row)) for row in layer] for layer in placement]
         return from_lists(rows, num_workers, num_experts)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgument(
             f"{path}: {error}",
             reason="PLACEMENT",
@@ -229,5 +231,5 @@ def _read_json(path: Path, field: str) -> object:
 def _as_array(value: object) -> Floats | None:
     try:
         return np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

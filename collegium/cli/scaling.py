@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from collegium.v1 import balancer_pb2 as pb
 
+MOST_AT_ONCE = 4  # processes that start: they import for seconds, and more would only wait for each other
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalePlan:
@@ -23,7 +25,7 @@ def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str]) ->
     """Say what is to be started and ended. addresses: control address by name, of the workers that run.
 
     A worker that retires is ended once neither the placement in force nor the planned one names it: then nobody needs
-    what it holds.
+    what it holds. Workers that others run count as well; only a few are started at once.
     """
     if not view.wanted_workers:
         return ScalePlan()
@@ -31,4 +33,10 @@ def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str]) ->
     named = {*view.placement.worker_ids, *view.planned.worker_ids}
     retiring = [n for n, a in addresses.items() if a in members and members[a].state == pb.MEMBER_STATE_RETIRING]
     to_end = tuple(name for name in retiring if members[addresses[name]].member_id not in named)
-    return ScalePlan(num_to_start=max(0, view.wanted_workers - (len(addresses) - len(retiring))), to_end=to_end)
+    num_others = sum(
+        address not in addresses.values() and member.state != pb.MEMBER_STATE_RETIRING
+        for address, member in members.items()
+    )
+    num_lacking = view.wanted_workers - (len(addresses) - len(retiring)) - num_others
+    num_starting = sum(address not in members for address in addresses.values())
+    return ScalePlan(num_to_start=max(0, min(num_lacking, MOST_AT_ONCE - num_starting)), to_end=to_end)

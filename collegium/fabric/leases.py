@@ -68,6 +68,7 @@ class Membership:
         self._ready_plan = 0
         self._seen_epoch = 0
         self._view: pb.WatchPlacementResponse | None = None
+        self._viewed_s = time.monotonic()
         self._view_changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._is_lost = False
@@ -82,6 +83,11 @@ class Membership:
     def view(self) -> pb.WatchPlacementResponse | None:
         """The newest view of the cluster, None until the first one came; not to be modified."""
         return self._view
+
+    @property
+    def viewed_s(self) -> float:
+        """When the newest view came, on the monotonic clock; before the first one, when this was made."""
+        return self._viewed_s
 
     def set_state(self, state: pb.MemberState) -> None:
         """Report how far this process is; sent at once."""
@@ -250,6 +256,6 @@ class Membership:
         if view.placement.epoch > self._seen_epoch:
             self._seen_epoch = view.placement.epoch
             self._kick.set()
-        self._view = view
+        self._view, self._viewed_s = view, time.monotonic()
         self._view_changed.set()
         self._view_changed = asyncio.Event()

@@ -113,7 +113,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("member_id", "role", "address", "state", "metrics_url", "num_threads", "counters", "capacity_bytes", "ready_plan", "failure_domain", "seen_epoch", "num_renewals")
+    __slots__ = ("member_id", "role", "address", "state", "metrics_url", "num_threads", "counters", "capacity_bytes", "ready_plan", "failure_domain", "seen_epoch", "num_renewals", "joined_unix_ms")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class Member(_message.Message):
     FAILURE_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     SEEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_RENEWALS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     member_id: str
     role: Role
     address: str
@@ -145,7 +146,8 @@ class Member(_message.Message):
     failure_domain: str
     seen_epoch: int
     num_renewals: int
-    def __init__(self, member_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., metrics_url: _Optional[str] = ..., num_threads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., capacity_bytes: _Optional[int] = ..., ready_plan: _Optional[int] = ..., failure_domain: _Optional[str] = ..., seen_epoch: _Optional[int] = ..., num_renewals: _Optional[int] = ...) -> None: ...
+    joined_unix_ms: int
+    def __init__(self, member_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., metrics_url: _Optional[str] = ..., num_threads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., capacity_bytes: _Optional[int] = ..., ready_plan: _Optional[int] = ..., failure_domain: _Optional[str] = ..., seen_epoch: _Optional[int] = ..., num_renewals: _Optional[int] = ..., joined_unix_ms: _Optional[int] = ...) -> None: ...
 
 class LayerPlacement(_message.Message):
     __slots__ = ("offsets", "worker_idx")
@@ -206,7 +208,7 @@ class ExpertLoad(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Balance(_message.Message):
-    __slots__ = ("decode", "prefill", "num_windows", "since_plan_ms", "last_decision", "moves", "moved_bytes", "row_ns", "activation_ns", "is_leader", "has_memory", "hottest")
+    __slots__ = ("decode", "prefill", "num_windows", "since_plan_ms", "last_decision", "moves", "moved_bytes", "row_ns", "activation_ns", "is_leader", "has_memory", "hottest", "retiring")
     DECODE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     NUM_WINDOWS_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +221,7 @@ class Balance(_message.Message):
     IS_LEADER_FIELD_NUMBER: _ClassVar[int]
     HAS_MEMORY_FIELD_NUMBER: _ClassVar[int]
     HOTTEST_FIELD_NUMBER: _ClassVar[int]
+    RETIRING_FIELD_NUMBER: _ClassVar[int]
     decode: Evenness
     prefill: Evenness
     num_windows: int
@@ -231,7 +234,8 @@ class Balance(_message.Message):
     is_leader: bool
     has_memory: bool
     hottest: _containers.RepeatedCompositeFieldContainer[ExpertLoad]
-    def __init__(self, decode: _Optional[_Union[Evenness, _Mapping]] = ..., prefill: _Optional[_Union[Evenness, _Mapping]] = ..., num_windows: _Optional[int] = ..., since_plan_ms: _Optional[int] = ..., last_decision: _Optional[str] = ..., moves: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., row_ns: _Optional[float] = ..., activation_ns: _Optional[float] = ..., is_leader: _Optional[bool] = ..., has_memory: _Optional[bool] = ..., hottest: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ...) -> None: ...
+    retiring: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, decode: _Optional[_Union[Evenness, _Mapping]] = ..., prefill: _Optional[_Union[Evenness, _Mapping]] = ..., num_windows: _Optional[int] = ..., since_plan_ms: _Optional[int] = ..., last_decision: _Optional[str] = ..., moves: _Optional[int] = ..., moved_bytes: _Optional[int] = ..., row_ns: _Optional[float] = ..., activation_ns: _Optional[float] = ..., is_leader: _Optional[bool] = ..., has_memory: _Optional[bool] = ..., hottest: _Optional[_Iterable[_Union[ExpertLoad, _Mapping]]] = ..., retiring: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
     __slots__ = ("decode_tokens", "prefill_tokens", "activations")

@@ -187,6 +187,8 @@ async def test_load_that_a_follower_hears_reaches_the_leader(redis_server: Redis
         router = await stack.enter_async_context(member(follower.address, "h:3", pb.ROLE_ROUTER))
         seen = asyncio.create_task(first_view(one, lambda view: view.balance.num_windows > 0))
         await report_until(router, SKEWED, seen)
+        told = await first_view(router, lambda view: view.balance.num_windows > 0)  # and the follower says what it says
+        assert told.balance.decode.mean > 0 and not told.balance.is_leader
 
 
 async def test_a_fencing_token_only_grows_and_the_lead_can_be_given_back(redis_server: RedisServer) -> None:
@@ -269,3 +271,54 @@ async def until_wanted(store: RedisStore, number: int) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"{number} workers are not remembered as wanted")
+
+
+async def test_a_redis_that_comes_back_empty_without_a_word_is_told_everything_again(redis_server: RedisServer) -> None:
+    async with (
+        store_of(redis_server) as store,
+        store_of(redis_server) as reader,
+        running_balancer(store) as balancer,
+        member(balancer.address, "h:1") as one,
+        rpc.channel(balancer.address) as channel,
+    ):
+        view = await first_view(one, lambda view: view.placement.epoch > 0)
+        await balancer_pb2_grpc.BalancerStub(channel).Scale(pb.ScaleRequest(num_workers=1))
+        await until_wanted(reader, 1)
+        await reader._redis.flushall()
+        await until_wanted(reader, 1)
+        memory = await reader.load()
+        assert memory.placement.epoch == view.placement.epoch
+        assert memory.model is not None
+        assert [record.member_id for record in memory.members] == [one.member_id]
+        assert balancer.planner.wanted_workers == 1
+
+
+async def test_a_worker_that_another_balancer_hears_retires_as_well(redis_server: RedisServer) -> None:
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(store_of(redis_server)) for _ in range(2)]
+        leader = await stack.enter_async_context(running_balancer(stores[0], expected_workers=2))
+        follower = await stack.enter_async_context(running_balancer(stores[1], expected_workers=2))
+        one = await stack.enter_async_context(member(leader.address, "h:1"))
+        two = await stack.enter_async_context(member(follower.address, "h:2"))
+        await first_view(one, lambda view: len(view.placement.worker_ids) == 2)
+        async with rpc.channel(leader.address) as channel:
+            await balancer_pb2_grpc.BalancerStub(channel).Scale(pb.ScaleRequest(num_workers=1))
+
+        async def renew_often() -> None:
+            for number in range(10_000):
+                two.set_ready_plan(1000 + number)
+                await asyncio.sleep(0.02)
+
+        renewing = asyncio.create_task(renew_often())
+        try:
+            for membership in (one, two):  # whatever it reports, both balancers show that it retires
+                await first_view(
+                    membership,
+                    lambda view: (
+                        {m.member_id: m.state for m in view.members}.get(two.member_id) == pb.MEMBER_STATE_RETIRING
+                    ),
+                )
+        finally:
+            renewing.cancel()
+        empty = await first_view(two, lambda view: list(view.placement.worker_ids) == [one.member_id])
+        assert empty.wanted_workers == 1

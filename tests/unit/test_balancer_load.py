@@ -66,6 +66,12 @@ def test_only_so_many_windows_are_kept_and_another_model_begins_anew() -> None:
     assert not windows.windows
 
 
+def test_windows_of_another_model_are_not_taken_up() -> None:
+    windows = LoadWindows(window_s=1.0, num_kept=12)
+    windows.restore([window(1, 2, 3), window(*SKEWED)], (2, 8))
+    assert [one.decode.shape for one in windows.windows] == [(2, 8)]
+
+
 def test_a_window_survives_its_message() -> None:
     before = window(*SKEWED)
     after = from_message(pb.LoadWindow.FromString(to_message(before).SerializeToString()))
@@ -216,6 +222,39 @@ def test_load_moves_a_placement_of_live_workers_and_nothing_else_meanwhile() -> 
     assert plan.wish(workers, 111.0) is Wish.PUBLISH
 
 
+def test_a_joiner_that_cannot_load_is_left_out_until_it_says_something_new() -> None:
+    workers = [member("a"), member("b")]
+    plan = planner(*workers)
+    workers.append(member("broken"))
+    assert plan.wish(workers, 0.0) is Wish.PLAN
+    plan.plan(workers, 2, now_s=0.0)
+    workers[0].ready_plan = workers[1].ready_plan = 2
+    assert plan.wish(workers, 11.0) is Wish.GIVE_UP
+    assert plan.give_up(workers) == ["broken"]
+    assert plan.wish(workers, 11.0) is Wish.NOTHING and plan.can_move(workers)
+    workers.pop(1)  # and when another one dies, its experts get homes
+    assert plan.wish(workers, 12.0) is Wish.PLAN
+    assert plan.plan(workers, 3).worker_ids == ("a",)
+    workers[1].ready_plan = 2  # it has loaded after all
+    assert [worker.member_id for worker in plan.live(workers)] == ["a", "broken"]
+
+
+def test_of_those_that_retire_the_oldest_are_kept_when_more_are_wanted_again() -> None:
+    workers = [member(name) for name in "abcd"]
+    for at, worker in enumerate(workers):
+        worker.joined_unix_ms = at
+    plan = planner(*workers)
+    plan.wanted_workers = 2
+    for worker in plan.to_retire(workers[::-1]):
+        worker.state = pb.MEMBER_STATE_RETIRING
+    assert [worker.member_id for worker in workers if worker.is_leaving] == ["c", "d"]
+    assert plan.to_keep(workers) == []
+    plan.wanted_workers = 3
+    assert [worker.member_id for worker in plan.to_keep(workers)] == ["c"]
+    plan.wanted_workers = 0
+    assert [worker.member_id for worker in plan.to_keep(workers)] == ["c", "d"]
+
+
 def test_the_newest_workers_retire_first_and_get_no_homes() -> None:
     workers = [member("a"), member("b"), member("c")]
     plan = planner(*workers)
@@ -232,12 +271,12 @@ def test_a_balancer_that_follows_takes_what_was_published_and_planned() -> None:
     workers = [member("a"), member("b")]
     plan = planner(*workers)
     newer = Placement(epoch=5, worker_ids=("a",), homes=plan.in_force.homes)
-    assert plan.follow(newer, None)
-    assert not plan.follow(newer, None)
-    assert plan.follow(newer, Placement(epoch=6, worker_ids=("b",), homes=newer.homes))
+    assert plan.follow(newer, None, 0.0)
+    assert not plan.follow(newer, None, 0.0)
+    assert plan.follow(newer, Placement(epoch=6, worker_ids=("b",), homes=newer.homes), 0.0)
     assert plan.planned is not None and plan.newest_epoch == 6
     older = Placement(epoch=4, worker_ids=("b",), homes=newer.homes)
-    plan.follow(older, None)
+    plan.follow(older, None, 0.0)
     assert plan.in_force is newer and plan.planned is None
 
 
@@ -291,6 +330,9 @@ def test_workers_are_started_and_ended_until_there_are_as_many_as_wanted() -> No
     assert plan_scale(view(0, *both), running) == ScalePlan()
     assert plan_scale(view(2, *both), running) == ScalePlan()
     assert plan_scale(view(4, *both), running).num_to_start == 2
+    assert plan_scale(view(4, *both, ("x:1", serving)), running).num_to_start == 1  # somebody else runs one
+    assert plan_scale(view(5000, *both), running).num_to_start == 4
+    assert plan_scale(view(5000, *both), {**running, "worker-2": "c:1"}).num_to_start == 3  # one has not joined yet
     assert plan_scale(view(3, *both), {**running, "worker-2": "c:1"}) == ScalePlan()  # it has not joined yet
     one = (("a:1", serving), ("b:1", retiring))
     assert plan_scale(view(1, *one, named=("a:1", "b:1")), running) == ScalePlan()  # it still has homes

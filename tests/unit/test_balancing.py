@@ -169,6 +169,34 @@ def test_copies_stand_in_more_than_one_domain_and_the_plan_stays_even() -> None:
     assert max_over_mean(experts, loads, fleet.speeds).max() <= 1.01
 
 
+def test_moves_bring_copies_into_another_domain_and_leave_them_there() -> None:
+    fleet = make_fleet(1, 4, 12, domains=[0, 0, 1, 1])
+    before = from_lists([[[0, 1], [2, 3], [4, 5], [6, 7]]], 4, 8)
+    hot = np.array([[60.0, 10, 10, 10, 30, 10, 10, 10]])
+    terms = Terms(expert_bytes=np.array([1]))
+    outcome = rebalance(before, hot, fleet, target=1.02, terms=terms)
+    homes = np.nonzero((outcome.experts[0] == 0).any(1))[0]
+    assert {0, 1} == {int(fleet.domains[w]) for w in homes}
+    turned = np.roll(hot, 3)
+    again = rebalance(outcome.experts, turned, fleet, target=1.02, terms=terms)
+    for expert in np.flatnonzero(count_copies(again.experts, 8)[0] > 1).tolist():
+        assert len({int(fleet.domains[w]) for w in np.nonzero((again.experts[0] == expert).any(1))[0]}) == 2
+
+
+def test_seats_cost_no_more_than_their_number_however_wide_they_are_laid_out() -> None:
+    rng = np.random.default_rng(0)
+    loads = rng.lognormal(0, 1, (1, 256))
+    fleet = make_fleet(1, 32, 288)
+    seats = replicate(loads, fleet).experts
+    wide = np.full((1, 32, 256), EMPTY, np.int64)
+    wide[:, :, 200 : 200 + seats.shape[2]] = seats
+    terms = Terms(expert_bytes=np.array([1]))
+    drifted = loads * rng.lognormal(0, 0.3, loads.shape)
+    outcomes = [rebalance(one, drifted, fleet, target=1.02, terms=terms) for one in (seats, wide)]
+    assert outcomes[1].experts.shape == outcomes[0].experts.shape
+    assert outcomes[0].num_moves == outcomes[1].num_moves
+
+
 def test_nothing_moves_where_the_gain_does_not_pay_and_the_reason_is_told() -> None:
     loads = np.array([[5.0, 5, 1, 1, 1, 1, 1, 1]])
     fleet = make_fleet(1, 2, 8)

@@ -92,7 +92,21 @@ def test_a_wrong_option_is_named(loads: Path, args: tuple[object, ...], field: s
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "[[1, 2], [3]]", "[[1, -2]]", "[[1, NaN]]", '[["a"]]', "[1, 2]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "[[1, 2], [3]]",
+        "[[1, -2]]",
+        "[[1, NaN]]",
+        "[[1e308, 1e308]]",
+        "[[" + "9" * 400 + ", 1]]",
+        '[["a"]]',
+        "[1, 2]",
+    ],
+)
 def test_loads_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "loads.json"
     path.write_text(text)
@@ -101,7 +115,9 @@ def test_loads_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
     assert caught.value.field == "--loads"
 
 
-@pytest.mark.parametrize("text", ["[[[0]]]", '{"placement": 3}', "{}", json.dumps([[[99], []]] * 3), '"x"'])
+@pytest.mark.parametrize(
+    "text", ["[[[0]]]", '{"placement": 3}', "{}", json.dumps([[[99], []]] * 3), "[[[1e999]]]", '"x"']
+)
 def test_a_former_plan_that_does_not_fit_is_refused(loads: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "before.json"
     path.write_text(text)
