@@ -7,10 +7,11 @@ import sys
 
 from balancer_svc.planner import Planner
 from balancer_svc.rebalancing import Rules
+from balancer_svc.redis_store import RedisStore
 from balancer_svc.roster import Roster
 from balancer_svc.service import Balancer
 from balancer_svc.settings import BalancerSettings
-from balancer_svc.store import RedisStore, StoreError
+from balancer_svc.store import StoreError
 from collegium.fabric import lifecycle, logs, rpc, settings, telemetry
 from collegium.fabric.errors import Unavailable
 from collegium.fabric.redis_url import check_redis_url

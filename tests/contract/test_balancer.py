@@ -11,9 +11,11 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from balancer_svc.memory_store import MemoryStore
 from balancer_svc.messages import from_shape
 from balancer_svc.planner import Model
-from balancer_svc.store import NO_TOKEN, MemoryStore, RedisStore, StoreError
+from balancer_svc.redis_store import RedisStore
+from balancer_svc.store import NO_TOKEN, StoreError
 from collegium.fabric import rpc
 from collegium.fabric.errors import from_rpc_error
 from collegium.fabric.leases import Membership

@@ -10,8 +10,10 @@ import grpc
 import pytest
 from grpc import aio
 
+from balancer_svc.memory_store import MemoryStore
 from balancer_svc.rebalancing import Rules
-from balancer_svc.store import FencedError, MemoryStore, RedisStore
+from balancer_svc.redis_store import RedisStore
+from balancer_svc.store import FencedError
 from collegium.fabric import rpc
 from collegium.fabric.errors import from_rpc_error
 from collegium.fabric.leases import Membership

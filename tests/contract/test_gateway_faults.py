@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from balancer_svc.store import MemoryStore
+from balancer_svc.memory_store import MemoryStore
 from collegium.fabric import rpc
 from collegium.fabric.errors import SettingsError
 from collegium.fabric.leases import Membership
