@@ -9,7 +9,7 @@ from balancer_svc.load_windows import Counts, Window
 from balancer_svc.messages import from_message, to_message
 from balancer_svc.planner import Model
 from balancer_svc.roster import Member
-from balancer_svc.store import NO_TOKEN, FencedError, Memory, StoreError
+from balancer_svc.store import NO_TOKEN, Memory, StoreError, unless_fenced
 from collegium.model.placement import NO_PLACEMENT, Placement
 from collegium.v1 import balancer_pb2 as pb
 
@@ -64,7 +64,7 @@ class MemoryStore:
     async def publish(self, placement: Placement, model: Model, token: int = NO_TOKEN) -> int:
         """Remember a placement unless a newer one is remembered; gives the newest epoch. FencedError."""
         self._reach()
-        _unless_fenced(-1 if token < self.token else 0)
+        unless_fenced(-1 if token < self.token else 0)
         if placement.epoch > self.placement.epoch:
             self.placement, self.model, self.planned = placement, model, None
         return self.placement.epoch
@@ -72,7 +72,7 @@ class MemoryStore:
     async def save_plan(self, planned: Placement | None, token: int) -> None:
         """Remember what is planned. FencedError."""
         self._reach()
-        _unless_fenced(-1 if token < self.token else 0)
+        unless_fenced(-1 if token < self.token else 0)
         self.planned = planned
 
     async def save_model(self, model: Model) -> None:
@@ -88,7 +88,7 @@ class MemoryStore:
     async def save_balance(self, balance: pb.Balance, token: int) -> None:
         """Remember the account of the balancer that leads. FencedError."""
         self._reach()
-        _unless_fenced(-1 if token < self.token else 0)
+        unless_fenced(-1 if token < self.token else 0)
         self.balance = balance
 
     async def save_report(self, router_id: str, counts: Counts) -> None:
@@ -121,9 +121,3 @@ class MemoryStore:
     def _reach(self) -> None:
         if self.is_away:
             raise StoreError("told to be away")
-
-
-def _unless_fenced(answer: int) -> int:
-    if answer < 0:
-        raise FencedError("another balancer has come to lead")
-    return answer

@@ -20,7 +20,7 @@ from balancer_svc.load_windows import to_message as window_to_message
 from balancer_svc.messages import from_message, from_shape, to_message, to_shape
 from balancer_svc.planner import Model
 from balancer_svc.roster import Member
-from balancer_svc.store import NO_TOKEN, FencedError, Memory, StoreError
+from balancer_svc.store import NO_TOKEN, Memory, StoreError, unless_fenced
 from collegium.fabric import lifecycle, logs
 from collegium.fabric.errors import FailedPrecondition, Unavailable
 from collegium.fabric.views import from_proto, to_proto
@@ -183,7 +183,7 @@ class RedisStore:
                     ],
                 )
             )
-        return _unless_fenced(epoch)
+        return unless_fenced(epoch)
 
     async def save_plan(self, planned: Placement | None, token: int) -> None:
         """Remember what is planned. FencedError."""
@@ -191,7 +191,7 @@ class RedisStore:
         with _store_errors():
             keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
             answer = int(await self._save_field(keys=keys, args=[token, "planned", packed]))
-        _unless_fenced(answer)
+        unless_fenced(answer)
 
     async def save_model(self, model: Model) -> None:
         """Remember what the workers serve."""
@@ -215,7 +215,7 @@ class RedisStore:
         with _store_errors():
             keys = [f"{self._prefix}:placement", f"{self._prefix}:token"]
             answer = int(await self._save_field(keys=keys, args=[token, "balance", balance.SerializeToString()]))
-        _unless_fenced(answer)
+        unless_fenced(answer)
 
     async def save_report(self, router_id: str, counts: Counts) -> None:
         """Pass a router's counts on to the balancer that leads."""
@@ -260,12 +260,6 @@ def _store_errors() -> Iterator[None]:
         yield
     except (RedisError, OSError, TimeoutError) as error:
         raise StoreError(str(error)) from error
-
-
-def _unless_fenced(answer: int) -> int:
-    if answer < 0:
-        raise FencedError("another balancer has come to lead")
-    return answer
 
 
 def _pack(member: Member) -> bytes:

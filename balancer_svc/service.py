@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from grpc import aio
 
+from balancer_svc.backlog import NUM_WINDOWS, Backlog
 from balancer_svc.balance import Account
 from balancer_svc.costs import CostModel
-from balancer_svc.load_windows import Counts, LoadWindows, Window, read_layers
+from balancer_svc.load_windows import LoadWindows, Window, read_layers
 from balancer_svc.messages import from_shape, to_view
 from balancer_svc.planner import NO_LOAD, Load, Model, Planner, Wish
 from balancer_svc.rebalancing import has_even_layers
@@ -35,7 +35,6 @@ _TICK_S = 0.1
 _COUNTERS_EVERY_S = 1.0
 _STORE_RETRY_S = 1.0
 _SHARE_EVERY_S = 1.0  # how often balancers look at what the others have written, at least
-NUM_WINDOWS = 12
 _ROLES = {pb.ROLE_GATEWAY: "gateway", pb.ROLE_ROUTER: "router", pb.ROLE_WORKER: "worker"}
 Context = aio.ServicerContext[Any, Any]
 
@@ -73,14 +72,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._is_loaded = False
         self._is_store_lost = False
         self._store_retry_s = 0.0
-        self._unsaved: set[str] = set()  # ids to write or to forget
-        self._unsaved_windows: list[Window] = []
-        self._are_windows_anew = False  # what is remembered of load is of another model, or of a time that is over
+        self._backlog = Backlog()
         self._leads_from_s = 0.0  # a balancer that takes over first hears of what the one before it has done
         self._leaders_balance: pb.Balance | None = None
-        self._unsaved_reports: dict[str, Counts] = {}
-        self._is_plan_unsaved = self._is_wanted_unsaved = self._is_model_unsaved = False
-        self._unpublished = False
         self._view = to_view(roster, planner)
         self._view_changed = asyncio.Event()
         self._counters_s = self._shared_s = self._looked_s = clock()
@@ -201,13 +195,13 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 late = self._planner.give_up(workers)
                 self._account.decide(f"plan given up: {', '.join(late)} did not get ready")
                 _log.warning("plan given up", late=late)
-                self._is_plan_unsaved = True
+                self._backlog.planned = True
                 self._show()
             case Wish.NOTHING:
                 await self._look(now_s)
         window = self._windows.roll(now_s, time.time_ns() // 10**6)
         if window is not None:
-            self._unsaved_windows.append(window)
+            self._backlog.note_window(window)
             for worker in workers:
                 self._costs.note(worker.member_id, worker.counters)
             self._measure()
@@ -263,7 +257,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         member.state, member.ready_plan, member.seen_epoch = state, request.ready_plan, request.seen_epoch
         if is_news:
             self._note(member.member_id)
-        self._unsaved.add(member.member_id)
+        self._backlog.members.add(member.member_id)
         return pb.RenewResponse(ttl_ms=round(self._roster.ttl_s * 1e3))
 
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -297,7 +291,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if self.is_leader:
             self._windows.report(request.member_id, counts, self._clock())
         else:
-            self._unsaved_reports[request.member_id] = counts
+            self._backlog.reports[request.member_id] = counts
         return pb.ReportLoadResponse()
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
@@ -308,7 +302,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if self._planner.model is None:
             raise Unavailable("no worker has joined yet", reason="NO_MODEL", retry_after_s=1.0)
         self._planner.wanted_workers = request.num_workers
-        self._is_wanted_unsaved = True
+        self._backlog.wanted = True
         _log.info("scale", wanted=request.num_workers)
         workers = self._roster.members(pb.ROLE_WORKER)
         self._keep_wanted(workers)
@@ -359,7 +353,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
 
     async def _publish(self, now_s: float) -> None:
         placement = self._planner.publish()
-        self._unpublished, self._is_plan_unsaved = True, False
+        self._backlog.placement, self._backlog.planned = True, False
         self._account.publish(placement, now_s)
         _log.info("placement in force", epoch=placement.epoch, workers=len(placement.worker_ids))
         await self._remember()
@@ -391,7 +385,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     def _adopt(self, plan: Placement) -> None:
         self._planner.adopt(plan, self._clock())
         self._num_plans += 1
-        self._is_plan_unsaved = True
+        self._backlog.planned = True
         self._account.plan(plan, self._planner)
         self._show()
 
@@ -416,8 +410,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if self.is_leader:
             _log.warning("no longer leads", why=why)
         self._token = NO_TOKEN
-        self._unpublished = self._is_plan_unsaved = self._are_windows_anew = False
-        self._unsaved_windows.clear()
+        self._backlog.drop_leaders()
 
     # --- the memory ---
 
@@ -440,16 +433,16 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         elif has_come_to_lead:
             _log.info("leads", token=token)
             self._leads_from_s = now_s + self._lead_ttl_s
-        elif memory.placement.epoch < self._planner.in_force.epoch and not self._unpublished:
+        elif memory.placement.epoch < self._planner.in_force.epoch and not self._backlog.placement:
             _log.warning("Redis has lost what it was told; it is told again")
             self._token = token
             self._tell_all()
             return
         self._token = token
-        changed = self._roster.merge(memory.members, now_s, unsaved=self._unsaved)
+        changed = self._roster.merge(memory.members, now_s, unsaved=self._backlog.members)
         for record in memory.members:
             self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
-        if memory.model is not None and not self._is_model_unsaved:
+        if memory.model is not None and not self._backlog.model:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
             changed |= self._planner.follow(memory.placement, memory.planned, now_s)
@@ -460,7 +453,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._windows.clear()
             self._restore_windows(memory.windows)
             self._measure()
-        if not self._is_wanted_unsaved:
+        if not self._backlog.wanted:
             self._planner.wanted_workers = memory.wanted_workers
             self._keep_wanted(self._roster.members(pb.ROLE_WORKER))
         if self.is_leader:
@@ -482,73 +475,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
 
     async def _remember(self) -> None:
         # Write what the memory has not got yet; while it is away, try once a second.
-        if not self._has_news or self._clock() < self._store_retry_s:
+        if (self._backlog.is_empty and not self._is_store_lost) or self._clock() < self._store_retry_s:
             return
-        ids, self._unsaved = self._unsaved, set()
-        members = [member for member in map(self._roster.get, ids) if member is not None]
-        gone = ids.difference(member.member_id for member in members)
         try:
-            await self._store.save_members(members, gone)
+            await self._backlog.write_members(self._store, self._roster)
             if self._is_store_lost:
                 await self._store_returned()
-            await self._remember_plans()
+            await self._backlog.write_rest(self._store, self._planner, self._token)
         except StoreError as error:
-            self._unsaved |= ids
             self._store_lost(error)
         except FencedError as error:
             self._step_down(str(error))
-
-    @property
-    def _has_news(self) -> bool:
-        return bool(
-            self._unsaved
-            or self._unpublished
-            or self._is_plan_unsaved
-            or self._is_wanted_unsaved
-            or self._is_model_unsaved
-            or self._unsaved_windows
-            or self._are_windows_anew
-            or self._unsaved_reports
-            or self._is_store_lost
-        )
-
-    async def _remember_plans(self) -> None:
-        # What is to be written is taken before the memory answers: what comes meanwhile is written the next time.
-        if self._is_model_unsaved and self._planner.model is not None:
-            self._is_model_unsaved = False
-            with self._again_unless_saved("_is_model_unsaved"):
-                await self._store.save_model(self._planner.model)
-        if self._unpublished and self._planner.model is not None and self.is_leader:
-            self._unpublished = False
-            with self._again_unless_saved("_unpublished"):
-                in_force = self._planner.in_force
-                self._planner.see_epoch(await self._store.publish(in_force, self._planner.model, self._token))
-        if self._is_plan_unsaved and self.is_leader:
-            self._is_plan_unsaved = False
-            with self._again_unless_saved("_is_plan_unsaved"):
-                await self._store.save_plan(self._planner.planned, self._token)
-        if self._is_wanted_unsaved:
-            self._is_wanted_unsaved = False
-            with self._again_unless_saved("_is_wanted_unsaved"):
-                await self._store.save_wanted(self._planner.wanted_workers)
-        if self.is_leader and (self._unsaved_windows or self._are_windows_anew):
-            windows = list(self._unsaved_windows)
-            await self._store.save_windows(windows, NUM_WINDOWS, anew=self._are_windows_anew)
-            self._are_windows_anew = False
-            del self._unsaved_windows[: len(windows)]
-        while self._unsaved_reports:
-            router_id, counts = next(iter(self._unsaved_reports.items()))
-            await self._store.save_report(router_id, counts)
-            if self._unsaved_reports.get(router_id) is counts:
-                del self._unsaved_reports[router_id]
-
-    @contextmanager
-    def _again_unless_saved(self, flag: str) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            setattr(self, flag, True)
-            raise
 
     def _store_lost(self, error: StoreError) -> None:
         if not self._is_store_lost:
@@ -556,13 +493,12 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._is_store_lost = True
         self._num_store_failures += 1
         self._store_retry_s = self._clock() + _STORE_RETRY_S
-        self._unsaved_windows = self._unsaved_windows[-NUM_WINDOWS:]
 
     async def _store_returned(self) -> None:
-        _log.info("Redis is back")
-        self._is_store_lost = False
         # Nobody is to use again an epoch that was handed out meanwhile.
         self._planner.see_epoch(await self._store.next_epoch(self._planner.newest_epoch))
+        _log.info("Redis is back")
+        self._is_store_lost = False
         if self.is_leader:
             token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
             if token == NO_TOKEN:
@@ -571,15 +507,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._tell_all()
 
     def _tell_all(self) -> None:
-        """Have everything written again that is ours to write: the memory may have come back empty."""
-        self._unsaved.update(m.member_id for m in self._roster.members() if not m.is_remote)
-        if not self.is_leader:
-            return
-        self._unpublished = self._planner.in_force.epoch > 0
-        self._is_plan_unsaved = self._are_windows_anew = True
-        self._is_model_unsaved = self._planner.model is not None
-        self._is_wanted_unsaved = self._planner.wanted_workers > 0
-        self._unsaved_windows = list(self._windows.windows)
+        self._backlog.mark_all(self._roster, self._planner, self._windows.windows, is_leader=self.is_leader)
 
     # --- what changes ---
 
@@ -597,14 +525,14 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 remedy="give every worker the manifest and dtype of the same checkpoint",
             )
         self._adopt_model(model)
-        self._is_model_unsaved = True
+        self._backlog.model = True
 
     def _adopt_model(self, model: Model) -> None:
         known = self._planner.model
         if known is not None and known.digest != model.digest:
             self._windows.clear()
-            self._unsaved_windows.clear()
-            self._are_windows_anew = self.is_leader
+            self._backlog.windows.clear()
+            self._backlog.are_windows_anew = self.is_leader
         self._planner.adopt_model(model)
 
     def _restore_windows(self, windows: Sequence[Window]) -> None:
@@ -636,7 +564,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
 
     def _note(self, member_id: str) -> None:
         # A member changed: write it, tell the watchers, and let the loop look at it now.
-        self._unsaved.add(member_id)
+        self._backlog.members.add(member_id)
         self._show()
         self._kick.set()
 

@@ -96,3 +96,10 @@ class Store(Protocol):
     async def close(self) -> None:
         """Give back connections."""
         ...
+
+
+def unless_fenced(answer: int) -> int:
+    """Give back what a leader's write answered; FencedError where it was refused, which stores say by -1."""
+    if answer < 0:
+        raise FencedError("another balancer has come to lead")
+    return answer
