@@ -126,7 +126,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     async with membership:
 
         def on_ready() -> None:
-            counters.epoch = 0 if membership.view is None else membership.view.placement.epoch
             service.worker_id = membership.member_id
             if not service.is_draining:
                 server.set_serving(loop.is_alive)

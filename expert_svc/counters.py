@@ -15,7 +15,6 @@ class WorkerCounters:
 
     def __init__(self, loop: ComputeLoop, buffer: ExpertBuffer, port: WorkerPort, sample: RegretSample | None = None):
         self._loop, self._buffer, self._port, self._sample = loop, buffer, port, sample
-        self.epoch = 0  # of the placement that this worker has seen in force; set by whoever watches
         self._open: dict[int, LinkStats] = {}
         self._closed = LinkStats()
         self._lock = threading.Lock()
@@ -66,7 +65,6 @@ class WorkerCounters:
             series("collegium_resident_bytes"): buffer.resident_bytes,
             series("collegium_resident_experts"): buffer.num_resident,
             series("collegium_links"): len(is_open),
-            series("collegium_placement_epoch"): self.epoch,
         }
 
     def _regret(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpc import aio
 
-from collegium.fabric import lifecycle, logs, rpc
+from collegium.fabric import lifecycle, logs, metrics, rpc
 from collegium.fabric.errors import CollegiumError, DeadlineExceeded, NotFound, Unavailable, from_rpc_error
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -134,6 +134,7 @@ class Membership:
         except BaseException:
             await self._channel.close()
             raise
+        self._conceal = metrics.expose(self._own_counters)
         self._tasks = [
             asyncio.create_task(self._renew_for_ever(), name="lease-renew"),
             asyncio.create_task(self._watch_for_ever(), name="placement-watch"),
@@ -144,6 +145,7 @@ class Membership:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the lease back, within a second."""
+        self._conceal()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -232,6 +234,12 @@ class Membership:
         except Exception:  # a fault in counting must not cost the lease
             _log.exception("counters could not be read")
             return {}
+
+    def _own_counters(self) -> Mapping[str, float]:
+        return {
+            metrics.series("collegium_seen_epoch"): float(self._seen_epoch),
+            metrics.series("collegium_view_age_seconds"): time.monotonic() - self._viewed_s,
+        }
 
     async def _watch_for_ever(self) -> None:
         pause_s = _BACKOFF_S[0]

@@ -128,6 +128,9 @@ METRICS: dict[str, MetricName] = {
         _gauge(
             "collegium_seconds_since_plan", "Time since a plan that moved something came into force, or since the start"
         ),
+        # every member of a cluster
+        _gauge("collegium_seen_epoch", "Newest placement epoch that this process has seen in force"),
+        _gauge("collegium_view_age_seconds", "Time since the balancer was last heard of; it speaks every second"),
         # every process
         _histogram("collegium_event_loop_lag_seconds", "How late the event loop ran what was due"),
     )

@@ -324,3 +324,11 @@ async def test_a_worker_that_another_balancer_hears_retires_as_well(redis_server
             renewing.cancel()
         empty = await first_view(two, lambda view: list(view.placement.worker_ids) == [one.member_id])
         assert empty.wanted_workers == 1
+
+
+async def test_every_member_tells_which_epoch_it_has_seen_and_how_old_its_view_is() -> None:
+    async with running_balancer(MemoryStore()) as balancer, member(balancer.address, "h:1") as membership:
+        view = await first_view(membership, lambda view: view.placement.epoch > 0)
+        shown = membership._own_counters()
+        assert shown["collegium_seen_epoch"] == view.placement.epoch
+        assert shown["collegium_view_age_seconds"] >= 0
