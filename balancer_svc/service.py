@@ -89,11 +89,6 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         """Whether this balancer plans and publishes."""
         return self._token != NO_TOKEN
 
-    @property
-    def decision(self) -> str:
-        """What the last look at the load came to."""
-        return self._account.decision
-
     def counters(self) -> Mapping[str, float]:
         """Count members, plans, moves, expiries, failures of the memory, and say how even the load is, by series."""
         counts = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +155,7 @@ def max_loads(experts: Ints, history: Floats) -> tuple[float, float]:
 
     The largest share of a layer's load that one worker has in any window, and the mean over windows of that share.
     """
-    shares: list[Any] = []
+    shares: list[Floats] = []
     for loads in history:
         work = weigh(experts, loads).sum(2)
         total = np.maximum(loads.sum(1), 1e-300)
