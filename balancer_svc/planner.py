@@ -126,30 +126,32 @@ class Planner:
 
     def plan(self, workers: Sequence[Member], epoch: int, load: Load = NO_LOAD, now_s: float = 0.0) -> Placement:
         """Plan for the live workers under a new epoch, which must be above all that were seen."""
-        planned = self.draft(workers, epoch, load)
+        planned = self.draft(self.candidates(workers, load), epoch, load)
         self.adopt(planned, now_s)
         return planned
 
-    def draft(self, workers: Sequence[Member], epoch: int, load: Load = NO_LOAD) -> Placement:
-        """Work out a plan for the live workers; changes nothing. Takes its time."""
+    def draft(self, candidates: Sequence[Candidate], epoch: int, load: Load = NO_LOAD) -> Placement:
+        """Work out a plan for candidates, of which there must be one; changes nothing. Takes its time.
+
+        May run in another thread: it looks at no member, who may begin to leave meanwhile.
+        """
         assert self.model is not None, "a plan needs a model"
         base = self._base or self.planned or self.in_force
-        candidates = self.candidates(workers, load)
         if base.worker_ids and not lacking(load.windows, self.model.layers):
             # Homes of those that are gone must be given to others whatever it costs: the budget is for the rest.
             proposal = propose(self.model.layers, candidates, base, load.windows, load.costs, self.rules, epoch=epoch)
             return proposal.placement or replace(base, epoch=epoch)
         return plan_homes(self.model.layers, [one.worker for one in candidates], base, epoch=epoch)
 
-    def propose(self, workers: Sequence[Member], load: Load) -> Proposal:
-        """Look whether the placement in force should change for the load's sake; changes nothing. Takes its time."""
+    def propose(self, candidates: Sequence[Candidate], load: Load) -> Proposal:
+        """Look whether the placement in force should change for the load; changes nothing. As `draft` otherwise."""
         assert self.model is not None
         why_not = lacking(load.windows, self.model.layers)
         if why_not:
             return Proposal(placement=None, decision=why_not)
         return propose(
             self.model.layers,
-            self.candidates(workers, load),
+            candidates,
             self.in_force,
             load.windows,
             load.costs,

@@ -336,8 +336,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         workers = self._roster.members(pb.ROLE_WORKER)
         if self._planner.wish(workers, self._clock()) is not Wish.PLAN:
             return
-        before = (self._planner.in_force, self._planner.planned)
-        plan = await asyncio.to_thread(self._planner.draft, workers, epoch, self._load(workers))
+        before, load = (self._planner.in_force, self._planner.planned), self._load(workers)
+        candidates = self._planner.candidates(workers, load)
+        plan = await asyncio.to_thread(self._planner.draft, candidates, epoch, load)
         # What it was made for may have changed meanwhile; then the next tick looks again.
         workers = self._roster.members(pb.ROLE_WORKER)
         is_current = {worker.member_id for worker in self._planner.live(workers)} == set(plan.worker_ids)
@@ -362,7 +363,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             return
         self._looked_s = now_s
         base, load = self._planner.in_force, self._load(workers)
-        proposal = await asyncio.to_thread(self._planner.propose, workers, load)
+        candidates = self._planner.candidates(workers, load)
+        proposal = await asyncio.to_thread(self._planner.propose, candidates, load)
         self._account.decide(proposal.decision)
         workers = self._roster.members(pb.ROLE_WORKER)
         if proposal.placement is None or not self._planner.can_move(workers) or self._planner.in_force is not base:

@@ -476,7 +476,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--phases", type=int, default=5, help="moves: pairs of a steady and a moving phase")
     parser.add_argument("--intervals", type=int, default=2000, help="moves: times between tokens in a phase, at least")
-    parser.add_argument("--share", type=float, default=0.7, help="gain: of the choices that fall on one worker")
+    parser.add_argument("--share", type=float, default=0.73, help="gain: of the choices that fall on one worker")
     parser.add_argument("--own", action="store_true", help="gain: text and the model's own routing instead")
     parser.add_argument("--prompt-tokens", type=int, default=448, help="gain: length of a prompt")
     parser.add_argument("--rounds", type=int, default=8, help="gain and scale")

@@ -210,8 +210,8 @@ def test_load_moves_a_placement_of_live_workers_and_nothing_else_meanwhile() -> 
     plan = planner(*workers)
     load = Load(windows=(window(*[n * 100 for n in SKEWED]),), costs=Costs(byte_s=0.0))
     assert plan.can_move(workers) and not plan.can_move(workers[:1])
-    assert plan.propose(workers, Load()).decision == "no load has been seen yet"
-    proposal = plan.propose(workers, load)
+    assert plan.propose(plan.candidates(workers, Load()), Load()).decision == "no load has been seen yet"
+    proposal = plan.propose(plan.candidates(workers, load), load)
     assert proposal.placement is not None
     plan.adopt(Placement(epoch=2, worker_ids=proposal.placement.worker_ids, homes=proposal.placement.homes), 100.0)
     assert not plan.can_move(workers)
@@ -220,6 +220,16 @@ def test_load_moves_a_placement_of_live_workers_and_nothing_else_meanwhile() -> 
     for worker in workers:
         worker.ready_plan = 2
     assert plan.wish(workers, 111.0) is Wish.PUBLISH
+
+
+def test_a_plan_that_is_being_worked_out_does_not_mind_workers_that_begin_to_leave() -> None:
+    workers = [member("a"), member("b")]
+    plan = planner(*workers)
+    candidates = plan.candidates(workers[:1], Load())
+    for worker in workers:
+        worker.state = pb.MEMBER_STATE_DRAINING
+    assert plan.draft(candidates, 2).worker_ids == ("a",)
+    assert plan.candidates(workers, Load()) == []
 
 
 def test_a_joiner_that_cannot_load_is_left_out_until_it_says_something_new() -> None:
