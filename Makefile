@@ -4,6 +4,7 @@
 #                        without CUDA
 #   PYTHON=python3.12    make the environment with another interpreter (3.11 or later)
 #   ONCE=1               `make run` exits after its one completion
+#   TEST_PROCESSES=0     `make test` in pytest itself, as for a debugger (two by default: much of a test is waiting)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,6 +13,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ONCE ?=
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
@@ -43,7 +45,7 @@ run: setup ## serve the demo model from a whole cluster on this machine until Ct
 	@exec $(BIN)/collegium up models/demo-lm --workers 2 $(if $(ONCE),--once)
 
 test: lint ## everything that proves the project
-	@exec $(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## style, types, import contracts, protos
 	@$(BIN)/ruff check .

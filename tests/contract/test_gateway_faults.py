@@ -360,7 +360,9 @@ async def test_a_gateway_that_drains_finishes_what_runs_and_takes_nothing_new() 
         await until(lambda: not served.gateway.server.health.is_serving())
         async with aio.insecure_channel(served.address) as channel:
             refused = await error_of(inference_pb2_grpc.InferenceStub(channel).Generate(ids_request(1)))
-            assert refused.code == grpc.StatusCode.UNAVAILABLE
+            # CANCELLED: it came in the moment of the stop, and gRPC's core ended it; the SDK tries both elsewhere
+            assert refused.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            assert len(router.sequences) == 1
         router.release()
         assert token_ids(await reading) == expected([1], 8)
         await draining
