@@ -28,7 +28,7 @@ help: ## list these commands
 setup: $(STAMP) ## make .venv with pinned dependencies; quick when nothing changed
 
 # torch comes by pip and first: pip honours an index or a wheel folder of the machine, and uv then leaves it alone.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml collegium/model/native/kernels.c collegium/model/native/tiles.h
 	@test -x $(BIN)/python || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "setup: Python 3.11 or later is needed; set PYTHON to one and remove $(VENV)" >&2; exit 1; }
@@ -38,6 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(call pinned,uv)
 	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'from collegium.model.native import library; import sys; lib = library(); print("setup:", f"native kernels built, {lib.isa} instructions" if lib else "no native kernels (is there a C compiler?): torch computes the experts, more slowly")'
 	@touch $@
 	@echo "setup: done"
 

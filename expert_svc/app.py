@@ -12,6 +12,8 @@ from collegium.fabric.leases import Membership
 from collegium.link.base import Arrival
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError
+from collegium.model.calibration import settle_kernel
+from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, load_manifest
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
@@ -47,6 +49,18 @@ def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> N
         tracing.span_from_traceparent("worker.batch", dispatch.traceparent, began_ns, ended_ns, attributes)
 
 
+def choose_kernel(config: Settings, manifest: Manifest, dtype: torch.dtype, num_threads: int) -> None:
+    """Settle what computes the experts. Raises FailedPrecondition where it cannot be what was asked for."""
+    torch.set_num_threads(num_threads)  # a thread's own setting: this one measures
+    try:
+        chosen = settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
+    except KernelUnavailableError as error:
+        raise FailedPrecondition(
+            str(error), reason="KERNEL_UNAVAILABLE", field="--kernel", remedy="use --kernel=auto"
+        ) from error
+    _log.info("kernel", kernel=chosen.kernel.value, threads=num_threads, **chosen.describe())
+
+
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
     tracing.setup_tracing("collegium-worker", config.otlp_endpoint, config.trace_ratio)
@@ -57,6 +71,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
     num_threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(num_threads)
+    await asyncio.to_thread(choose_kernel, config, manifest, dtype, num_threads)
     try:
         port = TcpPort(worker_id=f"{os.uname().nodename}/{os.getpid()}", bind=config.data_bind, unix="@")
     except (OSError, ValueError) as error:

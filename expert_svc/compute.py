@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from collegium.link.base import Arrival, WorkerPort
 from collegium.link.frame import Dispatch, LinkClosed, Reply, Status
 from collegium.model.architectures import CheckpointError, ExpertForm
-from collegium.model.experts import ExpertRun, PackedExpert
+from collegium.model.experts import PackedExpert, expert_run
 from expert_svc.buffer import ExpertBuffer, Visit
 from expert_svc.joining import DispatchQueue, join
 from expert_svc.prefetch_trial import PrefetchTrial
@@ -178,7 +178,7 @@ class ComputeLoop:
         self._last_word_s = now
         visit = buffer.begin(batch.layer, batch.experts, batch.decode_counts, batch.num_decode_rows)
         try:
-            run = ExpertRun(batch.x, batch.counts, batch.pair_rows, self._form)
+            run = expert_run(batch.x, batch.counts, batch.pair_rows, self._form)
             while not visit.is_over:
                 if groups := buffer.landed(visit):
                     run.compute(groups, _slots(visit, groups))

@@ -13,6 +13,11 @@ class Settings(ServiceSettings):
 
     manifest: Path = setting("manifest of the checkpoint, made by `collegium manifest`")
     dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    kernel: str = setting(
+        "what multiplies matrices on a CPU; auto: the fastest as measured, once for each machine and shape",
+        default="auto",
+        choices=("auto", "native", "onednn", "torch"),
+    )
     data_bind: str = setting("address that links connect to, HOST:PORT; port 0 chooses one", default="127.0.0.1:0")
     data_advertise: str = setting(
         "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""

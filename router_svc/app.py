@@ -9,6 +9,8 @@ from collegium.fabric import lifecycle, logs, metrics, rpc, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
 from collegium.model.architectures import CheckpointError, UnsupportedModelError
+from collegium.model.calibration import settle_kernel
+from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, ensure_manifest, load_manifest
 from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
 from router_svc.counters import read_counters
@@ -33,10 +35,16 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
     try:
         manifest = load_manifest(config.manifest or ensure_manifest(config.model))
         dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
+        torch.set_num_threads(config.threads or torch.get_num_threads())  # a thread's own setting: this one measures
+        settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
         model = load_router_model(config.model, dtype, torch.device(config.device))
         _check_agreement(manifest, model)
     except (CheckpointError, UnsupportedModelError) as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
+    except KernelUnavailableError as error:
+        raise FailedPrecondition(
+            str(error), reason="KERNEL_UNAVAILABLE", field="--kernel", remedy="use --kernel=auto"
+        ) from error
     except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
         raise FailedPrecondition(
             str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"

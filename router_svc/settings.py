@@ -14,6 +14,11 @@ class Settings(ServiceSettings):
     manifest: Path | None = setting("manifest of the checkpoint; empty: found or made in the cache", default=None)
     model_name: str = setting("name that requests use; empty: the folder's name", default="")
     dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    kernel: str = setting(
+        "what multiplies matrices on a CPU; auto: the fastest as measured, once for each machine and shape",
+        default="auto",
+        choices=("auto", "native", "onednn", "torch"),
+    )
     device: str = setting("torch device of attention, such as cpu or cuda:0", default="cpu")
     kv_memory: ByteSize = setting("memory for keys and values", default=ByteSize(1 << 30), at_least=1)
     max_model_len: int = setting(

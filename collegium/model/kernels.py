@@ -1,14 +1,17 @@
-"""The linear map that everything else is made of, on weights packed for the machine.
+"""The linear map that everything else is made of, on weights packed for the machine; and which kernels pack them.
 
-Owns PackedLinear. On a CPU the weight is laid out by oneDNN once; a row of the product then does not depend on how many
-rows there are (measured: torch's plain linear does not have that property), and reads of weights run near memory
-bandwidth. The packed bytes of one shape and type are laid out alike on one machine, so they can be copied from one
-PackedLinear into another: that is what a slot is.
+Owns PackedLinear and the process's choice of kernels. Three are known: `native`, our own C kernels, which stream
+weights near memory bandwidth from one row on; `onednn`, torch's packed linears, which know matrix units that ours do
+not; and `torch`, its plain ones, for what neither takes. Which one is best depends on the machine: calibration.py
+measures it. With the first two a row of the product does not depend on how many rows there are (measured: torch's plain
+linear does not have that property). The packed bytes of one shape and type are laid out alike in one process, so they
+can be copied from one PackedLinear into another: that is what a slot is.
 R rows, I inputs, O outputs.
 """
 
 import ctypes
 import functools
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -16,13 +19,54 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from collegium.model import native
+
 # The row count that oneDNN is told to expect when it chooses a layout; it holds for any other as well.
 _EXPECTED_ROWS = 8
 
 
+class Kernel(StrEnum):
+    """A family of kernels; weights packed by one mean nothing to another."""
+
+    NATIVE = "native"
+    ONEDNN = "onednn"
+    TORCH = "torch"
+
+
+class KernelUnavailableError(ValueError):
+    """The kernels asked for cannot be used on this machine."""
+
+
+_chosen: dict[torch.dtype, Kernel] = {}
+
+
+def available(dtype: torch.dtype) -> list[Kernel]:
+    """List what can compute with weights of that type on this machine's CPU, ours first."""
+    kernels = [Kernel.TORCH]
+    if _onednn_packs(dtype):
+        kernels.insert(0, Kernel.ONEDNN)
+    if dtype in native.DTYPES and native.library() is not None:
+        kernels.insert(0, Kernel.NATIVE)
+    return kernels
+
+
+def kernel_for(dtype: torch.dtype) -> Kernel:
+    """Say which kernels pack weights of that type in this process."""
+    if dtype not in _chosen:
+        _chosen[dtype] = available(dtype)[0]
+    return _chosen[dtype]
+
+
+def use_kernel(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Choose for this process, before anything is packed. Raises KernelUnavailableError."""
+    if kernel not in available(dtype):
+        hint = "; `make setup` builds it where there is a C compiler" if kernel is Kernel.NATIVE else ""
+        raise KernelUnavailableError(f"kernel {kernel} cannot compute {dtype} on this machine{hint}")
+    _chosen[dtype] = kernel
+
+
 @functools.cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Say whether this machine and build of torch pack weights of that type, by trying."""
+def _onednn_packs(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -37,18 +81,23 @@ def can_pack(dtype: torch.dtype) -> bool:
 class PackedLinear(nn.Module):
     """rows [R, I] -> rows @ weight.T + bias [R, O], without gradients."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, kernel: Kernel | None = None):
         """Pack `weight` [O, I]; it is copied and may be freed afterwards. `bias` [O] is kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._bias = bias
-        self._is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
+        self.kernel = kernel or (kernel_for(weight.dtype) if weight.device.type == "cpu" else Kernel.TORCH)
+        self._library = native.library() if self.kernel is Kernel.NATIVE else None
         with torch.inference_mode():
-            self._weight = (
-                torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
-                if self._is_packed
-                else weight.detach().clone()
-            )
+            if self._library is not None:
+                self._weight = torch.empty(
+                    self._library.packed_bytes(weight.shape[0], weight.shape[1], weight.dtype), dtype=torch.uint8
+                )
+                self._library.pack(self._weight.data_ptr(), weight)
+            elif self.kernel is Kernel.ONEDNN:
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
+            else:
+                self._weight = weight.detach().clone()
 
     def memory(self) -> list[NDArray[np.uint8]]:
         """Give the bytes that the kernel reads, writable and in its own form: of the weight, then of the bias if any.
@@ -60,11 +109,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Apply the map to [..., I]; the leading shape is kept."""
-        if not self._is_packed:
+        if self.kernel is Kernel.TORCH:
             return F.linear(rows, self._weight, self._bias)
         if rows.numel() == 0:
             return rows.new_empty(*rows.shape[:-1], self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        if self._library is None:
+            return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        flat = rows if rows.dim() == 2 else rows.reshape(-1, self.in_features)
+        out = self._library.linear(flat, self._weight, self._bias, self.out_features, torch.get_num_threads())
+        return out if rows.dim() == 2 else out.view(*rows.shape[:-1], self.out_features)
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:

@@ -123,17 +123,6 @@ def test_a_weighted_sum_is_the_same_by_either_path(num_pairs: int, num_rows: int
     assert torch.equal(weighted_sum(values, rows, scores, num_rows, torch.float64), expected)
 
 
-def test_a_row_of_a_packed_expert_does_not_depend_on_the_number_of_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    expert = PackedExpert(
-        ExpertWeights(gate_up=torch.randn(96, 64, generator=generator), down=torch.randn(64, 48, generator=generator))
-    )
-    x = torch.randn(33, 64, generator=generator)
-    together = expert.down(gated(expert.gate_up(x), FORM))
-    for row in range(33):
-        assert torch.equal(expert.down(gated(expert.gate_up(x[row : row + 1]), FORM))[0], together[row])
-
-
 def arrival(link: int, layer: int, rows: int) -> Arrival:
     dispatch = Dispatch(
         seq=link,

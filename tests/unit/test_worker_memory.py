@@ -21,7 +21,7 @@ from collegium.buffering.policies import ExpertId
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.errors import FailedPrecondition
 from collegium.model.architectures import Activation, CheckpointError, ExpertForm, Layout, Role
-from collegium.model.experts import ExpertRun, PackedExpert, run_experts
+from collegium.model.experts import PackedExpert, expert_run, gated, run_experts
 from collegium.model.manifest import Manifest, build_manifest
 from collegium.model.weights import ExpertReader, ExpertWeights
 from expert_svc.budget import ModelBytes, plan_memory
@@ -206,12 +206,10 @@ def test_a_reader_gives_every_layout_in_one_form_and_uses_its_memory_again(
 # --- slots ---
 
 
-def outputs(expert: PackedExpert, dtype: torch.dtype, d_model: int, d_ffn: int) -> list[Tensor]:
-    """What an expert's two maps make of fixed rows."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, d_model, generator=generator).to(dtype)
-    hidden = torch.randn(3, d_ffn, generator=generator).to(dtype)
-    return [expert.gate_up(rows), expert.down(hidden)]
+def outputs(expert: PackedExpert, dtype: torch.dtype, d_model: int, form: ExpertForm) -> list[Tensor]:
+    """What an expert makes of fixed rows."""
+    rows = torch.randn(3, d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return [run_experts(rows, [expert], [3], np.arange(3), np.ones(3, np.float32), form)]
 
 
 def are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -226,10 +224,11 @@ def test_an_expert_that_was_copied_through_memory_computes_the_same(
 ) -> None:
     manifest = build_manifest(oracle.checkpoint(arch))
     weights = ExpertReader(manifest, dtype).read(1, 2)
-    packed, sizes = PackedExpert(weights), (manifest.d_model, manifest.d_ffn)
+    packed, sizes = PackedExpert(weights), (manifest.d_model, manifest.form)
     expected = outputs(packed, dtype, *sizes)
     rows = torch.randn(3, manifest.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert torch.allclose(expected[0], F.linear(rows, weights.gate_up, weights.gate_up_bias), rtol=2e-2, atol=2e-2)
+    hidden = gated(F.linear(rows, weights.gate_up, weights.gate_up_bias), manifest.form)
+    assert torch.allclose(expected[0], F.linear(hidden, weights.down, weights.down_bias), rtol=2e-2, atol=2e-2)
     for part in parts_of(weights):
         part.zero_()  # the reader's memory: packed weights are a copy
     assert are_equal(outputs(packed, dtype, *sizes), expected)
@@ -258,7 +257,7 @@ def test_kernels_read_slots_and_nothing_behind_them(oracle: Oracle) -> None:
     def compute(expert_id: ExpertId) -> tuple[Tensor, PackedExpert | None, bool]:
         """What an expert makes of x, the slot that it was in, and whether it had to be loaded."""
         visit = buffer.begin(expert_id[0], [expert_id[1]], [4], 4)
-        run, slot = ExpertRun(x, [4], pair_rows, manifest.form), None
+        run, slot = expert_run(x, [4], pair_rows, manifest.form), None
         while not visit.is_over:
             if groups := buffer.landed(visit):
                 slot = visit.slots[0]
@@ -391,7 +390,7 @@ class ArenaRig:
     def holds(self, expert_id: ExpertId) -> bool:
         """Whether the rig's slot holds that expert."""
         expected = PackedExpert(ExpertReader(self.manifest, torch.float32).read(*expert_id))
-        sizes = (self.manifest.d_model, self.manifest.d_ffn)
+        sizes = (self.manifest.d_model, self.manifest.form)
         return are_equal(outputs(self.slot, torch.float32, *sizes), outputs(expected, torch.float32, *sizes))
 
     def damage(self, expert_id: ExpertId) -> None:
@@ -452,7 +451,7 @@ def test_a_checksum_is_verified_from_the_disk_and_not_on_a_copy(checkpoint: Path
     rig.damage((2, 5))
     rig.slot.take(blank_slot(rig.manifest, torch.float32))
     assert rig.fill((0, 1)) == Tier.HOST
-    assert outputs(rig.slot, torch.float32, 64, 96)[0].any()
+    assert outputs(rig.slot, torch.float32, 64, rig.manifest.form)[0].any()
     for _ in range(2):
         with pytest.raises(CheckpointError, match="expert 5 of MoE layer 2 does not match its checksum"):
             rig.fill((2, 5))
@@ -490,7 +489,7 @@ def test_the_order_and_grouping_in_which_experts_run_change_no_bit(
     weights = random_rows.random(len(pair_rows), dtype=np.float32)
     expected = run_experts(x, experts, counts, pair_rows, weights, form)
     order = data.draw(st.permutations(range(len(counts))))
-    run, at = ExpertRun(x, counts, pair_rows, form), 0
+    run, at = expert_run(x, counts, pair_rows, form), 0
     while at < len(order):
         size = data.draw(st.integers(1, len(order) - at))
         groups = order[at : at + size]

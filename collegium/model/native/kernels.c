@@ -1,0 +1,347 @@
+/* Expert kernels for CPUs: from one row to thousands, weights read once per call, float32 sums.
+ *
+ * A plain C library without dependencies, loaded through ctypes (which lets go of the interpreter lock); kernels.py's
+ * neighbour native/__init__.py is its only caller and says what it offers. The arithmetic is in tiles.h, built once per
+ * instruction set and chosen when the library is loaded. bfloat16 weights are widened in registers: each is read from
+ * memory once, as 2 bytes.
+ */
+#define _GNU_SOURCE
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
+enum { AHEAD = 1024, SPINS = 4000, TASK_BYTES = 96 << 10 };
+
+struct linear {
+    const float *x;
+    int64_t x_stride;
+    const void *weight, *bias;
+    void *out;
+    int64_t R, O, K;
+    int is_bf16, is_out_bf16;
+};
+
+struct expert_shape {
+    int64_t D, F;
+    int32_t is_bf16, has_bias, activation, unused;
+    float clamp, alpha;
+    int64_t up_at, down_at, gate_up_bias_at, down_bias_at; /* offsets in an expert's bytes */
+};
+
+struct experts {
+    const struct expert_shape *shape;
+    const float *x;
+    const int64_t *pair_rows, *starts, *counts;
+    const void *const *weights;
+    float *hidden, *y;
+};
+
+struct isa {
+    int64_t width;
+    void (*linear)(const struct linear *, int64_t, int64_t);
+    void (*gate_up)(const struct experts *, int64_t, int64_t, int64_t);
+    void (*down)(const struct experts *, int64_t, int64_t, int64_t);
+    void (*pack)(void *, const void *, int64_t, int64_t, int);
+};
+
+static inline float from_bf16(uint16_t bits)
+{
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN stays NaN */
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    if (value != value)
+        return (uint16_t)(word >> 16 | 0x40);
+    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+#define LANES 4
+#define ROWS 6
+#define SUFFIX _generic
+#define TARGET
+#include "tiles.h"
+
+#if defined(__x86_64__)
+#define LANES 8
+#define ROWS 6
+#define SUFFIX _avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#include "tiles.h"
+
+#define LANES 16
+#define ROWS 12
+#define SUFFIX _avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#include "tiles.h"
+#endif
+
+static const struct isa *isa = &isa_generic;
+
+/* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
+ * Before any other call; packed weights of one choice mean nothing to another. Returns what was chosen. */
+int collegium_choose(int most)
+{
+    isa = &isa_generic;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        isa = &isa_avx512;
+        return 2;
+    }
+    if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        isa = &isa_avx2;
+        return 1;
+    }
+#endif
+    return 0;
+}
+
+/* --- threads: the caller works, and helpers join it for what is left --- */
+
+static struct {
+    pthread_mutex_t owner;  /* held by the one caller that has the helpers; another computes alone */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    int num_helpers;
+    atomic_uint generation;
+    int is_open;
+    atomic_int num_active;
+    void (*run)(const void *, int64_t);
+    const void *job;
+    int64_t num_tasks;
+    atomic_llong next;
+    int num_wanted;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void work(void)
+{
+    for (;;) {
+        long long task = atomic_fetch_add(&pool.next, 1);
+        if (task >= pool.num_tasks)
+            return;
+        pool.run(pool.job, task);
+    }
+}
+
+static void *helper(void *number)
+{
+    unsigned seen = 0;
+    for (;;) {
+        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.generation, memory_order_relaxed) == seen; i++)
+            relax();
+        pthread_mutex_lock(&pool.lock);
+        while (atomic_load(&pool.generation) == seen)
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        seen = atomic_load(&pool.generation);
+        int joins = pool.is_open && (intptr_t)number < pool.num_wanted;
+        if (joins)
+            atomic_fetch_add(&pool.num_active, 1);
+        pthread_mutex_unlock(&pool.lock);
+        if (joins) {
+            work();
+            atomic_fetch_sub(&pool.num_active, 1);
+        }
+    }
+    return NULL;
+}
+
+static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const void *job, int num_threads)
+{
+    if (num_threads > num_tasks)
+        num_threads = (int)num_tasks;
+    if (num_threads <= 1 || pthread_mutex_trylock(&pool.owner) != 0) {
+        for (int64_t task = 0; task < num_tasks; task++)
+            run(job, task);
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    while (pool.num_helpers < num_threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, helper, (void *)(intptr_t)pool.num_helpers) != 0)
+            break;
+        pthread_detach(thread);
+        pool.num_helpers++;
+    }
+    pool.run = run;
+    pool.job = job;
+    pool.num_tasks = num_tasks;
+    pool.num_wanted = num_threads - 1;
+    atomic_store(&pool.next, 0);
+    pool.is_open = 1;
+    atomic_fetch_add(&pool.generation, 1);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    work();
+    pthread_mutex_lock(&pool.lock);
+    pool.is_open = 0; /* who wakes now finds nothing left */
+    pthread_mutex_unlock(&pool.lock);
+    for (int64_t i = 0; atomic_load(&pool.num_active) != 0; i++) {
+        if (i < SPINS)
+            relax();
+        else
+            sched_yield(); /* a helper lost its core in the middle of a task */
+    }
+    pthread_mutex_unlock(&pool.owner);
+}
+
+/* --- what is offered --- */
+
+static int64_t panels(int64_t outputs)
+{
+    return (outputs + isa->width - 1) / isa->width;
+}
+
+/* Bytes of a packed weight [O, K]. */
+int64_t collegium_packed_bytes(int64_t O, int64_t K, int is_bf16)
+{
+    return panels(O) * isa->width * K * (is_bf16 ? 2 : 4);
+}
+
+/* Pack `from` [O, K], contiguous. */
+void collegium_pack(void *to, const void *from, int64_t O, int64_t K, int is_bf16)
+{
+    isa->pack(to, from, O, K, is_bf16);
+}
+
+/* to [n] float32 = from [n] bfloat16 */
+void collegium_widen(float *to, const uint16_t *from, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        to[i] = from_bf16(from[i]);
+}
+
+struct split {
+    const void *job;
+    int64_t num_panels, per_task, tasks_per_group;
+};
+
+static void linear_task(const void *at, int64_t task)
+{
+    const struct split *split = at;
+    int64_t begin = task * split->per_task, end = begin + split->per_task;
+    isa->linear(split->job, begin, end < split->num_panels ? end : split->num_panels);
+}
+
+static struct split divide(const void *job, int64_t outputs, int64_t K, int is_bf16)
+{
+    struct split split = {.job = job, .num_panels = panels(outputs)};
+    int64_t panel_bytes = isa->width * K * (is_bf16 ? 2 : 4);
+    split.per_task = TASK_BYTES / (panel_bytes + 1) + 1;
+    split.tasks_per_group = (split.num_panels + split.per_task - 1) / split.per_task;
+    return split;
+}
+
+/* out [R, O] = x [R, K] @ weight.T + bias; rows of x are `x_stride` floats apart. */
+void collegium_linear(const float *x, int64_t x_stride, const void *weight, const void *bias, void *out, int64_t R,
+                      int64_t O, int64_t K, int is_bf16, int is_out_bf16, int num_threads)
+{
+    struct linear job = {x, x_stride, weight, bias, out, R, O, K, is_bf16, is_out_bf16};
+    struct split split = divide(&job, O, K, is_bf16);
+    run_all(split.tasks_per_group, linear_task, &split, num_threads);
+}
+
+static void gate_up_task(const void *at, int64_t task)
+{
+    const struct split *split = at;
+    int64_t begin = task % split->tasks_per_group * split->per_task, end = begin + split->per_task;
+    isa->gate_up(split->job, task / split->tasks_per_group, begin, end < split->num_panels ? end : split->num_panels);
+}
+
+static void down_task(const void *at, int64_t task)
+{
+    const struct split *split = at;
+    int64_t begin = task % split->tasks_per_group * split->per_task, end = begin + split->per_task;
+    isa->down(split->job, task / split->tasks_per_group, begin, end < split->num_panels ? end : split->num_panels);
+}
+
+/* y of the pairs of G groups: group g computes pairs starts[g] .. + counts[g] with the expert at weights[g]. x [R, D];
+ * pair_rows [P] index into x; hidden [P, F] is scratch; y [P, D]. */
+void collegium_experts(const struct expert_shape *shape, const float *x, const int64_t *pair_rows, const int64_t *starts,
+                       const int64_t *counts, const void *const *weights, int64_t G, float *hidden, float *y,
+                       int num_threads)
+{
+    struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y};
+    struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
+    run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads);
+    split = divide(&job, shape->D, shape->F, shape->is_bf16);
+    run_all(split.tasks_per_group * G, down_task, &split, num_threads);
+}
+
+struct sum {
+    const float *y, *pair_weights;
+    const int64_t *first, *order;
+    void *out;
+    int64_t R, D;
+    int is_bf16;
+};
+
+enum { SUM_ROWS = 16, SUM_COLUMNS = 128 };
+
+static void sum_task(const void *at, int64_t task)
+{
+    const struct sum *job = at;
+    int64_t begin = task * SUM_ROWS, end = begin + SUM_ROWS < job->R ? begin + SUM_ROWS : job->R;
+    for (int64_t r = begin; r < end; r++)
+        for (int64_t c = 0; c < job->D; c += SUM_COLUMNS) {
+            int64_t n = job->D - c < SUM_COLUMNS ? job->D - c : SUM_COLUMNS;
+            if (job->is_bf16) {
+                float total[SUM_COLUMNS] = {0};
+                for (int64_t i = job->first[r]; i < job->first[r + 1]; i++) {
+                    const float *y = job->y + job->order[i] * job->D + c, w = job->pair_weights[job->order[i]];
+                    for (int64_t d = 0; d < n; d++)
+                        total[d] += y[d] * w;
+                }
+                for (int64_t d = 0; d < n; d++)
+                    ((uint16_t *)job->out)[r * job->D + c + d] = to_bf16(total[d]);
+            } else {
+                double total[SUM_COLUMNS] = {0};
+                for (int64_t i = job->first[r]; i < job->first[r + 1]; i++) {
+                    const float *y = job->y + job->order[i] * job->D + c;
+                    double w = job->pair_weights[job->order[i]];
+                    for (int64_t d = 0; d < n; d++)
+                        total[d] += (double)y[d] * w; /* exact products: fused or not, the same */
+                }
+                for (int64_t d = 0; d < n; d++)
+                    ((float *)job->out)[r * job->D + c + d] = (float)total[d];
+            }
+        }
+}
+
+/* out [R, D] = for each row the sum of its pairs' y times their weights, in the order of the pairs; float64 sums for
+ * float32 rows, float32 sums for bfloat16. Returns 0, or -1 where memory lacks. */
+int collegium_sum(const float *y, const int64_t *pair_rows, const float *pair_weights, int64_t P, void *out, int64_t R,
+                  int64_t D, int is_bf16, int num_threads)
+{
+    int64_t *first = calloc(R + 2 + P, sizeof *first), *order = first + R + 2;
+    if (!first)
+        return -1;
+    for (int64_t p = 0; p < P; p++)
+        first[pair_rows[p] + 2]++;
+    for (int64_t r = 0; r < R; r++)
+        first[r + 2] += first[r + 1];
+    for (int64_t p = 0; p < P; p++) /* leaves first[r + 1] at the end of row r */
+        order[first[pair_rows[p] + 1]++] = p;
+    struct sum job = {y, pair_weights, first, order, out, R, D, is_bf16};
+    run_all((R + SUM_ROWS - 1) / SUM_ROWS, sum_task, &job, num_threads);
+    free(first);
+    return 0;
+}

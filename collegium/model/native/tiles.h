@@ -1,0 +1,299 @@
+/* The arithmetic, once per instruction set: kernels.c includes this file with LANES, ROWS, SUFFIX and TARGET set.
+ *
+ * A weight [O, K] is packed in panels of WIDTH = 2 * LANES outputs; a panel holds, for each k in turn, its WIDTH weights.
+ * In float32 they lie in order. In bfloat16 word j of LANES 32-bit words holds output j below and output j + LANES above,
+ * so that a shift and a mask turn one load into two vectors of float32. Missing outputs of the last panel are zeros.
+ *
+ * Every output is one chain of multiply-adds over k, in order, whatever the number of rows: a row's result never depends
+ * on the rows beside it.
+ */
+
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#define NAME(x) CAT(x, SUFFIX)
+#define WIDTH (2 * LANES)
+
+typedef float NAME(vf) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t NAME(vi) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t NAME(vu) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define VF NAME(vf)
+#define VI NAME(vi)
+#define VU NAME(vu)
+
+/* acc[2 * r], acc[2 * r + 1] = the panel's WIDTH outputs of row r, for `mr` rows; mr is a constant where it is called */
+TARGET static inline __attribute__((always_inline)) void NAME(tile)(
+    const int mr, const int is_bf16, const float *const *rows, const void *panel, int64_t K, VF *acc)
+{
+    const float *p[ROWS];
+    VF a[ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < mr; r++) {
+        p[r] = rows[r];
+        a[r][0] = (VF){0};
+        a[r][1] = (VF){0};
+    }
+    const char *w = panel;
+    for (int64_t k = 0; k < K; k++) {
+        VF w0, w1;
+        if (is_bf16) {
+            VU both = *(const VU *)w;
+            w0 = (VF)(both << 16);
+            w1 = (VF)(both & 0xffff0000u);
+            __builtin_prefetch(w + AHEAD);
+            w += 2 * WIDTH;
+        } else {
+            w0 = *(const VF *)w;
+            w1 = *(const VF *)(w + 4 * LANES);
+            __builtin_prefetch(w + AHEAD);
+            w += 4 * WIDTH;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < mr; r++) {
+            VF x = p[r][k] - (VF){0};
+            a[r][0] += x * w0;
+            a[r][1] += x * w1;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < mr; r++) {
+        acc[2 * r] = a[r][0];
+        acc[2 * r + 1] = a[r][1];
+    }
+}
+
+#define CASE(n) \
+    case n: \
+        if (n <= ROWS) NAME(tile)(n, is_bf16, rows, panel, K, acc); \
+        break;
+
+TARGET static inline __attribute__((always_inline)) void NAME(tiles)(
+    int mr, const int is_bf16, const float *const *rows, const void *panel, int64_t K, VF *acc)
+{
+    switch (mr) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if ROWS > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+    }
+}
+
+TARGET static void NAME(panel_f32)(int mr, const float *const *rows, const void *panel, int64_t K, VF *acc)
+{
+    NAME(tiles)(mr, 0, rows, panel, K, acc);
+}
+
+TARGET static void NAME(panel_bf16)(int mr, const float *const *rows, const void *panel, int64_t K, VF *acc)
+{
+    NAME(tiles)(mr, 1, rows, panel, K, acc);
+}
+
+TARGET static inline VF NAME(pick)(VI mask, VF yes, VF no)
+{
+    return (VF)((mask & (VI)yes) | (~mask & (VI)no));
+}
+
+/* e^x to about one unit in the last place: 2^n * p(r), x = n ln 2 + r */
+TARGET static inline VF NAME(exp)(VF x)
+{
+    const VF low = (VF){0} - 87.33654f, high = (VF){0} + 88.37626f;
+    x = NAME(pick)(x < low, low, x);
+    x = NAME(pick)(x > high, high, x);
+    VF n = x * 1.44269504f;
+    VI whole = __builtin_convertvector(n + NAME(pick)(n < 0, (VF){0} - 0.5f, (VF){0} + 0.5f), VI);
+    n = __builtin_convertvector(whole, VF);
+    VF r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    VF y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return y * (VF)((whole + 127) << 23);
+}
+
+TARGET static inline VF NAME(act)(int activation, VF gate, VF up, float clamp, float alpha)
+{
+    switch (activation) {
+    case SILU:
+        return gate / (1.0f + NAME(exp)(-gate)) * up;
+    case RELU:
+        return NAME(pick)(gate > 0, gate, (VF){0}) * up;
+    case GELU: {
+        VF out;
+        for (int i = 0; i < LANES; i++)
+            out[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.70710678f)) * up[i];
+        return out;
+    }
+    case GELU_TANH: {
+        VF inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);
+        return gate * (1.0f - 1.0f / (1.0f + NAME(exp)(2.0f * inner))) * up;
+    }
+    default: { /* CLAMPED_SWIGLU */
+        VF most = (VF){0} + clamp;
+        gate = NAME(pick)(gate > most, most, gate);
+        up = NAME(pick)(up > most, most, up);
+        up = NAME(pick)(up < -most, -most, up);
+        return (up + 1.0f) * (gate / (1.0f + NAME(exp)(-gate * alpha)));
+    }
+    }
+}
+
+TARGET static inline void NAME(store)(void *out, int is_bf16, int64_t at, int64_t room, VF lo, VF hi)
+{
+    if (!is_bf16 && room >= WIDTH) {
+        *(VF *)((float *)out + at) = lo;
+        *(VF *)((float *)out + at + LANES) = hi;
+        return;
+    }
+    for (int i = 0; i < WIDTH && i < room; i++) {
+        float value = i < LANES ? lo[i] : hi[i - LANES];
+        if (is_bf16)
+            ((uint16_t *)out)[at + i] = to_bf16(value);
+        else
+            ((float *)out)[at + i] = value;
+    }
+}
+
+TARGET static inline VF NAME(bias)(const void *bias, int is_bf16, int64_t at, int64_t size)
+{
+    VF out = {0};
+    for (int i = 0; i < LANES && at + i < size; i++)
+        out[i] = is_bf16 ? from_bf16(((const uint16_t *)bias)[at + i]) : ((const float *)bias)[at + i];
+    return out;
+}
+
+/* Into how many rows the next block of `left` goes: blocks of about the same size, none above ROWS. */
+static inline int NAME(block)(int64_t left)
+{
+    int64_t blocks = (left + ROWS - 1) / ROWS;
+    return (int)((left + blocks - 1) / blocks);
+}
+
+/* Panels [begin, end) of out [R, O] = rows [R, K] @ weight.T + bias */
+TARGET static void NAME(linear)(const struct linear *job, int64_t begin, int64_t end)
+{
+    int64_t panel_bytes = job->K * WIDTH * (job->is_bf16 ? 2 : 4);
+    VF acc[2 * ROWS];
+    for (int64_t n = begin; n < end; n++) {
+        const char *panel = (const char *)job->weight + n * panel_bytes;
+        VF b0 = {0}, b1 = {0};
+        if (job->bias) {
+            b0 = NAME(bias)(job->bias, job->is_bf16, n * WIDTH, job->O);
+            b1 = NAME(bias)(job->bias, job->is_bf16, n * WIDTH + LANES, job->O);
+        }
+        for (int64_t r = 0; r < job->R;) {
+            int mr = NAME(block)(job->R - r);
+            const float *rows[ROWS];
+            for (int i = 0; i < mr; i++)
+                rows[i] = job->x + (r + i) * job->x_stride;
+            (job->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, panel, job->K, acc);
+            for (int i = 0; i < mr; i++)
+                NAME(store)(job->out, job->is_out_bf16, (r + i) * job->O + n * WIDTH, job->O - n * WIDTH,
+                            acc[2 * i] + b0, acc[2 * i + 1] + b1);
+            r += mr;
+        }
+    }
+}
+
+/* Panels [begin, end) of the hidden rows of group g: act(x @ gate.T, x @ up.T) */
+TARGET static void NAME(gate_up)(const struct experts *job, int64_t g, int64_t begin, int64_t end)
+{
+    const struct expert_shape *s = job->shape;
+    int64_t panel_bytes = s->D * WIDTH * (s->is_bf16 ? 2 : 4);
+    const char *gate = job->weights[g];
+    const char *up = gate + s->up_at;
+    int64_t first = job->starts[g], last = first + job->counts[g];
+    VF acc_g[2 * ROWS], acc_u[2 * ROWS];
+    for (int64_t n = begin; n < end; n++) {
+        VF bg0 = {0}, bg1 = {0}, bu0 = {0}, bu1 = {0};
+        if (s->has_bias) {
+            const char *bias = gate + s->gate_up_bias_at;
+            bg0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->F);
+            bg1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->F);
+            bias += s->F * (s->is_bf16 ? 2 : 4);
+            bu0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->F);
+            bu1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->F);
+        }
+        for (int64_t p = first; p < last;) {
+            int mr = NAME(block)(last - p);
+            const float *rows[ROWS];
+            for (int i = 0; i < mr; i++)
+                rows[i] = job->x + job->pair_rows[p + i] * s->D;
+            (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, gate + n * panel_bytes, s->D, acc_g);
+            (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, up + n * panel_bytes, s->D, acc_u);
+            for (int i = 0; i < mr; i++) {
+                VF h0 = NAME(act)(s->activation, acc_g[2 * i] + bg0, acc_u[2 * i] + bu0, s->clamp, s->alpha);
+                VF h1 = NAME(act)(s->activation, acc_g[2 * i + 1] + bg1, acc_u[2 * i + 1] + bu1, s->clamp, s->alpha);
+                NAME(store)(job->hidden, 0, (p + i) * s->F + n * WIDTH, s->F - n * WIDTH, h0, h1);
+            }
+            p += mr;
+        }
+    }
+}
+
+/* Panels [begin, end) of y for the pairs of group g: hidden @ down.T */
+TARGET static void NAME(down)(const struct experts *job, int64_t g, int64_t begin, int64_t end)
+{
+    const struct expert_shape *s = job->shape;
+    int64_t panel_bytes = s->F * WIDTH * (s->is_bf16 ? 2 : 4);
+    const char *down = (const char *)job->weights[g] + s->down_at;
+    int64_t first = job->starts[g], last = first + job->counts[g];
+    VF acc[2 * ROWS];
+    for (int64_t n = begin; n < end; n++) {
+        VF b0 = {0}, b1 = {0};
+        if (s->has_bias) {
+            const char *bias = (const char *)job->weights[g] + s->down_bias_at;
+            b0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->D);
+            b1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->D);
+        }
+        for (int64_t p = first; p < last;) {
+            int mr = NAME(block)(last - p);
+            const float *rows[ROWS];
+            for (int i = 0; i < mr; i++)
+                rows[i] = job->hidden + (p + i) * s->F;
+            (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, down + n * panel_bytes, s->F, acc);
+            for (int i = 0; i < mr; i++)
+                NAME(store)(job->y, 0, (p + i) * s->D + n * WIDTH, s->D - n * WIDTH, acc[2 * i] + b0, acc[2 * i + 1] + b1);
+            p += mr;
+        }
+    }
+}
+
+TARGET static void NAME(pack)(void *to, const void *from, int64_t O, int64_t K, int is_bf16)
+{
+    static const uint32_t zeros[16]; /* stands for 16 or 32 weights of an output that does not exist */
+    int64_t block = is_bf16 ? 32 : 16; /* a cache line of each output at a time */
+    for (int64_t n = 0; n < (O + WIDTH - 1) / WIDTH; n++)
+        for (int64_t k0 = 0; k0 < K; k0 += block) {
+            int64_t num = K - k0 < block ? K - k0 : block;
+            const void *lines[WIDTH];
+            for (int i = 0; i < WIDTH; i++)
+                lines[i] = n * WIDTH + i >= O ? (const void *)zeros
+                                              : (const char *)from + ((n * WIDTH + i) * K + k0) * (is_bf16 ? 2 : 4);
+            uint32_t *out = (uint32_t *)to + (n * K + k0) * (is_bf16 ? LANES : WIDTH);
+            if (is_bf16)
+                for (int64_t k = 0; k < num; k++)
+                    for (int j = 0; j < LANES; j++)
+                        *out++ = ((const uint16_t *)lines[j])[k] | (uint32_t)((const uint16_t *)lines[j + LANES])[k] << 16;
+            else
+                for (int64_t k = 0; k < num; k++)
+                    for (int j = 0; j < WIDTH; j++)
+                        *out++ = ((const uint32_t *)lines[j])[k];
+        }
+}
+
+static const struct isa NAME(isa) = {WIDTH, NAME(linear), NAME(gate_up), NAME(down), NAME(pack)};
+
+#undef CAT_
+#undef CAT
+#undef NAME
+#undef WIDTH
+#undef VF
+#undef VI
+#undef VU
+#undef CASE
+#undef LANES
+#undef ROWS
+#undef SUFFIX
+#undef TARGET
