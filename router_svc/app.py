@@ -37,7 +37,7 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
         dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
         torch.set_num_threads(config.threads or torch.get_num_threads())  # a thread's own setting: this one measures
         settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
-        model = load_router_model(config.model, dtype, torch.device(config.device))
+        model = load_router_model(config.model, dtype, torch.device(config.device), config.modelling)
         _check_agreement(manifest, model)
     except (CheckpointError, UnsupportedModelError) as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
+from collegium.fabric import logs
 from collegium.model.architectures import (
     CheckpointError,
     UnsupportedModelError,
@@ -25,7 +26,11 @@ from collegium.model.architectures import (
     read_config,
 )
 from collegium.model.kernels import pack_linears
-from router_svc.paged_attention import ATTENTION_NAME, CacheShape, ProbeCache, attend_packed
+from router_svc import lean
+from router_svc.lean import LeanModel
+from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
+
+_log = logs.get("model")
 
 ExpertCall = Callable[
     [int, Tensor, Tensor, Tensor], Tensor
@@ -66,6 +71,7 @@ class RouterModel:
     eos_ids: tuple[int, ...]
     cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
     moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
+    lean: LeanModel | None = None  # computes the forward pass where it can
 
     def set_expert_call(self, call: ExpertCall) -> None:
         """Say who computes the experts."""
@@ -79,6 +85,8 @@ class RouterModel:
 
     def forward(self, input_ids: Tensor, positions: Tensor, cache: object, keep: Tensor) -> Tensor:
         """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V] of the rows in `keep`."""
+        if self.lean is not None and isinstance(cache, PagedCache):
+            return self.lean.forward(input_ids, positions, cache, keep)
         out = self.model(
             input_ids=input_ids,
             position_ids=positions,
@@ -90,9 +98,12 @@ class RouterModel:
         return out.logits[0]
 
 
-def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device) -> RouterModel:
+def load_router_model(
+    model_dir: Path, dtype: torch.dtype, device: torch.device, modelling: str = "auto"
+) -> RouterModel:
     """Load a checkpoint without experts and learn its cache's shapes. Process-global while it runs: one load at a time.
 
+    `modelling` "transformers": compute with the modelling classes even where it could be done leanly.
     Raises UnsupportedModelError, or CheckpointError naming the first tensor that is missing or cannot be read.
     """
     raw = read_config(model_dir)
@@ -125,9 +136,12 @@ def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device)
     moe_layers = _number_layers(model)
     model.set_attn_implementation(ATTENTION_NAME)
     model.eval().requires_grad_(False)
+    model.to(device)
+    why = "asked for" if modelling == "transformers" else lean.why_not(model)
+    leanly = None if why else LeanModel(model)
     if device.type == "cpu":
         pack_linears(model)
-    model.to(device)
+    _log.info("forward pass", by="collegium" if leanly else "transformers", why=why or "its layers are of the family")
     text = config.get_text_config()
     max_positions = getattr(text, "max_position_embeddings", None) or config_int(raw, "max_seq_len")
     loaded = RouterModel(
@@ -140,8 +154,9 @@ def load_router_model(model_dir: Path, dtype: torch.dtype, device: torch.device)
         num_experts=config_int(raw, architecture.num_experts_key) or 0,
         top_k=config_int(raw, architecture.top_k_key) or 0,
         eos_ids=tuple(i for i in _eos_ids(model) if 0 <= i < int(text.vocab_size)),
-        cache_shapes=_probe(model, device),
+        cache_shapes=leanly.cache_shapes if leanly else _probe(model, device),
         moe_layers=moe_layers,
+        lean=leanly,
     )
     return loaded
 

@@ -9,14 +9,18 @@ Latent caches (DeepSeek's MLA) keep one narrow latent per position: the model ex
 gathers.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from collegium.model.native.attention import DecodeTables
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.scheduler import Step
 
@@ -105,11 +109,27 @@ class StepIndex:
         self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
         self.slots = torch.tensor(slots, device=device)  # [T]
         self.num_decodes = len(step.decodes)
-        self.decode_groups = [self._group(step, members) for members in group_lengths([r.end for r in step.decodes])]
+        self._step = step
         self.chunks = [(row.num_rows, row.end) for row in step.chunks]
         self.chunk_slots = [self._slots_of([row.sequence.blocks], row.end)[0, : row.end] for row in step.chunks]
         self._masks: dict[tuple[str, int, int | None], Tensor] = {}
         self._flat_slots: Tensor | None = None
+
+    @functools.cached_property
+    def decode_groups(self) -> list[DecodeGroup]:
+        """The decode rows by length, with the slots that each looks at."""
+        return [self._group(self._step, members) for members in group_lengths([r.end for r in self._step.decodes])]
+
+    @functools.cached_property
+    def decode_tables(self) -> DecodeTables:
+        """The blocks that each decode row looks at."""
+        tables = [row.sequence.blocks for row in self._step.decodes]
+        sizes = [len(table) for table in tables]
+        return DecodeTables(
+            blocks=np.fromiter(itertools.chain.from_iterable(tables), np.int64, sum(sizes)),
+            first_block=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
+            lengths=np.array([row.end for row in self._step.decodes], dtype=np.int64),
+        )
 
     def _group(self, step: Step, members: list[int]) -> DecodeGroup:
         rows = [step.decodes[i] for i in members]
@@ -183,6 +203,17 @@ class PagedCache:
         """Set the step that the next forward pass computes."""
         self._index = index
 
+    @property
+    def index(self) -> StepIndex:
+        """The step at hand."""
+        assert self._index is not None
+        return self._index
+
+    def pools(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, [slots, heads * width] each."""
+        keys, values = self._pools[layer_idx]
+        return keys, values
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Zero: positions are given explicitly."""
         return 0
@@ -246,6 +277,12 @@ class PagedCache:
             mask = index.chunk_mask(idx, window, q.shape[1] // k.shape[1])
             out.append(attention(q, k, v, mask, **rules)[0].transpose(0, 1))  # [n, H, Dv]
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+    def attend_chunk(self, layer_idx: int, idx: int, query: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        """Attend with the rows of chunk `idx` alone, [1, H, n, D]; returns [n, H, Dv]. Not for latent caches."""
+        key, value = self._gather(layer_idx, self.index.chunk_slots[idx], 1)
+        mask = self.index.chunk_mask(idx, window, query.shape[1] // key.shape[1])
+        return attention(query, key, value, mask, scaling=scaling, sinks=None, softcap=None)[0].transpose(0, 1)
 
     def _gather(self, layer_idx: int, slots: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Copy out positions: two tensors [sequences, heads, L, width]."""

@@ -20,6 +20,11 @@ class Settings(ServiceSettings):
         choices=("auto", "native", "onednn", "torch"),
     )
     device: str = setting("torch device of attention, such as cpu or cuda:0", default="cpu")
+    modelling: str = setting(
+        "what computes attention: auto takes our own forward pass where the model is of its family",
+        default="auto",
+        choices=("auto", "transformers"),
+    )
     kv_memory: ByteSize = setting("memory for keys and values", default=ByteSize(1 << 30), at_least=1)
     max_model_len: int = setting(
         "longest prompt and output together, in tokens; 0: the model's own", default=0, at_least=0

@@ -59,7 +59,7 @@ class Library:
 
     def __init__(self, path: Path):
         """Load it. Raises OSError where that cannot be, RuntimeError where it computes wrongly on this machine."""
-        self._lib = ctypes.CDLL(str(path))  # CDLL lets go of the interpreter lock during a call
+        self.raw = self._lib = ctypes.CDLL(str(path))  # CDLL lets go of the interpreter lock during a call
         declare(self._lib, "collegium_choose", c_int, [c_int])
         declare(self._lib, "collegium_packed_bytes", c_int64, [c_int64, c_int64, c_int])
         declare(self._lib, "collegium_pack", None, [c_void_p, c_void_p, c_int64, c_int64, c_int])

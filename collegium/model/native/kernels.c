@@ -41,12 +41,35 @@ struct experts {
     float *hidden, *y;
 };
 
+/* One layer's attention. Head norms: 0 none, 1 each head by a weight of W, 2 all heads as one row. */
+struct attention {
+    int64_t D, H, G, W, E, window, block_tokens;
+    int32_t is_bf16, head_norms;
+    float eps, scaling, clip;
+    int32_t unused;
+    const float *input_norm, *query_norm, *key_norm, *output_norm;
+    const void *qkv, *qkv_bias, *out, *out_bias, *gate; /* packed; gate may be null */
+    void *keys, *values;                                /* pools: [slots, G * W] */
+};
+
+struct attend {
+    const struct attention *attention;
+    const float *q;
+    const int64_t *blocks, *first_block, *lengths;
+    float *out;
+    int64_t longest;
+};
+
 struct isa {
     int64_t width;
     void (*linear)(const struct linear *, int64_t, int64_t);
     void (*gate_up)(const struct experts *, int64_t, int64_t, int64_t);
     void (*down)(const struct experts *, int64_t, int64_t, int64_t);
     void (*pack)(void *, const void *, int64_t, int64_t, int);
+    void (*norm)(float *, const float *, const float *, int64_t, float);
+    void (*rotate)(float *, const float *, const float *, int64_t);
+    void (*narrow)(void *, int64_t, const float *, int64_t, int);
+    void (*attend)(const struct attend *, int64_t, int64_t, float *);
 };
 
 static inline float from_bf16(uint16_t bits)
@@ -344,4 +367,98 @@ int collegium_sum(const float *y, const int64_t *pair_rows, const float *pair_we
     run_all((R + SUM_ROWS - 1) / SUM_ROWS, sum_task, &job, num_threads);
     free(first);
     return 0;
+}
+
+/* --- attention: a layer's rows before and after the experts; h [T, D] is the residual stream, in float32 --- */
+
+/* q [T, H * W] of rows h, rotated; their keys and values go to the slots of the pools. scratch: T * (D + (H + 2G) W). */
+void collegium_qkv(const struct attention *a, const float *h, const float *cos, const float *sin, const int64_t *slots,
+                   int64_t T, float *q, float *scratch, int num_threads)
+{
+    int64_t num_q = a->H * a->W, num_kv = a->G * a->W, all = num_q + 2 * num_kv;
+    float *x = scratch, *qkv = scratch + T * a->D;
+    for (int64_t t = 0; t < T; t++)
+        isa->norm(x + t * a->D, h + t * a->D, a->input_norm, a->D, a->eps);
+    collegium_linear(x, a->D, a->qkv, a->qkv_bias, qkv, T, all, a->D, a->is_bf16, 0, num_threads);
+    for (int64_t t = 0; t < T; t++) {
+        float *row = qkv + t * all, *k = row + num_q;
+        if (a->head_norms == 2) {
+            isa->norm(row, row, a->query_norm, num_q, a->eps);
+            isa->norm(k, k, a->key_norm, num_kv, a->eps);
+        }
+        if (a->clip > 0)
+            for (int64_t i = 0; i < all; i++)
+                row[i] = row[i] > a->clip ? a->clip : row[i] < -a->clip ? -a->clip : row[i];
+        for (int64_t head = 0; head < a->H + a->G; head++) {
+            float *one = row + head * a->W;
+            if (a->head_norms == 1)
+                isa->norm(one, one, head < a->H ? a->query_norm : a->key_norm, a->W, a->eps);
+            isa->rotate(one, cos + t * a->W, sin + t * a->W, a->W);
+        }
+        memcpy(q + t * num_q, row, num_q * sizeof(float));
+        isa->narrow(a->keys, slots[t] * num_kv, k, num_kv, a->is_bf16);
+        isa->narrow(a->values, slots[t] * num_kv, k + num_kv, num_kv, a->is_bf16);
+    }
+}
+
+static void attend_task(const void *at, int64_t task)
+{
+    const struct attend *job = at;
+    float *scratch = malloc(3 * sizeof(float) * job->longest);
+    if (!scratch)
+        abort(); /* 12 bytes a position */
+    isa->attend(job, task / job->attention->G, task % job->attention->G, scratch);
+    free(scratch);
+}
+
+/* out [B, H * W]: each of B decoding rows looks at its `lengths` positions, in blocks first_block[row].. of `blocks`. */
+void collegium_attend(const struct attention *a, const float *q, const int64_t *blocks, const int64_t *first_block,
+                      const int64_t *lengths, int64_t B, float *out, int num_threads)
+{
+    struct attend job = {a, q, blocks, first_block, lengths, out, 0};
+    int64_t total = 0;
+    for (int64_t b = 0; b < B; b++) {
+        job.longest = lengths[b] > job.longest ? lengths[b] : job.longest;
+        total += lengths[b];
+    }
+    if (total * a->H * a->W < 1 << 16) /* so little that waking a thread takes longer */
+        num_threads = 1;
+    run_all(B * a->G, attend_task, &job, num_threads);
+}
+
+/* h += attended [T, H * W] @ out.T; x [T, D], in the model's type, is h normed; logits [T, E] = x @ gate.T, float32.
+ * scratch: T * D. */
+void collegium_output(const struct attention *a, const float *attended, float *h, int64_t T, void *x, float *logits,
+                      float *scratch, int num_threads)
+{
+    int64_t D = a->D;
+    collegium_linear(attended, a->H * a->W, a->out, a->out_bias, scratch, T, D, a->H * a->W, a->is_bf16, 0, num_threads);
+    for (int64_t i = 0; i < T * D; i++)
+        h[i] += scratch[i];
+    for (int64_t t = 0; t < T; t++) {
+        isa->norm(scratch + t * D, h + t * D, a->output_norm, D, a->eps);
+        isa->narrow(x, t * D, scratch + t * D, D, a->is_bf16);
+    }
+    if (a->is_bf16) /* the gate sees what the experts will */
+        collegium_widen(scratch, x, T * D);
+    if (a->gate)
+        collegium_linear(scratch, D, a->gate, NULL, logits, T, a->E, D, a->is_bf16, 0, num_threads);
+}
+
+/* out [T, D] = h normed by `weight` */
+void collegium_norm(float *out, const float *h, const float *weight, int64_t T, int64_t D, float eps)
+{
+    for (int64_t t = 0; t < T; t++)
+        isa->norm(out + t * D, h + t * D, weight, D, eps);
+}
+
+/* h [n] += y [n], which is in the model's type */
+void collegium_add(float *h, const void *y, int64_t n, int is_bf16)
+{
+    if (is_bf16)
+        for (int64_t i = 0; i < n; i++)
+            h[i] += from_bf16(((const uint16_t *)y)[i]);
+    else
+        for (int64_t i = 0; i < n; i++)
+            h[i] += ((const float *)y)[i];
 }

@@ -283,7 +283,175 @@ TARGET static void NAME(pack)(void *to, const void *from, int64_t O, int64_t K, 
         }
 }
 
-static const struct isa NAME(isa) = {WIDTH, NAME(linear), NAME(gate_up), NAME(down), NAME(pack)};
+/* --- attention --- */
+
+TARGET static inline float NAME(total)(VF v)
+{
+#pragma GCC unroll 4
+    for (int step = LANES / 2; step; step /= 2) {
+        VI other;
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++)
+            other[j] = j ^ step;
+        v += __builtin_shuffle(v, other);
+    }
+    return v[0];
+}
+
+TARGET static void NAME(norm)(float *out, const float *x, const float *weight, int64_t n, float eps)
+{
+    double sum = 0;
+    for (int64_t i = 0; i + LANES <= n; i += LANES) {
+        VF v = *(const VF *)(x + i);
+        sum += NAME(total)(v * v);
+    }
+    for (int64_t i = n - n % LANES; i < n; i++)
+        sum += x[i] * x[i];
+    float scale = (float)(1.0 / sqrt(sum / (double)n + eps));
+    for (int64_t i = 0; i < n; i++)
+        out[i] = x[i] * scale * weight[i];
+}
+
+/* x [W] = x * cos + (-upper half, lower half) * sin */
+TARGET static void NAME(rotate)(float *x, const float *cos, const float *sin, int64_t W)
+{
+    int64_t half = W / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        x[i] = low * cos[i] - high * sin[i];
+        x[i + half] = high * cos[i + half] + low * sin[i + half];
+    }
+}
+
+TARGET static inline VF NAME(load)(const void *from, int64_t at, int is_bf16)
+{
+    typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    if (is_bf16)
+        return (VF)(__builtin_convertvector(*(const half *)((const uint16_t *)from + at), VU) << 16);
+    return *(const VF *)((const float *)from + at);
+}
+
+TARGET static void NAME(narrow)(void *to, int64_t at, const float *from, int64_t n, int is_bf16)
+{
+    if (!is_bf16)
+        memcpy((float *)to + at, from, n * sizeof(float));
+    else
+        for (int64_t i = 0; i < n; i++)
+            ((uint16_t *)to)[at + i] = to_bf16(from[i]);
+}
+
+/* scores[p] += scaling * q . key[p], over `num` vectors of the head (a constant where it is called) */
+TARGET static inline __attribute__((always_inline)) void NAME(score)(
+    const int num, const int is_bf16, const float *q, const void *keys, const int64_t *at, int64_t n, float scaling,
+    float *scores)
+{
+    VF mine[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < num; i++)
+        mine[i] = *(const VF *)(q + i * LANES);
+    for (int64_t p = 0; p < n; p++) {
+        VF even = {0}, odd = {0};
+#pragma GCC unroll 8
+        for (int i = 0; i < num; i++) {
+            VF key = NAME(load)(keys, at[p] + i * LANES, is_bf16);
+            if (i % 2)
+                odd += mine[i] * key;
+            else
+                even += mine[i] * key;
+        }
+        scores[p] += scaling * NAME(total)(even + odd);
+    }
+}
+
+/* out = sum over p of scores[p] * value[p], `num` vectors of the head */
+TARGET static inline __attribute__((always_inline)) void NAME(mix)(
+    const int num, const int is_bf16, const float *scores, const void *values, const int64_t *at, int64_t n, float *out)
+{
+    VF sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < num; i++)
+        sum[i] = (VF){0};
+    for (int64_t p = 0; p < n; p++) {
+        VF weight = scores[p] - (VF){0};
+#pragma GCC unroll 8
+        for (int i = 0; i < num; i++)
+            sum[i] += weight * NAME(load)(values, at[p] + i * LANES, is_bf16);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < num; i++)
+        *(VF *)(out + i * LANES) = sum[i];
+}
+
+TARGET static void NAME(soften)(float *scores, int64_t n)
+{
+    float most = scores[0];
+    for (int64_t i = 1; i < n; i++)
+        most = scores[i] > most ? scores[i] : most;
+    double total = 0;
+    for (int64_t i = 0; i < n; i += LANES) {
+        VF v = {0};
+        int64_t left = n - i < LANES ? n - i : LANES;
+        memcpy(&v, scores + i, left * sizeof(float));
+        v = NAME(exp)(v - most);
+        memcpy(scores + i, &v, left * sizeof(float));
+        for (int j = 0; j < left; j++)
+            total += v[j];
+    }
+    float scale = (float)(1.0 / total);
+    for (int64_t i = 0; i < n; i++)
+        scores[i] *= scale;
+}
+
+/* One decoding row and one key-value head: its query heads look at their positions. scratch: 3 * longest floats */
+TARGET static inline __attribute__((always_inline)) void NAME(look)(
+    const struct attend *job, const int is_bf16, int64_t row, int64_t g, float *scratch)
+{
+    const struct attention *a = job->attention;
+    int64_t W = a->W, share = a->H / a->G, stride = a->G * W;
+    int64_t end = job->lengths[row], begin = a->window && end > a->window ? end - a->window : 0, n = end - begin;
+    const int64_t *blocks = job->blocks + job->first_block[row];
+    int64_t *at = (int64_t *)scratch;
+    float *scores = scratch + 2 * job->longest;
+    for (int64_t p = begin; p < end; p++)
+        at[p - begin] = (blocks[p / a->block_tokens] * a->block_tokens + p % a->block_tokens) * stride + g * W;
+    for (int64_t head = g * share; head < (g + 1) * share; head++) {
+        const float *q = job->q + (row * a->H + head) * W;
+        float *out = job->out + (row * a->H + head) * W;
+        memset(scores, 0, n * sizeof(float));
+        for (int64_t w = 0, num; w < W; w += num * LANES) { /* from w on: moving the pool moves every position */
+            const char *keys = (const char *)a->keys + w * (is_bf16 ? 2 : 4);
+            num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
+            switch (num) {
+            case 8: NAME(score)(8, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
+            case 4: NAME(score)(4, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
+            case 2: NAME(score)(2, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
+            default: NAME(score)(1, is_bf16, q + w, keys, at, n, a->scaling, scores);
+            }
+        }
+        NAME(soften)(scores, n);
+        for (int64_t w = 0, num; w < W; w += num * LANES) {
+            const char *values = (const char *)a->values + w * (is_bf16 ? 2 : 4);
+            num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
+            switch (num) {
+            case 8: NAME(mix)(8, is_bf16, scores, values, at, n, out + w); break;
+            case 4: NAME(mix)(4, is_bf16, scores, values, at, n, out + w); break;
+            case 2: NAME(mix)(2, is_bf16, scores, values, at, n, out + w); break;
+            default: NAME(mix)(1, is_bf16, scores, values, at, n, out + w);
+            }
+        }
+    }
+}
+
+TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t g, float *scratch)
+{
+    if (job->attention->is_bf16)
+        NAME(look)(job, 1, row, g, scratch);
+    else
+        NAME(look)(job, 0, row, g, scratch);
+}
+
+static const struct isa NAME(isa) = {WIDTH,      NAME(linear), NAME(gate_up), NAME(down),  NAME(pack),
+                                     NAME(norm), NAME(rotate), NAME(narrow),  NAME(attend)};
 
 #undef CAT_
 #undef CAT

@@ -1,0 +1,147 @@
+"""The forward pass of the commonest family of models in few calls: what the modelling classes do, without their cost.
+
+Owns LeanModel. Profiled at one row of 12 layers, modelling classes took two thirds of a router's time, nearly all of it
+interpreter and torch's calls on small tensors; here a layer is three calls of the C kernels. Weights, embedding, rotary
+tables and the head are taken from the model of transformers, which is asked for everything else; a model that is not of
+the family runs on the modelling classes as before.
+T rows, D model, H query heads, G key-value heads, W head width, K top-k, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from collegium.model import native
+from collegium.model.kernels import Kernel, kernel_for
+from collegium.model.native.attention import AttentionBlock, AttentionWeights, HeadNorms, Workspace, norm
+from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.paged_attention import CacheShape, PagedCache, StepIndex, window_of
+
+# Decoder layers whose arithmetic this is, and how they norm queries and keys (read in transformers 5.23).
+_FAMILY = {
+    "MixtralDecoderLayer": HeadNorms.NONE,
+    "OlmoeDecoderLayer": HeadNorms.TOGETHER,
+    "Qwen3MoeDecoderLayer": HeadNorms.PER_HEAD,
+}
+_WIDTH_STEP = 16  # head widths are a multiple of the widest vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    block: AttentionBlock
+    experts: nn.Module  # the stand-in
+    is_normed: bool  # whether the chosen weights are made to sum to one
+
+
+class LeanModel:
+    """Computes a model's packed steps from its weights."""
+
+    def __init__(self, model: PreTrainedModel):
+        """Pack the attention of a model for which `why_not` found nothing; its own layers are emptied of it."""
+        inner: Any = model.model
+        self._embed, self._rotary, self._head = inner.embed_tokens, inner.rotary_emb, cast(Any, model)
+        self._final = inner.norm.weight.detach().float().contiguous()
+        self._final_eps = float(inner.norm.variance_epsilon)
+        self._top_k = int(inner.layers[0].mlp.gate.top_k)
+        self.dtype: torch.dtype = inner.norm.weight.dtype
+        self.layers = [
+            _Layer(
+                block=AttentionBlock(_weights_of(layer), BLOCK_TOKENS),
+                experts=layer.mlp.experts,
+                is_normed=bool(getattr(layer.mlp.gate, "norm_topk_prob", True)),
+            )
+            for layer in inner.layers
+        ]
+        self.cache_shapes = {idx: _cache_shape(layer.self_attn) for idx, layer in enumerate(inner.layers)}
+        for layer in inner.layers:  # packed now: the model's own copy would only take memory
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(layer.self_attn, name, None)
+        self._bound: PagedCache | None = None
+
+    def forward(self, input_ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
+        """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V]."""
+        if self._bound is not cache:
+            for idx, layer in enumerate(self.layers):
+                layer.block.bind(*cache.pools(idx))
+            self._bound = cache
+        index, num_threads = cache.index, torch.get_num_threads()
+        work = Workspace(self.layers[0].block, input_ids.shape[1])
+        work.h.copy_(self._embed(input_ids)[0])
+        cos, sin = (table[0].contiguous() for table in self._rotary(work.h[None], positions))  # [T, W] float32
+        for idx, layer in enumerate(self.layers):
+            block = layer.block
+            block.project(work, cos, sin, index.slots, num_threads)
+            if index.num_decodes:
+                block.attend(work, index.decode_tables, num_threads)
+            if index.chunks:
+                self._attend_chunks(idx, work, cache, index)
+            block.finish(work, num_threads)
+            weights, ids = torch.topk(torch.softmax(work.logits, -1), self._top_k, dim=-1)
+            if layer.is_normed:
+                weights /= weights.sum(-1, keepdim=True)
+            block.add(work, layer.experts(work.x, ids, weights))
+        rows = norm(work.h.index_select(0, keep), self._final, self._final_eps).to(self.dtype)
+        return cast(Tensor, self._head.lm_head(rows))
+
+    def _attend_chunks(self, layer: int, work: Workspace, cache: PagedCache, index: StepIndex) -> None:
+        block, width = self.layers[layer].block, self.cache_shapes[layer].key[1]
+        at = index.num_decodes
+        for chunk, (num_rows, _) in enumerate(index.chunks):
+            query = work.q[at : at + num_rows].to(self.dtype).view(1, num_rows, -1, width).transpose(1, 2)
+            out = cache.attend_chunk(layer, chunk, query, scaling=block.scaling, window=block.window or None)
+            work.attended[at : at + num_rows] = out.reshape(num_rows, -1)
+            at += num_rows
+
+
+def why_not(model: PreTrainedModel) -> str:
+    """Say why a model cannot be computed leanly; empty where it can."""
+    inner: Any = getattr(model, "model", None)
+    layers = list(getattr(inner, "layers", ()))
+    if not layers or {type(layer).__name__ for layer in layers} - set(_FAMILY):
+        return "its layers are of another family"
+    if any(not hasattr(layer.mlp, "gate") for layer in layers):
+        return "some of its layers have no experts"
+    weight = inner.norm.weight
+    if weight.device.type != "cpu" or native.library() is None or kernel_for(weight.dtype) is not Kernel.NATIVE:
+        return "the native kernels are not in use"
+    attention = layers[0].self_attn
+    if attention.head_dim % _WIDTH_STEP:
+        return f"its heads are {attention.head_dim} wide, no multiple of {_WIDTH_STEP}"
+    cos, _ = inner.rotary_emb(weight[None, None], torch.zeros(1, 1, dtype=torch.long))
+    if cos.shape[-1] != attention.head_dim:
+        return "a part of each head is rotated"
+    return ""
+
+
+def _weights_of(layer: Any) -> AttentionWeights:
+    attention = layer.self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    width = int(attention.head_dim)
+    return AttentionWeights(
+        qkv=torch.cat([one.weight.detach() for one in projections]),
+        qkv_bias=None if projections[0].bias is None else torch.cat([one.bias.detach() for one in projections]),
+        out=attention.o_proj.weight.detach(),
+        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
+        gate=layer.mlp.gate.weight.detach(),
+        input_norm=layer.input_layernorm.weight.detach(),
+        output_norm=layer.post_attention_layernorm.weight.detach(),
+        query_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+        key_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+        head_norms=_FAMILY[type(layer).__name__],
+        num_heads=attention.q_proj.out_features // width,
+        num_kv_heads=attention.k_proj.out_features // width,
+        head_width=width,
+        eps=float(layer.input_layernorm.variance_epsilon),
+        scaling=float(attention.scaling),
+        window=window_of(attention.config, attention.layer_idx) or 0,
+        clip=float(getattr(attention.config, "clip_qkv", None) or 0.0),
+    )
+
+
+def _cache_shape(attention: Any) -> CacheShape:
+    width = int(attention.head_dim)
+    heads = attention.k_proj.out_features // width
+    return CacheShape(key=(heads, width), value=(heads, width))
