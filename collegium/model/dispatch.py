@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from collegium.model import native
+from collegium.model.native import dispatch as native_dispatch
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerShare:
@@ -55,6 +58,48 @@ def plan_dispatch(
     now; workers: [T, K], who computes each pair instead, where experts have several homes. Cost O(N log N): one sort of
     the pairs by (worker, expert, token).
     """
+    if native.library() is not None and expert_ids.size <= 65_535:  # a count has 16 bits
+        return _plan_natively(expert_ids, weights, worker_of, workers)
+    return plan_in_numpy(expert_ids, weights, worker_of, workers)
+
+
+def _plan_natively(
+    expert_ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    worker_of: NDArray[np.int64],
+    workers: NDArray[np.int64] | None,
+) -> DispatchPlan:
+    ids = np.ascontiguousarray(expert_ids, np.int64)
+    chosen = None if workers is None else np.ascontiguousarray(workers, np.int64)
+    num_workers = 1 + int(max(worker_of.max(initial=0), 0 if chosen is None else chosen.max(initial=0)))
+    planned = native_dispatch.plan(
+        ids, np.ascontiguousarray(weights, np.float32), np.ascontiguousarray(worker_of, np.int64), chosen, num_workers
+    )
+    shares: list[WorkerShare] = []
+    row = group = pair = 0
+    for worker, (num_rows, num_groups, num_pairs) in enumerate(planned.sizes.reshape(-1, 3).tolist()):
+        if num_pairs:
+            shares.append(
+                WorkerShare(
+                    worker=worker,
+                    tokens=planned.tokens[row : row + num_rows],
+                    experts=planned.experts[group : group + num_groups],
+                    counts=planned.counts[group : group + num_groups],
+                    pair_rows=planned.pair_rows[pair : pair + num_pairs],
+                    pair_weights=planned.pair_weights[pair : pair + num_pairs],
+                )
+            )
+            row, group, pair = row + num_rows, group + num_groups, pair + num_pairs
+    return DispatchPlan(num_tokens=len(ids), shares=tuple(shares))
+
+
+def plan_in_numpy(
+    expert_ids: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    worker_of: NDArray[np.int64],
+    workers: NDArray[np.int64] | None = None,
+) -> DispatchPlan:
+    """Plan without the library, for machines that have none; `plan_dispatch` says what."""
     num_tokens, top_k = expert_ids.shape
     expert, weight = expert_ids.ravel(), weights.ravel()
     token: NDArray[np.int64] = np.repeat(np.arange(num_tokens, dtype=np.int64), top_k)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from collegium.link.base import Arrival
 from collegium.link.frame import Dispatch
 from collegium.model.architectures import Activation, ExpertForm
-from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
+from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, plan_in_numpy, replan, rows_for
 from collegium.model.experts import PackedExpert, gated, run_experts, weighted_sum
 from collegium.model.placement import Placement
 from collegium.model.weights import ExpertWeights
@@ -58,6 +58,17 @@ def test_a_plan_holds_every_choice_once_and_each_token_once_per_worker(
         assert not found & pairs_of(share)
         found |= pairs_of(share)
     assert found == expected
+    elsewhere = np.random.default_rng(seed + 1).integers(0, num_workers, ids.shape)
+    ids[np.random.default_rng(seed).random(ids.shape) < 0.1] = -1
+    for workers in (None, elsewhere):
+        one, other = (f(ids, weights, worker_of, workers) for f in (plan_dispatch, plan_in_numpy))
+        assert one.num_tokens == other.num_tokens
+        assert len(one.shares) == len(other.shares)
+        for mine, theirs in zip(one.shares, other.shares, strict=True):
+            for name in ("worker", "tokens", "experts", "counts", "pair_rows", "pair_weights"):
+                a, b = np.asarray(getattr(mine, name)), np.asarray(getattr(theirs, name))
+                assert name == "worker" or a.dtype == b.dtype
+                assert np.array_equal(a, b)
     anew = [pairs_of(new) for share in plan.shares for new in replan(share, worker_of * 0, num_tokens)]
     assert set().union(*anew) == expected
 
@@ -102,6 +113,13 @@ def test_computed_shares_sum_to_what_one_worker_would_give(num_tokens: int, num_
     assert needed_bytes(plan.shares, D_MODEL, 4) == sum(
         2 * share.num_rows * D_MODEL * 4 + 8 * len(share.pair_rows) for share in plan.shares
     )
+
+
+def test_an_expert_or_worker_that_does_not_exist_is_an_error() -> None:
+    weights = np.ones((2, 2), np.float32)
+    with pytest.raises(IndexError):
+        plan_dispatch(np.array([[0, 1], [2, 9]]), weights, np.zeros(4, np.int64))
+    assert plan_dispatch(np.full((2, 2), -1), weights, np.zeros(4, np.int64)).shares == ()
 
 
 def test_rows_that_do_not_match_the_plan_are_refused() -> None:

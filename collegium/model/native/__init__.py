@@ -11,7 +11,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from importlib import machinery
 from pathlib import Path
@@ -33,6 +33,8 @@ _ACTIVATIONS = (
     Activation.RELU,
     Activation.CLAMPED_SWIGLU,
 )  # in the order of the enumeration in kernels.c
+Function = Callable[..., int]  # of the library, once declared
+
 _ALIGNED = 64
 _log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ T rows, B decode rows, D model, H query heads, G key-value heads, W head width, 
 """
 
 import ctypes
+import functools
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -197,9 +198,8 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+@functools.cache
 def _declare_once(library: native.Library) -> None:
-    if library.raw.collegium_qkv.argtypes is not None:
-        return
     pointer, size = c_void_p, c_int64
     native.declare(library.raw, "collegium_qkv", None, [*[pointer] * 5, size, pointer, pointer, c_int])
     native.declare(library.raw, "collegium_attend", None, [*[pointer] * 5, size, pointer, c_int])

@@ -462,3 +462,66 @@ void collegium_add(float *h, const void *y, int64_t n, int is_bf16)
         for (int64_t i = 0; i < n; i++)
             h[i] += ((const float *)y)[i];
 }
+
+/* --- dispatch --- */
+
+/* Split T x K choices by worker, then expert, then token. Negative ids are no choice. worker_of [E], or workers [T, K]
+ * for each choice. For each worker in turn, all in the same arrays: sizes [W, 3] its rows, groups and pairs; tokens, its
+ * rows' tokens, rising; experts and counts, its groups; pair_rows and pair_weights, its pairs by group. scratch holds
+ * W * E + T + 1 numbers. Returns the number of pairs, or -1 where an id or a worker is out of range. */
+int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
+                       int64_t T, int64_t K, int64_t E, int64_t W, int64_t *sizes, int64_t *tokens, uint16_t *experts,
+                       uint16_t *counts, uint32_t *pair_rows, float *pair_weights, int64_t *scratch)
+{
+    int64_t *at = scratch, *row_of = scratch + W * E + 1, N = 0;
+    memset(at, 0, (W * E + 1) * sizeof *at);
+    memset(sizes, 0, 3 * W * sizeof *sizes);
+    for (int64_t i = 0; i < T * K; i++) {
+        if (ids[i] < 0)
+            continue;
+        if (ids[i] >= E)
+            return -1;
+        int64_t worker = workers ? workers[i] : worker_of[ids[i]];
+        if (worker < 0 || worker >= W)
+            return -1;
+        at[worker * E + ids[i] + 1]++;
+        N++;
+    }
+    int64_t group = 0;
+    for (int64_t key = 0; key < W * E; key++) {
+        int64_t count = at[key + 1];
+        if (count) {
+            experts[group] = (uint16_t)(key % E);
+            counts[group++] = (uint16_t)count;
+            sizes[3 * (key / E) + 1]++;
+            sizes[3 * (key / E) + 2] += count;
+        }
+        at[key + 1] += at[key];
+    }
+    for (int64_t t = 0; t < T; t++) /* tokens first, rows of the worker when they are known */
+        for (int64_t k = 0; k < K; k++) {
+            int64_t i = t * K + k;
+            if (ids[i] < 0)
+                continue;
+            int64_t place = at[(workers ? workers[i] : worker_of[ids[i]]) * E + ids[i]]++;
+            pair_rows[place] = (uint32_t)t;
+            pair_weights[place] = weights[i];
+        }
+    for (int64_t worker = 0, pair = 0, row = 0; worker < W; worker++) {
+        int64_t end = pair + sizes[3 * worker + 2], first = row;
+        if (pair == end)
+            continue;
+        memset(row_of, 0, T * sizeof *row_of);
+        for (int64_t p = pair; p < end; p++)
+            row_of[pair_rows[p]] = 1;
+        for (int64_t t = 0; t < T; t++)
+            if (row_of[t]) {
+                row_of[t] = row - first;
+                tokens[row++] = t;
+            }
+        sizes[3 * worker] = row - first;
+        for (; pair < end; pair++)
+            pair_rows[pair] = (uint32_t)row_of[pair_rows[pair]];
+    }
+    return N;
+}
