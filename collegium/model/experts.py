@@ -220,6 +220,14 @@ def run_experts(
     x: [R, D]. experts, counts: [G]. pair_rows, pair_weights: [P], ordered by expert, sum(counts) = P. Returns [R, D] in
     x's dtype, as `ExpertRun.result`.
     """
+    library = native.library()
+    layout = experts[0].layout if experts else None
+    if layout is not None and library is not None:
+        layout.set_form(form)
+        addresses = [expert.address for expert in experts]
+        return library.serve(
+            layout, x.contiguous(), counts, addresses, pair_rows, pair_weights, torch.get_num_threads()
+        )
     run = expert_run(x, counts, pair_rows, form)
     run.compute(range(len(experts)), experts)
     return run.result(pair_rows, pair_weights)

@@ -69,6 +69,12 @@ class Library:
         declare(self._lib, "collegium_linear", None, [c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, *[c_int] * 3])
         declare(self._lib, "collegium_experts", None, [*[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int])
         declare(self._lib, "collegium_sum", c_int, [*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_int64, c_int, c_int])
+        declare(
+            self._lib,
+            "collegium_serve",
+            c_int,
+            [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int],
+        )
         most = os.environ.get("COLLEGIUM_ISA", ISA_NAMES[-1])
         if most not in ISA_NAMES:
             raise ValueError(f"COLLEGIUM_ISA is {most!r}; it can be {', '.join(ISA_NAMES)}")
@@ -146,6 +152,37 @@ class Library:
             y.data_ptr(),
             num_threads,
         )
+
+    def serve(
+        self,
+        layout: "ExpertLayout",
+        x: Tensor,
+        counts: Sequence[int],
+        weights: Sequence[int],
+        pair_rows: NDArray[np.int64],
+        pair_weights: NDArray[np.float32],
+        num_threads: int,
+    ) -> Tensor:
+        """Run all experts of a batch and sum, in one call: x [R, D] to [R, D], as `experts` and `weighted_sum`."""
+        out = torch.empty_like(x)
+        num_groups = len(counts)
+        table = (c_int64 * (2 * num_groups))(*counts, *weights)
+        at = ctypes.addressof(table)
+        if self._lib.collegium_serve(
+            layout.address,
+            x.data_ptr(),
+            x.shape[0],
+            pair_rows.ctypes.data,
+            pair_weights.ctypes.data,
+            len(pair_rows),
+            at,
+            at + 8 * num_groups,
+            num_groups,
+            out.data_ptr(),
+            num_threads,
+        ):
+            raise MemoryError(f"no memory for the activations of {len(pair_rows)} pairs")
+        return out
 
     def weighted_sum(
         self,

@@ -369,6 +369,27 @@ int collegium_sum(const float *y, const int64_t *pair_rows, const float *pair_we
     return 0;
 }
 
+/* Everything for a batch whose experts are all there: out [R, D] = the weighted sums of x [R, D], both of the shape's
+ * type. counts [G] of pairs by group, pair_rows and pair_weights [P]. Returns 0, or -1 where memory lacks. */
+int collegium_serve(const struct expert_shape *shape, const void *x, int64_t R, const int64_t *pair_rows,
+                    const float *pair_weights, int64_t P, const int64_t *counts, const void *const *weights, int64_t G,
+                    void *out, int num_threads)
+{
+    int64_t D = shape->D, wide = shape->is_bf16 ? R * D : 0;
+    int64_t *starts = malloc(G * sizeof *starts + (wide + P * (D + shape->F)) * sizeof(float));
+    if (!starts)
+        return -1;
+    float *rows = (float *)(starts + G), *y = rows + wide, *hidden = y + P * D;
+    if (wide)
+        collegium_widen(rows, x, wide);
+    for (int64_t g = 0, at = 0; g < G; at += counts[g++])
+        starts[g] = at;
+    collegium_experts(shape, wide ? rows : x, pair_rows, starts, counts, weights, G, hidden, y, num_threads);
+    int failed = collegium_sum(y, pair_rows, pair_weights, P, out, R, D, shape->is_bf16, num_threads);
+    free(starts);
+    return failed;
+}
+
 /* --- attention: a layer's rows before and after the experts; h [T, D] is the residual stream, in float32 --- */
 
 /* q [T, H * W] of rows h, rotated; their keys and values go to the slots of the pools. scratch: T * (D + (H + 2G) W). */
