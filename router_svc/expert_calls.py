@@ -179,12 +179,11 @@ class ExpertCalls:
         route = self._route(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
         host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
-        counts = self.loads.note(layer, host_ids, self._num_decode_rows)
-        workers = (
-            choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows) if route.replicas else None
-        )
+        workers, is_counted = None, bool(route.replicas)
+        if is_counted:
+            counts = self.loads.note(layer, host_ids, self._num_decode_rows)
+            workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
         plan = plan_dispatch(host_ids, host_weights, route.worker_of, workers)
-        self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
         missed: list[NDArray[np.uint16]] = []
         pending: tuple[WorkerShare, ...] = plan.shares
         answers: list[tuple[WorkerShare, Tensor]] = []
@@ -192,10 +191,14 @@ class ExpertCalls:
         while pending:
             deadline_s = time.monotonic() + self._timeout_s
             sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s)
-            if is_first and self._hinting is not None:  # the rows are away: nobody waits for this
-                self._hinting.settle(layer, host_ids)
-                self._foretell(self._hinting, layer, x)
-            is_first = False
+            if is_first:  # the rows are away: nobody waits for this
+                is_first = False
+                self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
+                if not is_counted:
+                    self.loads.note(layer, host_ids, self._num_decode_rows)
+                if self._hinting is not None:
+                    self._hinting.settle(layer, host_ids)
+                    self._foretell(self._hinting, layer, x)
             done, failed = self._receive(sent, refusal, deadline_s, missed)
             failed += unsent
             if failed:  # what came back lies in buffers that the next round may use again

@@ -33,7 +33,6 @@ _WIDTH_STEP = 16  # head widths are a multiple of the widest vector
 class _Layer:
     block: AttentionBlock
     experts: nn.Module  # the stand-in
-    is_normed: bool  # whether the chosen weights are made to sum to one
 
 
 class LeanModel:
@@ -45,14 +44,9 @@ class LeanModel:
         self._embed, self._rotary, self._head = inner.embed_tokens, inner.rotary_emb, cast(Any, model)
         self._final = inner.norm.weight.detach().float().contiguous()
         self._final_eps = float(inner.norm.variance_epsilon)
-        self._top_k = int(inner.layers[0].mlp.gate.top_k)
         self.dtype: torch.dtype = inner.norm.weight.dtype
         self.layers = [
-            _Layer(
-                block=AttentionBlock(_weights_of(layer), BLOCK_TOKENS),
-                experts=layer.mlp.experts,
-                is_normed=bool(getattr(layer.mlp.gate, "norm_topk_prob", True)),
-            )
+            _Layer(block=AttentionBlock(_weights_of(layer), BLOCK_TOKENS), experts=layer.mlp.experts)
             for layer in inner.layers
         ]
         self.cache_shapes = {idx: _cache_shape(layer.self_attn) for idx, layer in enumerate(inner.layers)}
@@ -78,10 +72,7 @@ class LeanModel:
                 block.attend(work, index.decode_tables, num_threads)
             if index.chunks:
                 self._attend_chunks(idx, work, cache, index)
-            block.finish(work, num_threads)
-            weights, ids = torch.topk(torch.softmax(work.logits, -1), self._top_k, dim=-1)
-            if layer.is_normed:
-                weights /= weights.sum(-1, keepdim=True)
+            ids, weights = block.finish(work, num_threads)
             assert layer.experts.call is not None
             block.add(work, layer.experts.call(idx, work.x, ids, weights))
         rows = norm(work.h.index_select(0, keep), self._final, self._final_eps).to(self.dtype)
@@ -127,6 +118,8 @@ def _weights_of(layer: Any) -> AttentionWeights:
         out=attention.o_proj.weight.detach(),
         out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
         gate=layer.mlp.gate.weight.detach(),
+        top_k=int(layer.mlp.gate.top_k),
+        is_normed=bool(getattr(layer.mlp.gate, "norm_topk_prob", True)),  # Mixtral always does
         input_norm=layer.input_layernorm.weight.detach(),
         output_norm=layer.post_attention_layernorm.weight.detach(),
         query_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,

@@ -31,10 +31,9 @@ class HeadNorms(IntEnum):
 
 class _Attention(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("D", "H", "G", "W", "E", "window", "block_tokens")),
-        *((name, c_int32) for name in ("is_bf16", "head_norms")),
+        *((name, c_int64) for name in ("D", "H", "G", "W", "E", "K", "window", "block_tokens")),
+        *((name, c_int32) for name in ("is_bf16", "head_norms", "is_normed")),
         *((name, c_float) for name in ("eps", "scaling", "clip")),
-        ("unused", c_int32),
         *((name, c_void_p) for name in ("input_norm", "query_norm", "key_norm", "output_norm")),
         *((name, c_void_p) for name in ("qkv", "qkv_bias", "out", "out_bias", "gate")),
         *((name, c_void_p) for name in ("keys", "values")),
@@ -50,6 +49,8 @@ class AttentionWeights:
     out: Tensor  # [D, H * W]
     out_bias: Tensor | None
     gate: Tensor  # [E, D]
+    top_k: int
+    is_normed: bool  # whether the chosen weights are made to sum to one
     input_norm: Tensor
     output_norm: Tensor
     query_norm: Tensor | None
@@ -65,16 +66,16 @@ class AttentionWeights:
 
 
 class Workspace:
-    """One step's rows, used by every layer: h [T, D] float32, x [T, D], logits [T, E] float32, and scratch."""
+    """One step's rows, used by every layer: h [T, D] float32, x [T, D], and scratch."""
 
     def __init__(self, block: "AttentionBlock", num_rows: int):
         """Take it; nothing is set."""
         self.h = torch.empty(num_rows, block.d_model)
         self.x = torch.empty(num_rows, block.d_model, dtype=block.dtype)
-        self.logits = torch.empty(num_rows, block.num_experts)
         self.q = torch.empty(num_rows, block.query_width)
         self.attended = torch.empty(num_rows, block.query_width)
-        self.scratch = torch.empty(num_rows, block.d_model + block.query_width + 2 * block.kv_width)
+        width = max(block.query_width + 2 * block.kv_width, block.num_experts)
+        self.scratch = torch.empty(num_rows, block.d_model + width)
 
 
 class AttentionBlock:
@@ -88,6 +89,7 @@ class AttentionBlock:
         _declare_once(library)
         self.dtype = weights.qkv.dtype
         self.d_model, self.num_experts = weights.out.shape[0], weights.gate.shape[0]
+        self.top_k = weights.top_k
         self.scaling, self.window = weights.scaling, weights.window
         self.query_width = weights.num_heads * weights.head_width
         self.kv_width = weights.num_kv_heads * weights.head_width
@@ -107,6 +109,8 @@ class AttentionBlock:
             G=weights.num_kv_heads,
             W=weights.head_width,
             E=self.num_experts,
+            K=weights.top_k,
+            is_normed=weights.is_normed,
             window=weights.window,
             block_tokens=block_tokens,
             is_bf16=int(self.dtype == torch.bfloat16),
@@ -157,18 +161,25 @@ class AttentionBlock:
             num_threads,
         )
 
-    def finish(self, work: Workspace, num_threads: int) -> None:
-        """Add the attended rows to work.h; set work.x, the rows for the experts, and work.logits, the gate's."""
+    def finish(self, work: Workspace, num_threads: int) -> tuple[Tensor, Tensor]:
+        """Add the attended rows to work.h; set work.x, rows for the experts; return the gate's ids and weights [T, K].
+
+        Weights of a row whose scores are not finite are NaN.
+        """
+        ids = torch.empty(work.h.shape[0], self.top_k, dtype=torch.int64)
+        weights = torch.empty(work.h.shape[0], self.top_k)
         self._lib.collegium_output(
             self._at,
             work.attended.data_ptr(),
             work.h.data_ptr(),
             work.h.shape[0],
             work.x.data_ptr(),
-            work.logits.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
             work.scratch.data_ptr(),
             num_threads,
         )
+        return ids, weights
 
     def add(self, work: Workspace, y: Tensor) -> None:
         """Add y [T, D], in the model's type, to work.h."""
@@ -203,6 +214,6 @@ def _declare_once(library: native.Library) -> None:
     pointer, size = c_void_p, c_int64
     native.declare(library.raw, "collegium_qkv", None, [*[pointer] * 5, size, pointer, pointer, c_int])
     native.declare(library.raw, "collegium_attend", None, [*[pointer] * 5, size, pointer, c_int])
-    native.declare(library.raw, "collegium_output", None, [*[pointer] * 3, size, *[pointer] * 3, c_int])
+    native.declare(library.raw, "collegium_output", None, [*[pointer] * 3, size, *[pointer] * 4, c_int])
     native.declare(library.raw, "collegium_norm", None, [*[pointer] * 3, size, size, c_float])
     native.declare(library.raw, "collegium_add", None, [pointer, pointer, size, c_int])

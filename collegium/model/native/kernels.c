@@ -43,12 +43,11 @@ struct experts {
 
 /* One layer's attention. Head norms: 0 none, 1 each head by a weight of W, 2 all heads as one row. */
 struct attention {
-    int64_t D, H, G, W, E, window, block_tokens;
-    int32_t is_bf16, head_norms;
+    int64_t D, H, G, W, E, K, window, block_tokens;
+    int32_t is_bf16, head_norms, is_normed; /* is_normed: the chosen weights sum to one */
     float eps, scaling, clip;
-    int32_t unused;
     const float *input_norm, *query_norm, *key_norm, *output_norm;
-    const void *qkv, *qkv_bias, *out, *out_bias, *gate; /* packed; gate may be null */
+    const void *qkv, *qkv_bias, *out, *out_bias, *gate; /* packed */
     void *keys, *values;                                /* pools: [slots, G * W] */
 };
 
@@ -146,6 +145,7 @@ static struct {
     int64_t num_tasks;
     atomic_llong next;
     int num_wanted;
+    atomic_int has_more;    /* another job follows at once: helpers spin for it; else they would only be in the way */
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static inline void relax(void)
@@ -169,7 +169,7 @@ static void *helper(void *number)
 {
     unsigned seen = 0;
     for (;;) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.generation, memory_order_relaxed) == seen; i++)
+        for (int i = 0; i < SPINS && atomic_load_explicit(&pool.has_more, memory_order_relaxed) && atomic_load_explicit(&pool.generation, memory_order_relaxed) == seen; i++)
             relax();
         pthread_mutex_lock(&pool.lock);
         while (atomic_load(&pool.generation) == seen)
@@ -187,7 +187,7 @@ static void *helper(void *number)
     return NULL;
 }
 
-static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const void *job, int num_threads)
+static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const void *job, int num_threads, int has_more)
 {
     if (num_threads > num_tasks)
         num_threads = (int)num_tasks;
@@ -208,6 +208,7 @@ static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const
     pool.job = job;
     pool.num_tasks = num_tasks;
     pool.num_wanted = num_threads - 1;
+    atomic_store(&pool.has_more, has_more);
     atomic_store(&pool.next, 0);
     pool.is_open = 1;
     atomic_fetch_add(&pool.generation, 1);
@@ -279,7 +280,7 @@ void collegium_linear(const float *x, int64_t x_stride, const void *weight, cons
 {
     struct linear job = {x, x_stride, weight, bias, out, R, O, K, is_bf16, is_out_bf16};
     struct split split = divide(&job, O, K, is_bf16);
-    run_all(split.tasks_per_group, linear_task, &split, num_threads);
+    run_all(split.tasks_per_group, linear_task, &split, num_threads, 0);
 }
 
 static void gate_up_task(const void *at, int64_t task)
@@ -304,9 +305,9 @@ void collegium_experts(const struct expert_shape *shape, const float *x, const i
 {
     struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y};
     struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
-    run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads);
+    run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
     split = divide(&job, shape->D, shape->F, shape->is_bf16);
-    run_all(split.tasks_per_group * G, down_task, &split, num_threads);
+    run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
 }
 
 struct sum {
@@ -364,7 +365,7 @@ int collegium_sum(const float *y, const int64_t *pair_rows, const float *pair_we
     for (int64_t p = 0; p < P; p++) /* leaves first[r + 1] at the end of row r */
         order[first[pair_rows[p] + 1]++] = p;
     struct sum job = {y, pair_weights, first, order, out, R, D, is_bf16};
-    run_all((R + SUM_ROWS - 1) / SUM_ROWS, sum_task, &job, num_threads);
+    run_all((R + SUM_ROWS - 1) / SUM_ROWS, sum_task, &job, R * D < 1 << 16 ? 1 : num_threads, 0);
     free(first);
     return 0;
 }
@@ -444,13 +445,36 @@ void collegium_attend(const struct attention *a, const float *q, const int64_t *
     }
     if (total * a->H * a->W < 1 << 16) /* so little that waking a thread takes longer */
         num_threads = 1;
-    run_all(B * a->G, attend_task, &job, num_threads);
+    run_all(B * a->G, attend_task, &job, num_threads, 0);
 }
 
-/* h += attended [T, H * W] @ out.T; x [T, D], in the model's type, is h normed; logits [T, E] = x @ gate.T, float32.
- * scratch: T * D. */
-void collegium_output(const struct attention *a, const float *attended, float *h, int64_t T, void *x, float *logits,
-                      float *scratch, int num_threads)
+/* The K largest of softmax(logits [E]), falling, the first of equals first; logits are overwritten. */
+static void choose_experts(float *logits, int64_t E, int64_t K, int is_normed, int64_t *ids, float *weights)
+{
+    float most = logits[0], total = 0, chosen = 0;
+    for (int64_t e = 1; e < E; e++)
+        most = logits[e] > most ? logits[e] : most;
+    for (int64_t e = 0; e < E; e++)
+        total += logits[e] = expf(logits[e] - most);
+    for (int64_t k = 0; k < K; k++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < E; e++)
+            if (logits[e] > logits[best])
+                best = e;
+        ids[k] = best;
+        weights[k] = logits[best] / total;
+        chosen += weights[k];
+        logits[best] = -1;
+    }
+    if (is_normed)
+        for (int64_t k = 0; k < K; k++)
+            weights[k] /= chosen;
+}
+
+/* h += attended [T, H * W] @ out.T; x [T, D], in the model's type, is h normed; ids and weights [T, K]: what the gate
+ * chooses for x. Where scores are not numbers, so are weights, and ids are 0 to K - 1. scratch: T * (D + E). */
+void collegium_output(const struct attention *a, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
+                      float *weights, float *scratch, int num_threads)
 {
     int64_t D = a->D;
     collegium_linear(attended, a->H * a->W, a->out, a->out_bias, scratch, T, D, a->H * a->W, a->is_bf16, 0, num_threads);
@@ -462,8 +486,20 @@ void collegium_output(const struct attention *a, const float *attended, float *h
     }
     if (a->is_bf16) /* the gate sees what the experts will */
         collegium_widen(scratch, x, T * D);
-    if (a->gate)
-        collegium_linear(scratch, D, a->gate, NULL, logits, T, a->E, D, a->is_bf16, 0, num_threads);
+    float *logits = scratch + T * D;
+    collegium_linear(scratch, D, a->gate, NULL, logits, T, a->E, D, a->is_bf16, 0, num_threads);
+    for (int64_t t = 0; t < T; t++) {
+        int is_usable = 1;
+        for (int64_t e = 0; e < a->E; e++)
+            is_usable &= logits[t * a->E + e] - logits[t * a->E + e] == 0; /* neither NaN nor infinite */
+        if (is_usable)
+            choose_experts(logits + t * a->E, a->E, a->K, a->is_normed, ids + t * a->K, weights + t * a->K);
+        else
+            for (int64_t k = 0; k < a->K; k++) {
+                ids[t * a->K + k] = k;
+                weights[t * a->K + k] = (float)NAN;
+            }
+    }
 }
 
 /* out [T, D] = h normed by `weight` */
