@@ -37,6 +37,7 @@ $(STAMP): requirements.lock pyproject.toml collegium/model/native/kernels.c coll
 	@echo "setup: installing the other pinned packages"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(call pinned,uv)
 	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock
+	@rm -f collegium/model/native/_kernels*.so # where the build fails, an old one must not stay
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c 'from collegium.model.native import library; import sys; lib = library(); print("setup:", f"native kernels built, {lib.isa} instructions" if lib else "no native kernels (is there a C compiler?): torch computes the experts, more slowly")'
 	@touch $@

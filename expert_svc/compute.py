@@ -180,9 +180,9 @@ class ComputeLoop:
         visit = buffer.begin(batch.layer, batch.experts, batch.decode_counts, batch.num_decode_rows)
         try:
             if len(visit.ready) == len(batch.experts):  # nothing to wait for: all in one call
-                groups = buffer.landed(visit)
+                buffer.landed(visit)  # in the order in which they were found: not asked, slots are taken by group
                 args = (batch.counts, batch.pair_rows, batch.pair_weights, self._form)
-                y = run_experts(batch.x, _slots(visit, groups), *args)
+                y = run_experts(batch.x, _slots(visit, range(len(batch.experts))), *args)
             else:
                 y = self._compute_in_parts(arrivals, batch, visit)
         finally:

@@ -45,12 +45,13 @@ class LeanModel:
         self._final = inner.norm.weight.detach().float().contiguous()
         self._final_eps = float(inner.norm.variance_epsilon)
         self.dtype: torch.dtype = inner.norm.weight.dtype
-        self.layers = [
-            _Layer(block=AttentionBlock(_weights_of(layer), BLOCK_TOKENS), experts=layer.mlp.experts)
-            for layer in inner.layers
-        ]
-        self.cache_shapes = {idx: _cache_shape(layer.self_attn) for idx, layer in enumerate(inner.layers)}
-        for layer in inner.layers:  # packed now: the model's own copy would only take memory
+        self.layers: list[_Layer] = []
+        self.cache_shapes: dict[int, CacheShape] = {}
+        for idx, layer in enumerate(inner.layers):
+            self.cache_shapes[idx] = _cache_shape(layer.self_attn)
+            block = AttentionBlock(_weights_of(layer), BLOCK_TOKENS)
+            self.layers.append(_Layer(block=block, experts=layer.mlp.experts))
+            # packed now: the model's own copy would only take memory; gates stay, for they are asked to foretell
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 setattr(layer.self_attn, name, None)
         self._bound: PagedCache | None = None

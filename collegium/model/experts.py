@@ -65,7 +65,8 @@ class PackedExpert:
                 (weights.gate_up_bias, layout.gate_up_bias_at),
                 (weights.down_bias, layout.down_bias_at),
             ):
-                ctypes.memmove(self.address + at, bias.contiguous().data_ptr(), bias.nbytes)
+                held = bias.contiguous()
+                ctypes.memmove(self.address + at, held.data_ptr(), held.nbytes)
 
     def copy_to(self, address: int) -> None:
         """Write the packed bytes, `num_bytes` of them, to memory at `address`. Other threads may run meanwhile."""
@@ -163,9 +164,8 @@ class _NativeRun:
     def compute(self, groups: Sequence[int], experts: Sequence[PackedExpert]) -> None:
         layout = experts[0].layout
         assert layout is not None
-        layout.set_form(self._form)
         self._library.experts(
-            layout,
+            layout.shape_of(self._form),
             self._x,
             self._pair_rows,
             [self._starts[g] for g in groups],
@@ -223,10 +223,11 @@ def run_experts(
     library = native.library()
     layout = experts[0].layout if experts else None
     if layout is not None and library is not None:
-        layout.set_form(form)
+        if x.dtype != layout.dtype or x.shape[1] != layout.d_model:
+            raise ValueError(f"rows are {x.dtype} of width {x.shape[1]}, experts {layout.dtype} of {layout.d_model}")
         addresses = [expert.address for expert in experts]
         return library.serve(
-            layout, x.contiguous(), counts, addresses, pair_rows, pair_weights, torch.get_num_threads()
+            layout.shape_of(form), x.contiguous(), counts, addresses, pair_rows, pair_weights, torch.get_num_threads()
         )
     run = expert_run(x, counts, pair_rows, form)
     run.compute(range(len(experts)), experts)

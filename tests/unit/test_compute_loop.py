@@ -14,6 +14,9 @@ from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES, Dispatch, Hint, Status
 from collegium.link.inproc import InprocPort
+from collegium.model.experts import PackedExpert, run_experts
+from collegium.model.weights import ExpertWeights
+from expert_svc.buffer import Visit
 from expert_svc.compute import ComputeLoop
 from tests.buffer_rig import MANIFEST, NUM_EXPERTS, NUM_LAYERS, Rig
 
@@ -176,3 +179,61 @@ def test_rows_of_prompts_and_hints_for_layers_that_are_not_there_leave_residency
     assert worker.answer(0, seq=2)[0] == Status.OK
     worker.send(0, NUM_LAYERS, [1], seq=3)
     assert worker.answer(0, seq=3)[0] == Status.BAD_FRAME
+
+
+class Unordered:
+    """Stands for a buffer that has every expert, and gives the last group first."""
+
+    is_prefetching = False
+
+    def __init__(self, experts: Sequence[PackedExpert]):
+        self._experts = experts
+
+    def begin(self, layer: int, experts: Sequence[int], *_: object) -> Visit:
+        slots: list[PackedExpert | None] = [self._experts[expert] for expert in experts]
+        return Visit(layer=layer, experts=experts, slots=slots, ready=list(reversed(range(len(experts)))))
+
+    def landed(self, visit: Visit) -> list[int]:
+        ready, visit.ready = visit.ready, []
+        return ready
+
+    def finish(self, visit: Visit) -> None:
+        """Nothing was leased."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+def test_each_row_meets_its_own_expert_in_whatever_order_experts_are_found(start: Callable[[Rig], Worker]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    d_model, d_ffn = MANIFEST.d_model, MANIFEST.d_ffn
+    experts = [
+        PackedExpert(
+            ExpertWeights(
+                gate_up=torch.randn(2 * d_ffn, d_model, generator=generator),
+                down=torch.randn(d_model, d_ffn, generator=generator),
+            )
+        )
+        for _ in range(3)
+    ]
+    worker = start(Rig(8))
+    worker.loop._buffer = Unordered(experts)  # type: ignore[assignment]
+    worker.loop.start()
+    counts, rows = [2, 1, 1], np.array([0, 1, 2, 0])
+    x = torch.randn(3, d_model, generator=generator)
+    worker.routers[0].send(
+        Dispatch(
+            seq=2,
+            layer=0,
+            deadline_s=time.monotonic() + FAR_S,
+            experts=np.arange(3, dtype=np.uint16),
+            counts=np.array(counts, np.uint16),
+            pair_rows=rows.astype(np.uint32),
+            pair_weights=np.ones(4, np.float32),
+            x=x,
+        )
+    )
+    reply = worker.routers[0].receive(2, time.monotonic() + FAR_S)
+    expected = run_experts(x, experts, counts, rows, np.ones(4, np.float32), MANIFEST.form)
+    assert reply.y is not None
+    assert torch.equal(reply.y, expected)

@@ -104,10 +104,11 @@ def test_a_linear_map_is_the_formula(kernel: Kernel, dtype: torch.dtype, shape: 
             torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_linear_map_keeps_the_leading_shape_and_reads_rows_that_do_not_lie_together() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_a_linear_map_keeps_the_leading_shape_and_reads_rows_that_do_not_lie_together(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    linear = PackedLinear(random(generator, torch.float32, 24, 16))
-    rows = random(generator, torch.float32, 3, 16, 5).transpose(1, 2)
+    linear = PackedLinear(random(generator, dtype, 16, 24).t())
+    rows = random(generator, dtype, 3, 16, 5).transpose(1, 2)
     assert linear(rows).shape == (3, 5, 24)
     assert torch.equal(linear(rows)[2], linear(rows[2].contiguous()))
 
@@ -203,6 +204,14 @@ def test_the_number_of_threads_changes_no_bit_and_x_is_free_once_the_run_has_beg
     else:
         for answer in answers:
             torch.testing.assert_close(answer, answers[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next((ROOT / "collegium" / "model" / "native").glob("_kernels*.so"))
+    monkeypatch.setattr(native, "ABI", native.ABI + 1)
+    with pytest.raises(RuntimeError, match="make setup"):
+        native.Library(path)
 
 
 @pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")

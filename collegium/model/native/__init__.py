@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from importlib import machinery
@@ -35,7 +36,9 @@ _ACTIVATIONS = (
 )  # in the order of the enumeration in kernels.c
 Function = Callable[..., int]  # of the library, once declared
 
+ABI = 1  # what collegium_abi() of the library must say
 _ALIGNED = 64
+_loading = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,9 @@ class Library:
     def __init__(self, path: Path):
         """Load it. Raises OSError where that cannot be, RuntimeError where it computes wrongly on this machine."""
         self.raw = self._lib = ctypes.CDLL(str(path))  # CDLL lets go of the interpreter lock during a call
+        declare(self._lib, "collegium_abi", c_int, [])
+        if (abi := self._lib.collegium_abi()) != ABI:
+            raise RuntimeError(f"{path.name} is of another version ({abi}, not {ABI}); build it anew with `make setup`")
         declare(self._lib, "collegium_choose", c_int, [c_int])
         declare(self._lib, "collegium_packed_bytes", c_int64, [c_int64, c_int64, c_int])
         declare(self._lib, "collegium_pack", None, [c_void_p, c_void_p, c_int64, c_int64, c_int])
@@ -89,9 +95,8 @@ class Library:
     def pack(self, address: int, weight: Tensor) -> None:
         """Pack `weight` [O, K] into memory at `address`."""
         num_outputs, num_inputs = weight.shape
-        self._lib.collegium_pack(
-            address, weight.contiguous().data_ptr(), num_outputs, num_inputs, _is_bf16(weight.dtype)
-        )
+        weight = weight.contiguous()  # held until the call is over
+        self._lib.collegium_pack(address, weight.data_ptr(), num_outputs, num_inputs, _is_bf16(weight.dtype))
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None, num_outputs: int, num_threads: int) -> Tensor:
         """rows [R, K] @ weight.T + bias: [R, O] in the rows' dtype, which is that of the packed weight and the bias."""
@@ -117,13 +122,14 @@ class Library:
         """rows, contiguous, in float32; themselves where they are that."""
         if rows.dtype == torch.float32:
             return rows.contiguous()
+        rows = rows.contiguous()  # held until the call is over
         wide = torch.empty(rows.shape, dtype=torch.float32)
-        self._lib.collegium_widen(wide.data_ptr(), rows.contiguous().data_ptr(), rows.numel())
+        self._lib.collegium_widen(wide.data_ptr(), rows.data_ptr(), rows.numel())
         return wide
 
     def experts(
         self,
-        layout: "ExpertLayout",
+        shape: int,
         x: Tensor,
         pair_rows: NDArray[np.int64],
         starts: Sequence[int],
@@ -134,14 +140,15 @@ class Library:
         num_threads: int,
     ) -> None:
         """Write y [P, D] of the pairs of some groups: group g computes pairs starts[g] .. + counts[g] with the expert
-        at address weights[g]. x [R, D], hidden [P, F] (scratch) and y are float32; pair_rows [P] index into x.
+        at address weights[g]. shape: of `ExpertLayout.shape_of`. x [R, D], hidden [P, F] (scratch) and y are float32;
+        pair_rows [P] index into x.
         """
         num_groups = len(starts)
         table = (c_int64 * (3 * num_groups))(*starts, *counts, *weights)
         at = ctypes.addressof(table)
         step = 8 * num_groups
         self._lib.collegium_experts(
-            layout.address,
+            shape,
             x.data_ptr(),
             pair_rows.ctypes.data,
             at,
@@ -155,7 +162,7 @@ class Library:
 
     def serve(
         self,
-        layout: "ExpertLayout",
+        shape: int,
         x: Tensor,
         counts: Sequence[int],
         weights: Sequence[int],
@@ -169,7 +176,7 @@ class Library:
         table = (c_int64 * (2 * num_groups))(*counts, *weights)
         at = ctypes.addressof(table)
         if self._lib.collegium_serve(
-            layout.address,
+            shape,
             x.data_ptr(),
             x.shape[0],
             pair_rows.ctypes.data,
@@ -229,7 +236,7 @@ class ExpertLayout:
     """Where the parts of one expert lie in its packed bytes, gate, up, down, then biases; the arithmetic between."""
 
     def __init__(self, library: Library, d_model: int, d_ffn: int, dtype: torch.dtype, *, has_bias: bool):
-        """Lay out an expert of that shape; `shape.activation` is to be set before use."""
+        """Lay out an expert of that shape."""
         gate, down = library.packed_bytes(d_ffn, d_model, dtype), library.packed_bytes(d_model, d_ffn, dtype)
         biases = (aligned(2 * d_ffn * dtype.itemsize), aligned(d_model * dtype.itemsize)) if has_bias else (0, 0)
         self.up_at, self.down_at = gate, 2 * gate
@@ -238,13 +245,12 @@ class ExpertLayout:
         self.num_bytes = self.down_bias_at + biases[1]
         self.d_model, self.d_ffn, self.dtype, self.has_bias = d_model, d_ffn, dtype, has_bias
         self._shapes: dict[ExpertForm, _Shape] = {}
-        self.address = 0
 
-    def set_form(self, form: ExpertForm) -> None:
-        """Say which arithmetic lies between the two maps."""
+    def shape_of(self, form: ExpertForm) -> int:
+        """Return the address of this layout with the arithmetic that lies between the two maps; it stays valid."""
         shape = self._shapes.get(form)
         if shape is None:
-            shape = self._shapes[form] = _Shape(
+            made = _Shape(
                 d_model=self.d_model,
                 d_ffn=self.d_ffn,
                 is_bf16=_is_bf16(self.dtype),
@@ -257,12 +263,18 @@ class ExpertLayout:
                 gate_up_bias_at=self.gate_up_bias_at,
                 down_bias_at=self.down_bias_at,
             )
-        self.address = ctypes.addressof(shape)
+            shape = self._shapes.setdefault(form, made)  # another thread may have been faster
+        return ctypes.addressof(shape)
+
+
+def library() -> Library | None:
+    """The library, or None where it was not built or cannot be used; why is logged once."""
+    with _loading:  # it chooses its instructions while it is loaded
+        return _load()
 
 
 @functools.cache
-def library() -> Library | None:
-    """The library, or None where it was not built or cannot be used; why is logged once."""
+def _load() -> Library | None:
     for suffix in machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_kernels{suffix}"
         if path.exists():

@@ -2,7 +2,8 @@
 
 Owns AttentionBlock: one layer of the family that most MoE models belong to (RMS norms, grouped queries, rotation of
 whole heads). Sums and the residual stream are float32 whatever the model's type. The arithmetic is that of the
-modelling classes of transformers 5.23; the order of sums is ours.
+modelling classes of transformers 5.23; the order of sums is ours, and in bfloat16 less is rounded between them: neither
+the stream nor the gate's scores are.
 T rows, B decode rows, D model, H query heads, G key-value heads, W head width, E experts, L cached positions.
 """
 
@@ -183,7 +184,8 @@ class AttentionBlock:
 
     def add(self, work: Workspace, y: Tensor) -> None:
         """Add y [T, D], in the model's type, to work.h."""
-        self._lib.collegium_add(work.h.data_ptr(), y.contiguous().data_ptr(), y.numel(), self._struct.is_bf16)
+        y = y.contiguous()  # held until the call is over
+        self._lib.collegium_add(work.h.data_ptr(), y.data_ptr(), y.numel(), self._struct.is_bf16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 /* Expert kernels for CPUs: from one row to thousands, weights read once per call, float32 sums.
  *
- * A plain C library without dependencies, loaded through ctypes (which lets go of the interpreter lock); kernels.py's
- * neighbour native/__init__.py is its only caller and says what it offers. The arithmetic is in tiles.h, built once per
+ * A plain C library without dependencies, loaded through ctypes (which lets go of the interpreter lock); the modules
+ * beside this file are its only callers and say what it offers. The arithmetic is in tiles.h, built once per
  * instruction set and chosen when the library is loaded. bfloat16 weights are widened in registers: each is read from
  * memory once, as 2 bytes.
  */
@@ -110,11 +110,16 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 
 static const struct isa *isa = &isa_generic;
 
+/* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
+int collegium_abi(void)
+{
+    return 1;
+}
+
 /* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
  * Before any other call; packed weights of one choice mean nothing to another. Returns what was chosen. */
 int collegium_choose(int most)
 {
-    isa = &isa_generic;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -127,6 +132,7 @@ int collegium_choose(int most)
         return 1;
     }
 #endif
+    isa = &isa_generic;
     return 0;
 }
 
@@ -308,6 +314,7 @@ void collegium_experts(const struct expert_shape *shape, const float *x, const i
     run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
     split = divide(&job, shape->D, shape->F, shape->is_bf16);
     run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
+    atomic_store(&pool.has_more, 0); /* also where the second part had no use for helpers */
 }
 
 struct sum {

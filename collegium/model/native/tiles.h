@@ -118,7 +118,7 @@ TARGET static inline VF NAME(act)(int activation, VF gate, VF up, float clamp, f
     case SILU:
         return gate / (1.0f + NAME(exp)(-gate)) * up;
     case RELU:
-        return NAME(pick)(gate > 0, gate, (VF){0}) * up;
+        return NAME(pick)(gate < 0, (VF){0}, gate) * up;
     case GELU: {
         VF out;
         for (int i = 0; i < LANES; i++)
