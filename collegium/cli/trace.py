@@ -7,12 +7,13 @@ nothing for the requests that it watches; without any, it waits.
 from __future__ import annotations
 
 import queue
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Annotated, Any, TextIO
 
 import grpc
@@ -51,18 +52,34 @@ def trace(
     except OSError as error:
         raise SettingsError(f"{out} cannot be written: {error.strerror}") from None
     sys.stderr.write(f"recording what {len(addresses)} router(s) choose; Ctrl-C ends it and keeps what is there\n")
+    is_interrupted = _on_interrupt()
     with file, Streams(addresses, tokens) as streams:
         recording = Recording(file)
         try:
-            for index, message in streams.messages(deadline_s):
+            for index, message in streams.messages(deadline_s, is_interrupted):
                 recording.take(index, message)
                 if tokens and recording.num_tokens >= tokens:
                     break
                 recording.show(is_last=False)
-        except KeyboardInterrupt:
-            pass  # the way to end it; what is written stays
         finally:
             recording.show(is_last=True)
+
+
+def _on_interrupt() -> threading.Event:
+    """Have the first Ctrl-C, which is the way to end a recording, set what is returned; the second one kills.
+
+    A flag, and not KeyboardInterrupt: that could come up in a callback where nobody hears of it, and a shell that
+    starts the command in its background has it ignored.
+    """
+    is_set = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        is_set.set()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, on_signal)
+    return is_set
 
 
 class Streams:
@@ -92,13 +109,15 @@ class Streams:
         for channel in self._channels:
             channel.close()
 
-    def messages(self, deadline_s: float | None) -> Iterator[tuple[int, router_pb2.TraceResponse]]:
-        """Yield (index of the router, message) until every stream has ended or the time is over.
+    def messages(
+        self, deadline_s: float | None, is_interrupted: threading.Event
+    ) -> Iterator[tuple[int, router_pb2.TraceResponse]]:
+        """Yield (index of the router, message) until every stream has ended, the time is over, or it is interrupted.
 
         A stream that breaks is told on stderr; raises what broke the last one.
         """
         num_open = len(self._addresses)
-        while num_open:
+        while num_open and not is_interrupted.is_set():
             left_s = _PROGRESS_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 return
