@@ -55,8 +55,8 @@ def plan_dispatch(
     """Split the gate's choices by worker.
 
     expert_ids, weights: [T, K]; an id below 0 means no expert. worker_of: [E], the worker that computes each expert
-    now; workers: [T, K], who computes each pair instead, where experts have several homes. Cost O(N log N): one sort of
-    the pairs by (worker, expert, token).
+    now; workers: [T, K], who computes each pair instead, where experts have several homes. Ordered by
+    (worker, expert, token): by counting, O(N + W * (E + T)), or in numpy by one sort.
     """
     if native.library() is not None and expert_ids.size <= 65_535:  # a count has 16 bits
         return _plan_natively(expert_ids, weights, worker_of, workers)
