@@ -87,6 +87,7 @@ class OneProcess:
         num_hinted_layers: int = 2,
         wrap_source: Callable[[Source], Source] | None = None,
         unsafe_routing: UnsafeRouting | None = None,
+        num_micro_batches: int = 0,
     ):
         """Load and start. `kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix".
 
@@ -157,6 +158,7 @@ class OneProcess:
             max_num_seqs=max_num_seqs,
             num_threads=num_threads,
             unsafe_routing=unsafe_routing,
+            num_micro_batches=num_micro_batches,
         )
         self.engine.attach(_OWNER)
         self.engine.start()

@@ -164,6 +164,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         expert_wait_s=config.expert_wait_s,
         on_end=lambda: loop.call_soon_threadsafe(stop.request),  # without an engine: end, and be started anew
         unsafe_routing=unsafe_routing,
+        num_micro_batches=config.micro_batches,
     )
     membership = Membership(
         config.balancer,

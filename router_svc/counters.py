@@ -20,6 +20,12 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         series("collegium_prefilled_tokens_total"): totals.prefilled_tokens,
         series("collegium_generation_tokens_total"): totals.generated_tokens,
         series("collegium_step_seconds_total"): totals.step_seconds,
+        series("collegium_micro_batches_total"): totals.micro_batches,
+        series("collegium_rows_away_seconds_total"): calls.totals.away_s,
+        series("collegium_rows_blocked_seconds_total"): calls.totals.blocked_s,
+        series("collegium_overlap_ratio"): 1.0 - calls.totals.blocked_s / max(calls.totals.away_s, 1e-9)
+        if calls.totals.away_s
+        else 0.0,
         series("collegium_dispatches_total"): sum(s.dispatches for s in both),
         series("collegium_dispatch_retries_total"): calls.totals.retries,
         series("collegium_link_rows_total", direction="out"): sum(s.rows_out for s in both),

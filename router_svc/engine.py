@@ -6,6 +6,8 @@ is computed
 for the others alone.
 """
 
+import functools
+import itertools
 import math
 import threading
 import time
@@ -21,11 +23,13 @@ from collegium.fabric import logs, tracing
 from collegium.model.sampling import SampleRow, TokenCounts, TokenLogprobs, UnusableLogitsError, sample, token_logprobs
 from router_svc.expert_calls import ExpertCalls, ExpertFailedError, ExpertsUnavailableError
 from router_svc.kv_blocks import BlockPool
+from router_svc.micro_batches import MicroBatching
 from router_svc.model_loader import RouterModel
 from router_svc.paged_attention import PagedCache, StepIndex
 from router_svc.recorder import Recorder
 from router_svc.scheduler import Scheduler, Step
 from router_svc.sequence import Finish, Sequence
+from router_svc.turns import by_turns
 from router_svc.unsafe_routing import UnsafeRouting
 
 _log = logs.get("engine")
@@ -74,6 +78,7 @@ class EngineTotals:
     generated_tokens: int = 0
     prompt_tokens: int = 0
     step_seconds: float = 0.0
+    micro_batches: int = 0
 
 
 _UNUSABLE_LOGITS = Failure(
@@ -99,11 +104,13 @@ class Engine:
         expert_wait_s: float = 30.0,
         on_end: Callable[[], None] = lambda: None,
         unsafe_routing: UnsafeRouting | None = None,
+        num_micro_batches: int = 0,
     ):
         """Make an engine; `start` starts it.
 
         `deliver` is called from the engine's thread, once per owner and step; `on_end` when the thread ends.
-        `expert_wait_s`: how long a step waits for any worker before its sequences fail.
+        `expert_wait_s`: how long a step waits for any worker before its sequences fail. `num_micro_batches`: into how
+        many parts every step is split; 0: as measured.
         """
         self._model, self._calls, self._deliver = model, calls, deliver
         self._pool = BlockPool(num_blocks)
@@ -126,6 +133,8 @@ class Engine:
         self.error: BaseException | None = None
         self.recorder = Recorder()
         self._unsafe_routing = unsafe_routing
+        self._micro_batching = MicroBatching(num_micro_batches)
+        calls.shared = model.shared_experts()
         model.set_expert_call(calls.compute if unsafe_routing is None else unsafe_routing.played(calls.compute))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -266,23 +275,28 @@ class Engine:
             self._wakeup.wait(_RETRY_S)
 
     def _compute(self, step: Step) -> None:
-        index = StepIndex(step, self._model.device)
-        self._cache.begin(index)
-        ids = [token for row in step.rows for token in row.sequence.tokens(row.begin, row.end)]
         keep, spans = _kept_rows(step)
         span = self._trace(step)
-        self._calls.begin(self.num_step, ids, len(step.decodes))
         self._calls.on_layer = self.recorder.begin(step)
-        if self._unsafe_routing is not None:
-            self._unsafe_routing.begin(step)
-        input_ids = torch.tensor([ids], device=self._model.device)
-        kept = torch.tensor(keep or [0], device=self._model.device)
+        num_parts = 1
+        # What listens to routing or plays it takes steps whole.
+        if self._calls.on_layer is None and self._unsafe_routing is None:
+            num_parts = self._micro_batching.choose(step.num_rows, has_prompts=bool(step.chunks))
+        began_s, blocked_s = time.monotonic(), self._calls.totals.blocked_s
         try:
-            logits = self._model.forward(input_ids, index.positions, self._cache, kept)
+            logits = self._forward(step, step.split(num_parts) if num_parts > 1 else [step], keep)
         finally:
             self._calls.traceparent = ""
             if span is not None:
                 span.end()
+        self._micro_batching.note(
+            step.num_rows,
+            has_prompts=bool(step.chunks),
+            num_parts=num_parts,
+            seconds=time.monotonic() - began_s,
+            blocked_s=self._calls.totals.blocked_s - blocked_s,
+        )
+        self.totals.micro_batches += num_parts
         self._scheduler.commit(step)
         self.recorder.commit(step, self.num_step)
         for row in step.rows:
@@ -291,6 +305,33 @@ class Engine:
         self.totals.prefilled_tokens += sum(row.num_rows for row in step.chunks)
         self._score(step, logits, spans)
         self._sample(step, logits, spans)
+
+    def _forward(self, step: Step, parts: Seq[Step], keep: list[int]) -> Tensor:
+        """Compute a step in parts: logits of its rows in `keep`, of its first row where that is empty."""
+        if self._unsafe_routing is not None:
+            self._unsafe_routing.begin(step)
+        tokens = [[t for row in part.rows for t in row.sequence.tokens(row.begin, row.end)] for part in parts]
+        self._calls.begin(self.num_step, [(ids, len(part.decodes)) for ids, part in zip(tokens, parts, strict=True)])
+        indexes = [StepIndex(part, self._model.device) for part in parts]
+
+        def compute(idx: int, kept: list[int]) -> Tensor:
+            input_ids = torch.tensor([tokens[idx]], device=self._model.device)
+            rows = torch.tensor(kept or [0], device=self._model.device)
+            return self._model.forward(input_ids, indexes[idx].positions, self._cache, rows)
+
+        if len(parts) == 1:
+            self._cache.begin(indexes[0])
+            return compute(0, keep)
+
+        def enter(idx: int) -> None:
+            self._cache.begin(indexes[idx])
+            self._calls.enter(idx)
+
+        starts = [0, *itertools.accumulate(part.num_rows for part in parts)]
+        kept = [[row - first for row in keep if first <= row < last] for first, last in itertools.pairwise(starts)]
+        logits = by_turns([functools.partial(compute, idx, rows) for idx, rows in enumerate(kept)], enter)
+        wanted = [one for one, rows in zip(logits, kept, strict=True) if rows]
+        return torch.cat(wanted) if wanted else logits[0]
 
     def _sample(self, step: Step, logits: Tensor, spans: dict[Sequence, tuple[int, int]]) -> None:
         rows = [row for row in step.rows if row.reaches_end and not row.sequence.is_score]

@@ -5,9 +5,10 @@ handed in from the control loop. Expert calls are pure, so a share whose worker 
 those that live.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,11 +22,16 @@ from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
 from router_svc.load_counts import LoadCounts
+from router_svc.micro_batches import MAX_MICRO_BATCHES
 from router_svc.routing import ACTIVATION_ROWS, LayerRoute, choose_replicas, route
+from router_svc.shared_experts import SharedExperts
 from router_svc.token_memory import TokenMemory
+from router_svc.turns import pause
 
 # Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
 OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
+
+_PARTS = range(MAX_MICRO_BATCHES)
 
 
 class ExpertsUnavailableError(Exception):
@@ -42,6 +48,8 @@ class CallTotals(HintTotals):
 
     retries: int = 0
     needed_bytes: int = 0
+    away_s: float = 0.0  # time in which any rows were with workers
+    blocked_s: float = 0.0  # of that, what went by with nothing else to compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +62,20 @@ class _Sent:
     seq: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one micro-batch of a step is told by: its first `num_decode_rows` decode."""
+
+    num_decode_rows: int
+    hinting: Hinting | None
+
+
 class ExpertCalls:
     """The router's way to the experts.
 
-    `begin` opens each step; `traceparent` and `on_layer` are the engine's to set before it.
+    `begin` opens each step; `traceparent` and `on_layer` are the engine's to set before it. A step may be computed in
+    parts that take turns (`turns.by_turns`): `enter` says whose turn it is, and each part's `compute` pauses while its
+    rows are away.
     """
 
     def __init__(
@@ -92,9 +110,14 @@ class ExpertCalls:
         self.loads = LoadCounts(num_layers, num_experts)
         self.activation_rows = ACTIVATION_ROWS  # set from the control loop, once the balancer has measured it
         self._num_ahead = num_ahead
-        self._hinting = None if foresight is None else Hinting(foresight, self.totals, memory)
+        # One for each micro-batch; they share the memory of tokens.
+        self._hintings = [] if foresight is None else [Hinting(foresight, self.totals, memory) for _ in _PARTS]
         self._step = 0
-        self._num_decode_rows = 0  # they come first in a step
+        self._parts: list[_Part] = []
+        self._part = _Part(num_decode_rows=0, hinting=None)
+        self._num_away = 0  # parts whose rows are with workers
+        self._away_since_s = 0.0
+        self.shared: Mapping[int, SharedExperts] = {}  # by layer
         self.traceparent = ""
         self.on_layer: OnLayer | None = None
 
@@ -159,29 +182,41 @@ class ExpertCalls:
 
     # --- engine ---
 
-    def begin(self, step: int, tokens: Sequence[int], num_decode_rows: int) -> None:
-        """Open a step of tokens [T], of which the first `num_decode_rows` decode."""
-        self._step, self._num_decode_rows = step, num_decode_rows
-        if self._hinting is None:
-            return
-        self._hinting.begin(tokens if self._wanting else ())
-        if self._wanting and num_decode_rows:
-            self._refresh()
-            if self._live:
-                table = [route.worker_of for route in self._table]
-                self._hinting.recall(num_decode_rows, table, self._live)
+    def begin(self, step: int, parts: Sequence[tuple[Sequence[int], int]]) -> None:
+        """Open a step of one or several parts, each of tokens [T], of which the first so many decode."""
+        self._step, self._parts = step, []
+        self._num_away = 0
+        for shared in self.shared.values():
+            shared.forget()
+        hintings = self._hintings or [None] * len(parts)
+        for (tokens, num_decode_rows), hinting in zip(parts, hintings, strict=False):
+            self._parts.append(_Part(num_decode_rows=num_decode_rows, hinting=hinting))
+            if hinting is None:
+                continue
+            hinting.begin(tokens if self._wanting else ())
+            if self._wanting and num_decode_rows:
+                self._refresh()
+                if self._live:
+                    table = [route.worker_of for route in self._table]
+                    hinting.recall(num_decode_rows, table, self._live)
+        self._part = self._parts[0]
+
+    def enter(self, idx: int) -> None:
+        """Let a part of the step have its turn."""
+        self._part = self._parts[idx]
 
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
 
+        While the rows are away, the layer's shared experts are computed and other parts of the step have their turns.
         Blocks until every row is back. Raises ExpertsUnavailableError or ExpertFailedError.
         """
-        route = self._route(layer)
+        part, route = self._part, self._route(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
         host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
         workers, is_counted = None, bool(route.replicas)
         if is_counted:
-            counts = self.loads.note(layer, host_ids, self._num_decode_rows)
+            counts = self.loads.note(layer, host_ids, part.num_decode_rows)
             workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
         plan = plan_dispatch(host_ids, host_weights, route.worker_of, workers)
         missed: list[NDArray[np.uint16]] = []
@@ -191,14 +226,23 @@ class ExpertCalls:
         while pending:
             deadline_s = time.monotonic() + self._timeout_s
             sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s)
-            if is_first:  # the rows are away: nobody waits for this
-                is_first = False
-                self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
-                if not is_counted:
-                    self.loads.note(layer, host_ids, self._num_decode_rows)
-                if self._hinting is not None:
-                    self._hinting.settle(layer, host_ids)
-                    self._foretell(self._hinting, layer, x)
+            self._note_away()
+            try:
+                if is_first:  # the rows are away: nobody waits for this
+                    is_first = False
+                    self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
+                    if not is_counted:
+                        self.loads.note(layer, host_ids, part.num_decode_rows)
+                    if part.hinting is not None:
+                        part.hinting.settle(layer, host_ids)
+                        self._foretell(part.hinting, layer, x)
+                    if layer in self.shared:
+                        self.shared[layer].compute(x)
+                    pause()
+            except BaseException:  # the step ends here: what was sent must be received, or its credits are lost
+                with contextlib.suppress(ExpertFailedError):
+                    self._receive(sent, refusal, deadline_s, missed)
+                raise
             done, failed = self._receive(sent, refusal, deadline_s, missed)
             failed += unsent
             if failed:  # what came back lies in buffers that the next round may use again
@@ -231,7 +275,7 @@ class ExpertCalls:
                 pair_rows=share.pair_rows,
                 pair_weights=share.pair_weights,
                 x=rows_for(x, share),
-                num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self._num_decode_rows)),
+                num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self._part.num_decode_rows)),
                 traceparent=self.traceparent,
             )
             try:
@@ -250,6 +294,7 @@ class ExpertCalls:
         """Wait for every answer: (answered, to be planned anew); what workers had to load is added to `missed`."""
         done: list[tuple[WorkerShare, Tensor]] = []
         failed: list[WorkerShare] = []
+        began_s = time.monotonic()
         for one in sent:
             try:
                 reply = one.link.receive(one.seq, deadline_s, patience_s=self._timeout_s)
@@ -267,13 +312,23 @@ class ExpertCalls:
                 done.append((one.share, reply.y))
                 if self.on_layer is not None and reply.num_misses:
                     missed.append(reply.missed)
+        now_s = time.monotonic()
+        self.totals.blocked_s += now_s - began_s
+        self._num_away -= 1
+        if not self._num_away:
+            self.totals.away_s += now_s - self._away_since_s
         if refusal:
             raise ExpertFailedError(refusal)
         return done, failed
 
+    def _note_away(self) -> None:
+        if not self._num_away:
+            self._away_since_s = time.monotonic()
+        self._num_away += 1
+
     def _foretell(self, hinting: Hinting, layer: int, x: Tensor) -> None:
-        if self._num_decode_rows and self._wanting:
-            rows = x[: self._num_decode_rows]
+        if self._part.num_decode_rows and self._wanting:
+            rows = x[: self._part.num_decode_rows]
             for ahead in range(layer + 1, min(layer + 1 + self._num_ahead, self._num_layers)):
                 hinting.tell(ahead, rows, self._table[ahead].worker_of, self._live)
 

@@ -26,9 +26,10 @@ from collegium.model.architectures import (
     read_config,
 )
 from collegium.model.kernels import pack_linears
-from router_svc import lean
+from router_svc import lean, shared_experts
 from router_svc.lean import LeanModel
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
+from router_svc.shared_experts import SharedExperts
 
 _log = logs.get("model")
 
@@ -48,12 +49,17 @@ class RemoteExperts(nn.Module):
         self.config = config
         self.layer = -1  # index among MoE layers
         self.call: ExpertCall | None = None
+        # The layer's shared experts. Not a submodule: the block holds them, under their own name.
+        self.shared: list[SharedExperts] = []
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums for [..., D] rows; ids and weights are [T, K]."""
         assert self.call is not None
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return self.call(self.layer, x, top_k_index, top_k_weights).view(hidden_states.shape)
+        y = self.call(self.layer, x, top_k_index, top_k_weights)
+        for shared in self.shared:
+            shared.settle(x)
+        return y.view(hidden_states.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,11 @@ class RouterModel:
         for module in self.model.modules():
             if isinstance(module, RemoteExperts):
                 module.call = call
+
+    def shared_experts(self) -> dict[int, SharedExperts]:
+        """The shared experts by MoE layer, to be computed while rows are away."""
+        remotes = [m for m in self.model.modules() if isinstance(m, RemoteExperts)]
+        return {remote.layer: shared for remote in remotes for shared in remote.shared}
 
     def cache_bytes_per_token(self) -> int:
         """Bytes that one position takes over all layers."""
@@ -134,6 +145,7 @@ def load_router_model(
             f"{model_dir} lacks tensor {missing[0]} ({len(missing)} missing); fetch the checkpoint again"
         )
     moe_layers = _number_layers(model)
+    _wrap_shared(model)
     model.set_attn_implementation(ATTENTION_NAME)
     model.eval().requires_grad_(False)
     model.to(device)
@@ -189,6 +201,13 @@ def _number_layers(model: PreTrainedModel) -> tuple[int, ...]:
     for idx, (_, module) in enumerate(found):
         module.layer = idx
     return tuple(layer for layer, _ in found)
+
+
+def _wrap_shared(model: PreTrainedModel) -> None:
+    for block in list(model.modules()):
+        for remote in [child for child in block.children() if isinstance(child, RemoteExperts)]:
+            if (shared := shared_experts.wrap(block)) is not None:
+                remote.shared.append(shared)
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:

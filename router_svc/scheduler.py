@@ -6,6 +6,7 @@ no tensor, no
 thread.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
@@ -52,6 +53,24 @@ class Step:
     def kind(self) -> str:
         """What it holds: "decode", "prefill" or "mixed"."""
         return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
+
+    def split(self, num_parts: int) -> "list[Step]":
+        """Part the packed batch into steps of as many rows each as can be, in its order; a chunk may be parted.
+
+        Needs at least as many rows as parts. A later part of a chunk attends to what an earlier one stores.
+        """
+        bounds = [self.num_rows * part // num_parts for part in range(num_parts + 1)]
+        decodes: list[list[Row]] = [[] for _ in range(num_parts)]
+        chunks: list[list[Row]] = [[] for _ in range(num_parts)]
+        at = 0
+        for idx, row in enumerate(self.rows):
+            for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                first, last = max(begin, at), min(end, at + row.num_rows)
+                if first < last:
+                    piece = Row(sequence=row.sequence, begin=row.begin + first - at, num_rows=last - first)
+                    (decodes if idx < len(self.decodes) else chunks)[part].append(piece)
+            at += row.num_rows
+        return [Step(decodes=tuple(d), chunks=tuple(c)) for d, c in zip(decodes, chunks, strict=True)]
 
 
 class Scheduler:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.fabric.settings import ByteSize, ServiceSettings, setting
+from router_svc.micro_batches import MAX_MICRO_BATCHES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,12 @@ class Settings(ServiceSettings):
         "longest prompt and output together, in tokens; 0: the model's own", default=0, at_least=0
     )
     max_batch_tokens: int = setting("rows of one step", default=512, at_least=1, at_most=16384)
+    micro_batches: int = setting(
+        "parts of a step that take turns while the others' rows are away; 0: as many as pay, as measured",
+        default=0,
+        at_least=0,
+        at_most=MAX_MICRO_BATCHES,
+    )
     max_num_seqs: int = setting("sequences that grow at once", default=128, at_least=1)
     link_transport: str = setting("data path to workers", default="auto", choices=("auto", "unix", "tcp"))
     expert_timeout_s: float = setting("longest wait for one expert call, in seconds", default=10.0, at_least=0.1)

@@ -72,6 +72,12 @@ METRICS: dict[str, MetricName] = {
         _counter("collegium_prefilled_tokens_total", "Prompt tokens computed"),
         _counter("collegium_steps_total", "Steps by the kinds of rows that they held", "kind"),
         _counter("collegium_step_seconds_total", "Time spent in steps"),
+        _counter("collegium_micro_batches_total", "Parts into which steps were split, one for a step that was whole"),
+        _counter("collegium_rows_away_seconds_total", "Time in which any rows were with workers"),
+        _counter(
+            "collegium_rows_blocked_seconds_total", "Of the time that rows were away, that in which nothing went on"
+        ),
+        _gauge("collegium_overlap_ratio", "Share of the time that rows were away in which the router computed"),
         _counter("collegium_dispatches_total", "Dispatches sent to or taken from links"),
         _counter("collegium_dispatch_retries_total", "Dispatches sent again to another worker"),
         _counter("collegium_link_rows_total", "Rows on links", "direction"),

@@ -1,6 +1,7 @@
 """The data path in one process answers as plain transformers does: every architecture at every worker count."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from benchmarks.one_process import OneProcess, Request
 from collegium.model.architectures import ARCHITECTURES
 from collegium.model.sampling import SamplingParams
+from router_svc.expert_calls import ExpertsUnavailableError
 from router_svc.model_loader import RouterModel, load_router_model
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
@@ -189,3 +191,75 @@ def test_one_long_request_beside_many_short_ones_changes_nothing(oracle: Oracle)
     with OneProcess(checkpoint, num_workers=2) as cluster:
         answers = cluster.run([Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references])
     assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+
+
+@pytest.mark.parametrize(("arch", "num_micro_batches"), zip(sorted(ARCHITECTURES), itertools.cycle([2, 3, 4])))
+def test_micro_batches_change_no_token(arch: str, num_micro_batches: int, oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint(arch, Variant.OTHER if num_micro_batches == 3 else Variant.BASE)
+    references = oracle.choose_prompts(checkpoint, NUM_PROMPTS, MAX_TOKENS)
+    requests = [
+        Request(prompt_ids=one.prompt_ids, max_tokens=MAX_TOKENS, num_logprobs=0, after_tokens=4 * idx)
+        for idx, one in enumerate(references)
+    ]
+    scores = oracle.score(checkpoint, [one.prompt_ids for one in references])
+    requests += [Request(prompt_ids=one.prompt_ids, max_tokens=1, is_score=True, num_logprobs=0) for one in references]
+    with OneProcess(
+        checkpoint,
+        num_workers=2,
+        kv_tokens=160,
+        max_batch_tokens=24,
+        model=loaded(checkpoint),
+        num_micro_batches=num_micro_batches,
+    ) as cluster:
+        answers = cluster.run(requests)
+        totals, calls = cluster.engine.totals, cluster.calls.totals
+    for reference, (answer,) in zip(references, answers, strict=False):
+        assert answer.failure == ""
+        assert answer.token_ids == reference.token_ids
+        assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
+    for logprobs, (answer,) in zip(scores, answers[NUM_PROMPTS:], strict=True):
+        assert [p.chosen for p in answer.logprobs] == pytest.approx(logprobs, abs=1e-4)
+    num_steps = sum(totals.steps.values())
+    assert num_steps < totals.micro_batches <= num_micro_batches * num_steps
+    assert 0.0 < calls.blocked_s < calls.away_s
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe"])
+def test_a_worker_that_dies_between_micro_batches_costs_no_token(arch: str, oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint(arch)
+    references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
+    with OneProcess(checkpoint, num_workers=3, transport="unix", num_micro_batches=4) as cluster:
+        compute, num_calls = cluster.calls.compute, 0
+
+        def dying(layer, x, ids, weights):  # type: ignore[no-untyped-def]
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls in (11, 26):
+                cluster.workers[num_calls // 20].stop()
+            return compute(layer, x, ids, weights)
+
+        cluster.model.set_expert_call(dying)
+        answers = cluster.run([Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references])
+        assert cluster.calls.worker_ids == ["worker-2"]
+        assert cluster.calls.totals.retries >= 1
+    assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+
+
+def test_a_micro_batch_that_fails_ends_the_step_and_leaves_nothing_in_flight(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("qwen2_moe")
+    references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
+    with OneProcess(checkpoint, num_workers=2, transport="unix", num_micro_batches=4) as cluster:
+        compute, num_calls = cluster.calls.compute, 0
+
+        def failing(layer, x, ids, weights):  # type: ignore[no-untyped-def]
+            nonlocal num_calls
+            num_calls += 1
+            if 20 < num_calls < 40 and num_calls % 2:
+                raise ExpertsUnavailableError("none, for this test")
+            return compute(layer, x, ids, weights)
+
+        cluster.model.set_expert_call(failing)
+        answers = cluster.run([Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references])
+        in_flight = [link.num_in_flight for _, link in cluster.calls._live]
+    assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+    assert in_flight == [0, 0]

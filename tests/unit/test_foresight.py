@@ -157,7 +157,7 @@ def compute(calls: ExpertCalls, layer: int, ids: list[list[int]]) -> None:
 
 def begin(calls: ExpertCalls, num_decode_rows: int, tokens: list[int] | None = None) -> None:
     """Open a step; its tokens do not matter where none are remembered."""
-    calls.begin(1, tokens or [], num_decode_rows)
+    calls.begin(1, [(tokens or [], num_decode_rows)])
 
 
 def two_workers(
