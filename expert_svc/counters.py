@@ -32,6 +32,7 @@ class WorkerCounters:
         return {
             series("collegium_dispatches_total"): counters.num_dispatches,
             series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,
+            series("collegium_join_wait_seconds_total"): counters.join_wait_us / 1e6,
             series("collegium_expert_calls_total"): counters.num_expert_calls,
             series("collegium_worker_rows_total"): counters.num_pairs,
             series("collegium_expert_requests_total"): totals.requests,

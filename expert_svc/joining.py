@@ -48,13 +48,22 @@ class DispatchQueue:
         """Queue dispatches."""
         self._waiting.extend(arrivals)
 
-    def take(self, max_rows: int) -> list[Arrival]:
-        """Take the oldest and every other that waits for its layer, up to `max_rows` rows together (the oldest always
-        goes).
+    def layers(self) -> list[tuple[int, set[str], float]]:
+        """Layers that are waited for, oldest dispatch first: each with its routers and when the oldest arrived."""
+        found: dict[int, tuple[set[str], float]] = {}
+        for arrival in self._waiting:
+            found.setdefault(arrival.dispatch.layer, (set(), arrival.received_s))[0].add(arrival.router_id)
+        return [(layer, routers, arrived_s) for layer, (routers, arrived_s) in found.items()]
+
+    def take(self, max_rows: int, layer: int | None = None) -> list[Arrival]:
+        """Take the oldest of a layer (without one: the oldest of all) and every other that waits for its layer, up to
+        `max_rows` rows together (the oldest always goes).
         """
         if not self._waiting:
             return []
-        layer, num_rows = self._waiting[0].dispatch.layer, 0
+        if layer is None:
+            layer = self._waiting[0].dispatch.layer
+        num_rows = 0
         taken: list[Arrival] = []
         kept: list[Arrival] = []
         for arrival in self._waiting:

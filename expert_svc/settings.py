@@ -45,6 +45,12 @@ class Settings(ServiceSettings):
         default="auto",
         choices=("auto", "on", "off"),
     )
+    join_wait: str = setting(
+        "hold rows back for a part of a layer's time so that those of other routers join them: on, off, or auto: as "
+        "long as it is seen to pay",
+        default="auto",
+        choices=("auto", "on", "off"),
+    )
     drain_s: float = setting(
         "time that routers get to send elsewhere at SIGTERM, in seconds", default=0.2, at_least=0.0
     )

@@ -20,6 +20,7 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         series("collegium_prefilled_tokens_total"): totals.prefilled_tokens,
         series("collegium_generation_tokens_total"): totals.generated_tokens,
         series("collegium_step_seconds_total"): totals.step_seconds,
+        series("collegium_forward_seconds_total"): totals.forward_seconds,
         series("collegium_micro_batches_total"): totals.micro_batches,
         series("collegium_rows_away_seconds_total"): calls.totals.away_s,
         series("collegium_rows_blocked_seconds_total"): calls.totals.blocked_s,

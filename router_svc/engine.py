@@ -78,6 +78,7 @@ class EngineTotals:
     generated_tokens: int = 0
     prompt_tokens: int = 0
     step_seconds: float = 0.0
+    forward_seconds: float = 0.0  # of step_seconds, all but sampling and bookkeeping
     micro_batches: int = 0
 
 
@@ -289,13 +290,15 @@ class Engine:
             self._calls.traceparent = ""
             if span is not None:
                 span.end()
+        seconds = time.monotonic() - began_s
         self._micro_batching.note(
             step.num_rows,
             has_prompts=bool(step.chunks),
             num_parts=num_parts,
-            seconds=time.monotonic() - began_s,
+            seconds=seconds,
             blocked_s=self._calls.totals.blocked_s - blocked_s,
         )
+        self.totals.forward_seconds += seconds
         self.totals.micro_batches += num_parts
         self._scheduler.commit(step)
         self.recorder.commit(step, self.num_step)

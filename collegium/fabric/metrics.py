@@ -72,6 +72,7 @@ METRICS: dict[str, MetricName] = {
         _counter("collegium_prefilled_tokens_total", "Prompt tokens computed"),
         _counter("collegium_steps_total", "Steps by the kinds of rows that they held", "kind"),
         _counter("collegium_step_seconds_total", "Time spent in steps"),
+        _counter("collegium_forward_seconds_total", "Of the time in steps, that of forward passes, waits included"),
         _counter("collegium_micro_batches_total", "Parts into which steps were split, one for a step that was whole"),
         _counter("collegium_rows_away_seconds_total", "Time in which any rows were with workers"),
         _counter(
@@ -90,6 +91,7 @@ METRICS: dict[str, MetricName] = {
         _gauge("collegium_placement_epoch", "Epoch of the placement in use"),
         # worker
         _counter("collegium_joined_dispatches_total", "Dispatches that shared their expert calls with another one's"),
+        _counter("collegium_join_wait_seconds_total", "Time a worker held dispatches back for those of other routers"),
         _counter("collegium_expert_calls_total", "Expert calls: one expert on all rows that waited for it"),
         _counter("collegium_worker_rows_total", "Rows through experts, one per token and expert"),
         _counter("collegium_expert_requests_total", "Experts that visits of a layer asked the buffer for"),
