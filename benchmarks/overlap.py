@@ -10,7 +10,7 @@ parts a step takes S and the longest of m * A', m * E' (each side computes all p
 A' + E' + D' (a part's own way round), where A', E' and D' are those of R/m rows. Gains are of the time that the
 router spent in steps: client and gateway run on the same cores.
 
-    python benchmarks/overlap.py [MODEL_DIR] [--delay-ms 8] [--rows 512] [--rounds 3] [--json]
+    python benchmarks/overlap.py [MODEL_DIR] [--delay-ms 6] [--rows 512] [--rounds 3] [--json]
 """
 
 import argparse
@@ -152,7 +152,7 @@ def measure(model: Path, args: argparse.Namespace) -> tuple[list[Costs], list[Re
             for way in args.ways
         }
         smaller = {size: Running(stack, model, args.dtype, "1", size, delay_s) for size in sizes[1:]}
-        for number in range(-2, args.rounds):  # the first two are not counted: what chooses by itself learns in them
+        for number in range(-4, args.rounds):  # the first four are not counted: what chooses by itself learns in them
             prompts = prompts_of(_STEPS_PER_BURST * args.rows // _PROMPT_TOKENS, _PROMPT_TOKENS, args.vocab, number)
             for way, one in running.items():
                 took, seen = one.burst(prompts)
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "demo-lm")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--delay-ms", type=float, default=8.0, help="held back each way, at every layer")
+    parser.add_argument("--delay-ms", type=float, default=6.0, help="held back each way, at every layer")
     parser.add_argument("--rows", type=int, default=512, help="of a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", type=lambda text: tuple(text.split(",")), default=WAYS)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from collegium.model import native
+from collegium.model.native.dispatch import Copies, choose
 from collegium.model.placement import Placement
 
 ACTIVATION_ROWS = 16.0  # until the balancer has measured it: an expert costs a worker as much as so many of its rows
@@ -29,6 +31,17 @@ class LayerRoute:
 
     worker_of: NDArray[np.int64]
     replicas: Mapping[int, tuple[int, ...]]
+    copies: Copies = field(init=False)
+
+    def __post_init__(self) -> None:
+        experts = sorted(self.replicas)
+        homes = [self.replicas[expert] for expert in experts]
+        copies = Copies(
+            experts=np.array(experts, np.int64),
+            starts=np.cumsum([0, *map(len, homes)], dtype=np.int64),
+            homes=np.array([home for one in homes for home in one], np.int64),
+        )
+        object.__setattr__(self, "copies", copies)
 
 
 def route(placement: Placement, live: Sequence[str], num_layers: int, num_experts: int) -> list[LayerRoute]:
@@ -61,6 +74,19 @@ def choose_replicas(
     of those to the one that most of its tokens visit anyway: fewer rows travel. Where none does, its rows are split
     over as many homes as make the busiest less busy, each part worth reading the expert for.
     """
+    if native.library() is None:
+        return choose_in_python(ids, counts, route, num_workers, activation_rows)
+    if not counts[route.copies.experts].any():
+        return None
+    ids, counts = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(counts, np.int64)
+    worker_of = np.ascontiguousarray(route.worker_of, np.int64)
+    return choose(ids, counts, worker_of, route.copies, num_workers, activation_rows)
+
+
+def choose_in_python(
+    ids: NDArray[np.int64], counts: NDArray[np.int64], route: LayerRoute, num_workers: int, activation_rows: float
+) -> NDArray[np.int64] | None:
+    """Choose without the library, for machines that have none; `choose_replicas` says what."""
     active = [expert for expert in route.replicas if counts[expert]]
     if not active:
         return None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from router_svc.load_counts import LoadCounts
-from router_svc.routing import LayerRoute, choose_replicas
+from router_svc.routing import LayerRoute, choose_in_python, choose_replicas
 
 
 def chosen(
@@ -69,6 +69,10 @@ def test_every_pair_goes_to_a_home_and_the_busiest_is_no_busier_than_without_cho
     counts = np.bincount(ids.ravel(), minlength=num_experts)
     rows = float(rng.choice([0.5, 4.0, 16.0]))
     workers = choose_replicas(ids, counts, route, num_workers, rows)
+    in_python = choose_in_python(ids, counts, route, num_workers, rows)
+    assert (workers is None) == (in_python is None)
+    if workers is not None and in_python is not None:
+        assert workers.tolist() == in_python.tolist()
     if workers is None:
         assert not any(counts[e] for e in route.replicas)
         return

@@ -4,7 +4,8 @@ T tokens, K top-k, E experts, W workers, N pairs.
 """
 
 import functools
-from ctypes import c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,68 @@ def plan(
     if done < 0:
         raise IndexError(f"a choice names an expert or a worker that is not among {num_experts} and {num_workers}")
     return planned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copies:
+    """Experts with several homes: experts [M], rising; the homes of each, homes[starts[m] : starts[m + 1]]."""
+
+    experts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    homes: NDArray[np.int64]
+    addresses: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Learn where the arrays lie, once: numpy takes a microsecond to say it."""
+        arrays = (self.experts, self.starts, self.homes)
+        object.__setattr__(self, "addresses", tuple(array.ctypes.data for array in arrays))
+
+
+def choose(
+    ids: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    worker_of: NDArray[np.int64],
+    copies: Copies,
+    num_workers: int,
+    activation_rows: float,
+) -> NDArray[np.int64] | None:
+    """Choose a worker for each choice [T, K]; None where no copied expert was chosen. See `choose_replicas`."""
+    num_tokens, top_k = ids.shape
+    num_copied, num_experts = len(copies.experts), len(worker_of)
+    order = 8 * num_workers
+    visits = order + 8 * (num_copied + num_workers)
+    given = visits + num_tokens * num_workers
+    scratch = np.empty(given + num_experts, np.uint8)
+    start: int = scratch.ctypes.data
+    workers = np.empty_like(ids)
+    active = _choose()(
+        ids.ctypes.data,
+        counts.ctypes.data,
+        worker_of.ctypes.data,
+        *copies.addresses,
+        num_copied,
+        num_tokens,
+        top_k,
+        num_experts,
+        num_workers,
+        activation_rows,
+        workers.ctypes.data,
+        start,
+        start + visits,
+        start + order,
+        start + given,
+    )
+    return workers if active else None
+
+
+@functools.cache
+def _choose() -> "native.Function":
+    library = native.library()
+    assert library is not None
+    types = [*[c_void_p] * 6, *[c_int64] * 5, c_double, *[c_void_p] * 5]
+    native.declare(library.raw, "collegium_choose_replicas", c_int64, types)
+    function: native.Function = library.raw.collegium_choose_replicas
+    return function
 
 
 @functools.cache

@@ -113,7 +113,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 1;
+    return 2;
 }
 
 /* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
@@ -588,4 +588,118 @@ int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *
             pair_rows[pair] = (uint32_t)row_of[pair_rows[pair]];
     }
     return N;
+}
+
+/* Choose a worker for each of T x K choices where M experts have several homes: copied [M] names them, their homes are
+ * homes[starts[m]] to homes[starts[m + 1] - 1]. counts [E]: choices of each expert in this step. The rules are those of
+ * choose_in_python in router_svc/routing.py, step by step. Writes workers [T, K] where any of the M was chosen; returns
+ * how many of them were. work [W], visits [T, W], order [M + W] and given [E] are scratch. */
+int64_t collegium_choose_replicas(const int64_t *ids, const int64_t *counts, const int64_t *worker_of, const int64_t *copied,
+                         const int64_t *starts, const int64_t *homes, int64_t M, int64_t T, int64_t K, int64_t E,
+                         int64_t W, double activation, int64_t *workers, double *work, uint8_t *visits, int64_t *order,
+                         uint8_t *given)
+{
+    int64_t active = 0;
+    memset(given, 0, E);
+    for (int64_t m = 0; m < M; m++) {
+        int64_t expert = copied[m], at = active;
+        if (!counts[expert])
+            continue;
+        given[expert] = 1;
+        for (; at > 0; at--) { /* by falling count, then by rising number */
+            int64_t before = copied[order[at - 1]];
+            if (counts[before] > counts[expert] || (counts[before] == counts[expert] && before < expert))
+                break;
+            order[at] = order[at - 1];
+        }
+        order[at] = m;
+        active++;
+    }
+    if (!active)
+        return 0;
+    for (int64_t w = 0; w < W; w++)
+        work[w] = 0;
+    for (int64_t e = 0; e < E; e++)
+        if (counts[e] && !given[e])
+            work[worker_of[e]] += counts[e] + activation;
+    memset(visits, 0, T * W);
+    for (int64_t i = 0; i < T * K; i++) {
+        if (ids[i] < 0)
+            continue;
+        workers[i] = worker_of[ids[i]];
+        if (!given[ids[i]])
+            visits[i / K * W + workers[i]] = 1;
+    }
+    int64_t *sorted = order + M;
+    for (int64_t a = 0; a < active; a++) {
+        int64_t m = order[a], expert = copied[m], count = counts[expert], num_homes = starts[m + 1] - starts[m];
+        double cost = count + activation, highest = work[0];
+        for (int64_t w = 1; w < W; w++)
+            highest = work[w] > highest ? work[w] : highest;
+        for (int64_t h = 0; h < num_homes; h++) { /* the idlest first */
+            int64_t home = homes[starts[m] + h], at = h;
+            for (; at > 0 && work[sorted[at - 1]] > work[home]; at--)
+                sorted[at] = sorted[at - 1];
+            sorted[at] = home;
+        }
+        double least = work[sorted[0]] + cost, busiest = highest > least ? highest : least;
+        int64_t parts = 1;
+        double best = highest > work[sorted[0]] + count + activation ? highest : work[sorted[0]] + count + activation;
+        double total = work[sorted[0]];
+        for (int64_t p = 2; p <= num_homes; p++) {
+            total += work[sorted[p - 1]];
+            double level = (total + count + p * activation) / p;
+            if (level - work[sorted[p - 1]] < 2 * activation) /* the last part is not worth reading the expert for */
+                break;
+            double most = highest > level ? highest : level;
+            if (most < best) {
+                parts = p;
+                best = most;
+            }
+        }
+        if (parts == 1) {
+            int64_t home = -1, most = -1;
+            for (int64_t h = 0; h < num_homes; h++) {
+                int64_t w = sorted[h], overlap = 0;
+                if (work[w] + cost > busiest)
+                    continue;
+                for (int64_t i = 0; i < T * K; i++)
+                    if (ids[i] == expert)
+                        overlap += visits[i / K * W + w];
+                if (overlap > most || (overlap == most && (work[w] < work[home] || (work[w] == work[home] && w < home)))) {
+                    home = w;
+                    most = overlap;
+                }
+            }
+            for (int64_t i = 0; i < T * K; i++)
+                if (ids[i] == expert) {
+                    workers[i] = home;
+                    visits[i / K * W + home] = 1;
+                }
+            work[home] += cost;
+            continue;
+        }
+        double level = 0;
+        for (int64_t p = 0; p < parts; p++)
+            level += work[sorted[p]];
+        level = (level + count + parts * activation) / parts;
+        int64_t i = 0, begin = 0;
+        for (int64_t p = 0; p < parts; p++) {
+            int64_t home = sorted[p], end = count;
+            if (p < parts - 1) {
+                int64_t share = (int64_t)nearbyint(level - work[home] - activation);
+                end = begin + (share > 0 ? share : 0);
+                end = end < count ? end : count;
+            }
+            for (int64_t left = end - begin; left > 0; i++)
+                if (ids[i] == expert) {
+                    workers[i] = home;
+                    visits[i / K * W + home] = 1;
+                    left--;
+                }
+            work[home] += end - begin + activation * (end > begin);
+            begin = end;
+        }
+    }
+    return active;
 }
