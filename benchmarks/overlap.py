@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="of a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", type=lambda text: tuple(text.split(",")), default=WAYS)
+    parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
@@ -222,6 +223,10 @@ def main() -> None:
         print(json.dumps({"costs": [asdict(c) for c in costs], "results": [asdict(r) for r in results], **facts}))
     else:
         show(costs, results, facts)
+    if args.plot:
+        from benchmarks.plots import plot_overlap
+
+        plot_overlap([asdict(c) for c in costs], [asdict(r) for r in results], args.plot)
 
 
 if __name__ == "__main__":

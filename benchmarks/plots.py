@@ -51,3 +51,58 @@ def plot_serving(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set(xlabel="concurrent requests", ylabel="tokens/s")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=_DPI)
+
+
+def plot_techniques(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tokens per second and expert memory of each combination of the three techniques."""
+    import matplotlib.pyplot as plt
+
+    names = ("dynamic_gating", "expert_buffering", "load_balancing")
+    labels = ["+".join(name.split("_")[0] for name in names if r[name]) or "none" for r in results]
+    figure, axes = plt.subplots(1, 2, figsize=_SIZE, sharey=True, layout="constrained")
+    for axis, field, title in (
+        (axes[0], "tokens_per_s", "tokens/s"),
+        (axes[1], "expert_memory_mb", "expert memory, MB"),
+    ):
+        bars = axis.barh(labels, [r[field] for r in results], color="tab:blue" if axis is axes[0] else "tab:orange")
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.set(title=title)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_overlap(costs: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Gain of micro-batches, measured and predicted."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    ways = [r["micro_batches"] for r in results]
+    axis.bar(ways, [r["gain"] for r in results], 0.5, label="measured")
+    predicted = [(r["micro_batches"], r["predicted_gain"]) for r in results if r["predicted_gain"]]
+    axis.plot(*zip(*predicted, strict=True), "k_", markersize=40, label="predicted")
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    first = costs[0]
+    title = f"a step: router {first['router_ms']:.0f}, worker {first['worker_ms']:.0f}, link {first['link_ms']:.0f} ms"
+    axis.set(xlabel="micro-batches", ylabel="gain over one", title=title)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_scaling(swept: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Cost of a token along each simulated sweep."""
+    import matplotlib.pyplot as plt
+
+    along = {
+        "tokens": "rows of a router",
+        "experts": "experts",
+        "workers": "workers",
+        "routers": "routers",
+        "both": "workers",
+    }
+    figure, axes = plt.subplots(1, len(along), figsize=(13, 3.4), sharey=True, layout="constrained")
+    for axis, (sweep, field) in zip(axes, along.items(), strict=True):
+        rows = [row for row in swept if row["sweep"] == sweep]
+        axis.plot([row[field] for row in rows], [row["process ms a token"] for row in rows], marker="o")
+        axis.set(xscale="log", yscale="log", title=sweep, xlabel=field)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("process ms a token")
+    figure.savefig(path, dpi=_DPI)
