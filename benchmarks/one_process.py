@@ -88,11 +88,13 @@ class OneProcess:
         wrap_source: Callable[[Source], Source] | None = None,
         unsafe_routing: UnsafeRouting | None = None,
         num_micro_batches: int = 0,
+        device: torch.device | None = None,
     ):
         """Load and start. `kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix".
 
         `model`: one that is loaded already, and that no other instance uses at the same time. The memories and the
-        policy are each worker's, as its flags take them; `wrap_source` may put something between slots and tiers.
+        policy are each worker's, as its flags take them. `device`: where slots are, if that is not host memory; a CPU
+        stands in for a GPU. `wrap_source` may put something between slots and tiers.
         """
         manifest = build_manifest(model_dir)
         self.manifest = manifest
@@ -122,7 +124,7 @@ class OneProcess:
             }
             source: Source | None = None
             if wrap_source is not None:
-                source = wrap_source(make_source(manifest, dtype, **budgets))
+                source = wrap_source(make_source(manifest, dtype, **budgets, device=device))
             buffer = make_buffer(
                 manifest,
                 dtype,
@@ -131,13 +133,19 @@ class OneProcess:
                 num_load_threads=num_load_threads,
                 can_prefetch=can_prefetch,
                 source=source,
+                device=device,
             )
             homes = self.placement.experts_of(name)
             buffer.set_homes(homes)
             buffer.warm(homes)
             port = inproc.InprocPort(worker_id=name) if transport == "inproc" else TcpPort(worker_id=name, unix="@")
             loop = ComputeLoop(
-                port, buffer, manifest.form, num_experts=[num_experts] * num_layers, num_threads=worker_threads
+                port,
+                buffer,
+                manifest.form,
+                num_experts=[num_experts] * num_layers,
+                num_threads=worker_threads,
+                device=device,
             )
             buffer.on_load(port.wake)
             loop.start()

@@ -13,6 +13,7 @@ from collegium.link.base import Arrival
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError
 from collegium.model.calibration import settle_kernel
+from collegium.model.device_experts import has_triton
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, load_manifest
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
@@ -62,6 +63,27 @@ def choose_kernel(config: Settings, manifest: Manifest, dtype: torch.dtype, num_
     _log.info("kernel", kernel=chosen.kernel.value, threads=num_threads, **chosen.describe())
 
 
+def choose_device(config: Settings) -> torch.device | None:
+    """Say where slots are; None: in host memory. Raises FailedPrecondition where the device cannot be used."""
+    try:
+        device = torch.device(config.device)
+        if device.type == "cpu":
+            return None
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
+        raise FailedPrecondition(
+            str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
+        ) from error
+    if not has_triton():
+        raise FailedPrecondition(
+            "experts on a GPU are computed by Triton, which is not installed",
+            reason="NO_TRITON",
+            field="--device",
+            remedy="install torch for CUDA, which brings it",
+        )
+    return device
+
+
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
     tracing.setup_tracing("collegium-worker", config.otlp_endpoint, config.trace_ratio)
@@ -72,7 +94,9 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
     num_threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    await asyncio.to_thread(choose_kernel, config, manifest, dtype, num_threads)
+    device = choose_device(config)
+    if device is None:
+        await asyncio.to_thread(choose_kernel, config, manifest, dtype, num_threads)
     try:
         port = TcpPort(worker_id=f"{os.uname().nodename}/{os.getpid()}", bind=config.data_bind, unix="@")
     except (OSError, ValueError) as error:
@@ -94,6 +118,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             policy=config.eviction,
             num_load_threads=config.load_threads,
             can_prefetch=config.prefetch != "off",
+            device=device,
         )
     except (MemoryError, RuntimeError) as error:  # torch's own, where the system gives no more
         raise FailedPrecondition(
@@ -114,6 +139,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         join_wait=None
         if config.join_wait == "off"
         else JoinWait(len(manifest.layers), is_fixed=config.join_wait == "on"),
+        device=device,
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )

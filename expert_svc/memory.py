@@ -12,41 +12,48 @@ from collegium.buffering.policies import make_policy
 from collegium.buffering.quotas import Quotas
 from collegium.fabric import logs
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
+from collegium.fabric.errors import FailedPrecondition
 from collegium.model.manifest import Manifest
 from collegium.model.weights import ExpertReader
 from expert_svc.budget import MemoryPlan, ModelBytes, plan_memory
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.loading import Loads
 from expert_svc.regret import RegretSample
-from expert_svc.slots import Slots, blank_slot
+from expert_svc.slots import Slots, blank_slot, bytes_on_device
 from expert_svc.tiers import Arena, Disk, Source
 
 _log = logs.get("memory")
 _NUM_STAGING_SETS = 2  # one is packed while the next is read
 
 
-def bytes_of(manifest: Manifest, dtype: torch.dtype) -> ModelBytes:
+def bytes_of(manifest: Manifest, dtype: torch.dtype, device: torch.device | None = None) -> ModelBytes:
     """Measure what an expert and its staging take."""
-    slot = blank_slot(manifest, dtype)
+    expert_bytes = blank_slot(manifest, dtype).num_bytes if device is None else bytes_on_device(manifest, dtype)
     return ModelBytes(
         num_experts=sum(len(layer.experts) for layer in manifest.layers),
         num_layers=len(manifest.layers),
         top_k=manifest.top_k,
-        expert_bytes=slot.num_bytes,
-        staging_bytes=ExpertReader(manifest, dtype).num_bytes + slot.num_bytes,
+        expert_bytes=expert_bytes,
+        staging_bytes=ExpertReader(manifest, dtype).num_bytes + expert_bytes,
     )
 
 
 def make_source(
-    manifest: Manifest, dtype: torch.dtype, *, expert_memory: MemoryBudget, host_memory: MemoryBudget
+    manifest: Manifest,
+    dtype: torch.dtype,
+    *,
+    expert_memory: MemoryBudget,
+    host_memory: MemoryBudget,
+    device: torch.device | None = None,
 ) -> Source:
     """Make what slots are filled from. Raises FailedPrecondition where a budget is too small."""
-    model = bytes_of(manifest, dtype)
+    model = bytes_of(manifest, dtype, device)
     plan = plan_memory(model, expert_memory, host_memory, num_staging_sets=_NUM_STAGING_SETS)
     disk = Disk(manifest, dtype, num_sets=plan.num_staging_sets)
     if not plan.num_places:
         return disk
-    return Arena(disk, num_places=plan.num_places, expert_bytes=model.expert_bytes)
+    is_pinned = device is not None and device.type == "cuda"
+    return Arena(disk, num_places=plan.num_places, expert_bytes=model.expert_bytes, is_pinned=is_pinned)
 
 
 def make_buffer(
@@ -59,18 +66,27 @@ def make_buffer(
     num_load_threads: int = 2,
     can_prefetch: bool = True,
     source: Source | None = None,
+    device: torch.device | None = None,
 ) -> ExpertBuffer:
-    """Take all memory now and make the buffer. `source` stands in for the tiers where it is given.
+    """Take all memory now and make the buffer. `source` stands in for the tiers where it is given; with a `device`,
+    slots are in its memory.
 
     Raises FailedPrecondition, naming the least that works, where a budget is too small.
     """
-    model = bytes_of(manifest, dtype)
+    if device is not None and not expert_memory:
+        raise FailedPrecondition(
+            "slots on a device are all made at the start, so their number must be known",
+            reason="MEMORY_NOT_GIVEN",
+            field="--expert-memory",
+            remedy="give it, such as 40GiB, or 100% where every expert fits",
+        )
+    model = bytes_of(manifest, dtype, device)
     plan = plan_memory(model, expert_memory, host_memory, num_staging_sets=_NUM_STAGING_SETS)
     _tell(model, plan)
-    source = source or make_source(manifest, dtype, expert_memory=expert_memory, host_memory=host_memory)
+    source = source or make_source(manifest, dtype, expert_memory=expert_memory, host_memory=host_memory, device=device)
     num_experts = [len(layer.experts) for layer in manifest.layers]
     buffer = ExpertBuffer(
-        Slots(manifest, dtype, num_slots=plan.num_slots),
+        Slots(manifest, dtype, num_slots=plan.num_slots, device=device),
         Loads(source, num_threads=num_load_threads),
         make_policy(policy, is_selective=True),
         Quotas(model.num_layers, max(num_experts), plan.num_slots or model.num_experts),

@@ -8,6 +8,7 @@ expert.
 import torch
 
 from collegium.model.architectures import Layout
+from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
 from collegium.model.manifest import Manifest
 from collegium.model.weights import ExpertWeights
@@ -29,13 +30,31 @@ def _blank(manifest: Manifest, dtype: torch.dtype) -> ExpertWeights:
     )
 
 
+def bytes_on_device(manifest: Manifest, dtype: torch.dtype) -> int:
+    """Say what a slot takes in a device's memory, where nothing is packed."""
+    blank = _blank(manifest, dtype)
+    parts = (blank.gate_up, blank.down, blank.gate_up_bias, blank.down_bias)
+    return sum(part.nbytes for part in parts if part is not None)
+
+
 class Slots:
     """Slots of one worker. The one that was freed last is given first: its memory is likeliest to be in a cache."""
 
-    def __init__(self, manifest: Manifest, dtype: torch.dtype, *, num_slots: int | None):
-        """Make `num_slots`, or with None as many as will be asked for."""
+    def __init__(
+        self, manifest: Manifest, dtype: torch.dtype, *, num_slots: int | None, device: torch.device | None = None
+    ):
+        """Make `num_slots`, or with None as many as will be asked for; on a device, all of them in one piece."""
         self._manifest, self._dtype = manifest, dtype
         self.capacity = num_slots
+        if device is not None:
+            if num_slots is None:
+                raise ValueError("slots on a device are made at the start: say how many")
+            slab = DeviceSlots(_blank(manifest, dtype), num_slots=num_slots, device=device)
+            if slab.is_cuda:
+                slab.calibrate()
+            self._free: list[PackedExpert] = [*slab.slots]
+            self.num_made, self.slot_bytes = num_slots, bytes_on_device(manifest, dtype)
+            return
         blank = _blank(manifest, dtype)  # one for all: freed between them, it would leave holes in the heap
         self._free = [PackedExpert(blank) for _ in range(num_slots or 0)]
         self.num_made = len(self._free)

@@ -47,7 +47,7 @@ class Disk:
         """Read, verify and pack one expert; see Source."""
         reader = self._sets.get()
         try:
-            slot.take(PackedExpert(reader.read(*expert_id)))
+            slot.load(reader.read(*expert_id))
         finally:
             self._sets.put(reader)
         return Tier.DISK
@@ -56,10 +56,10 @@ class Disk:
 class Arena:
     """Experts in host memory in the kernel's form, least recently used out first, in front of another source."""
 
-    def __init__(self, behind: Source, *, num_places: int, expert_bytes: int):
-        """Set aside `num_places` times `expert_bytes`."""
+    def __init__(self, behind: Source, *, num_places: int, expert_bytes: int, is_pinned: bool = False):
+        """Set aside `num_places` times `expert_bytes`; page-locked where a device is to copy from it by itself."""
         self._behind, self._expert_bytes, self.num_places = behind, expert_bytes, num_places
-        self._memory = torch.empty(num_places * expert_bytes, dtype=torch.uint8)
+        self._memory = torch.empty(num_places * expert_bytes, dtype=torch.uint8, pin_memory=is_pinned)
         self._places: OrderedDict[ExpertId, int] = OrderedDict()  # least recently used first
         self._free = list(range(num_places))
         self._in_use: dict[ExpertId, int] = {}  # how many threads read it now

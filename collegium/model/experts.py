@@ -80,6 +80,10 @@ class PackedExpert:
             ctypes.memmove(target, address, size)
             address += size
 
+    def load(self, weights: ExpertWeights) -> None:
+        """Pack other weights of the same shape in the place of these."""
+        self.take(PackedExpert(weights))
+
     def take(self, other: "PackedExpert") -> None:
         """Take the packed bytes of another expert of the same form."""
         for (target, size), (source, its_size) in zip(self._parts, other._parts, strict=True):

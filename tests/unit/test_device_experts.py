@@ -1,0 +1,143 @@
+"""Slots on a device and what computes from them, on a CPU: matmuls stand in for the kernels, and where triton is
+installed its interpreter runs the kernels themselves. On a GPU nothing of this has been run yet.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.one_process import OneProcess, Request
+from collegium.fabric.byte_size import MemoryBudget
+from collegium.fabric.errors import FailedPrecondition
+from collegium.model.architectures import Activation, ExpertForm
+from collegium.model.device_experts import DeviceRun, DeviceSlots, blocks_of
+from collegium.model.experts import PackedExpert, run_experts
+from collegium.model.manifest import build_manifest
+from collegium.model.weights import ExpertWeights
+from expert_svc.memory import make_buffer
+from tests.oracle import Oracle
+
+CPU = torch.device("cpu")
+
+
+def weights(seed: int, *, has_bias: bool, dtype: torch.dtype = torch.float32) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / 8).to(dtype)
+
+    return ExpertWeights(
+        gate_up=draw(96, 64),
+        down=draw(64, 48),
+        gate_up_bias=draw(96) if has_bias else None,
+        down_bias=draw(64) if has_bias else None,
+    )
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_on_a_device_give_what_packed_experts_give(dtype: torch.dtype, has_bias: bool) -> None:
+    form = ExpertForm(activation=Activation.SILU)
+    experts = [weights(seed, has_bias=has_bias, dtype=dtype) for seed in range(5)]
+    slab = DeviceSlots(experts[0], num_slots=7, device=CPU)
+    slots = [slab.slots[i] for i in (6, 0, 3, 2, 5)]  # in no order
+    for slot, one in zip(slots, experts, strict=True):
+        slot.load(one)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(40, 64, generator=generator).to(dtype)
+    counts = [40, 1, 7, 33, 2]
+    pair_rows = np.concatenate([np.sort(np.random.default_rng(i).permutation(40)[:n]) for i, n in enumerate(counts)])
+    pair_weights = np.random.default_rng(7).random(len(pair_rows), dtype=np.float32)
+    expected = run_experts(x, [PackedExpert(one) for one in experts], counts, pair_rows, pair_weights, form)
+    run = DeviceRun(x, counts, pair_rows, form)
+    run.compute([3, 1], [slots[3], slots[1]])  # in parts, in any order
+    run.compute([0, 2, 4], [slots[0], slots[2], slots[4]])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(run.result(pair_rows, pair_weights), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_an_expert_goes_through_host_memory_and_back_bit_for_bit() -> None:
+    slab = DeviceSlots(weights(0, has_bias=True), num_slots=2, device=CPU)
+    slab.slots[0].load(weights(3, has_bias=True))
+    host = torch.empty(slab.slots[0].num_bytes, dtype=torch.uint8)
+    slab.slots[0].copy_to(host.data_ptr())
+    slab.slots[1].copy_from(host.data_ptr())
+    for part in slab.parts:
+        assert part is not None and torch.equal(part[0], part[1]) and part[0].any()
+    with pytest.raises(TypeError, match="load or copy_from"):
+        slab.slots[0].take(PackedExpert(weights(1, has_bias=True)))
+
+
+def test_groups_are_cut_into_blocks_and_no_pair_is_left_out() -> None:
+    blocks = blocks_of([4, 0, 9], [5, 1, 8], 4)
+    assert blocks.T.tolist() == [[4, 0, 4], [4, 4, 5], [0, 5, 6], [9, 6, 10], [9, 10, 14]]
+
+
+def test_slots_on_a_device_need_to_be_told_how_many(oracle: Oracle) -> None:
+    manifest = build_manifest(oracle.checkpoint("mixtral"))
+    with pytest.raises(FailedPrecondition, match="their number must be known") as caught:
+        make_buffer(
+            manifest,
+            torch.float32,
+            expert_memory=MemoryBudget(),
+            host_memory=MemoryBudget(),
+            device=torch.device("cpu"),
+        )
+    assert caught.value.field == "--expert-memory"
+
+
+@pytest.mark.parametrize(("arch", "memory"), [("mixtral", "100%"), ("gpt_oss", "30%"), ("qwen3_moe", "25%")])
+def test_a_cluster_with_slots_on_a_device_answers_as_transformers(arch: str, memory: str, oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint(arch)
+    references = oracle.choose_prompts(checkpoint, 6, 16)
+    host = "" if memory == "100%" else "100%"
+    with OneProcess(
+        checkpoint, num_workers=2, expert_memory=memory, host_memory=host, device=CPU, max_batch_tokens=24
+    ) as cluster:
+        answers = cluster.run([Request(prompt_ids=one.prompt_ids, max_tokens=16) for one in references])
+        misses = sum(buffer.totals.misses for buffer in cluster.buffers)
+    assert [choice.token_ids for (choice,) in answers] == [one.token_ids for one in references]
+    assert bool(misses) == (memory != "100%")
+
+
+_INTERPRETED = """
+import torch
+from collegium.model.device_experts import _linear_on_host, blocks_of
+from collegium.model.triton_kernels import block_rows, grouped_linear
+
+# The interpreter's dot takes the bits of bfloat16 for integers, so the kernel that has one is tried in float16.
+for is_few, counts, half in ((True, [1, 4, 7], torch.bfloat16), (False, [1, 40, 33], torch.float16)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (half, 3e-2)):
+        for has_bias in (False, True):
+            generator = torch.Generator().manual_seed(1)
+            weight = torch.randn(5, 70, 50, generator=generator).to(dtype)
+            bias = torch.randn(5, 70, generator=generator).to(dtype) if has_bias else None
+            x = torch.randn(90, 50, generator=generator).to(dtype)
+            rows = torch.randperm(90, generator=generator)[: sum(counts)].int()
+            blocks = blocks_of([4, 0, 2], counts, block_rows(is_few))
+            for given, index in ((x, rows), (x[: sum(counts)], None)):
+                arguments = (given, index, weight, bias, blocks)
+                ours = grouped_linear(*arguments, num_pairs=sum(counts), is_few=is_few)
+                plain = _linear_on_host(*arguments, num_pairs=sum(counts), is_few=is_few)
+                assert torch.allclose(ours.float(), plain.float(), rtol=tolerance, atol=tolerance), (dtype, is_few)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_in_tritons_interpreter_multiply_as_plain_matmuls() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "equal\n", done.stderr
