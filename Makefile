@@ -28,7 +28,7 @@ help: ## list these commands
 setup: $(STAMP) ## make .venv with pinned dependencies; quick when nothing changed
 
 # torch comes by pip and first: pip honours an index or a wheel folder of the machine, and uv then leaves it alone.
-$(STAMP): requirements.lock pyproject.toml collegium/model/native/kernels.c collegium/model/native/tiles.h
+$(STAMP): requirements.lock pyproject.toml $(wildcard collegium/model/native/*.c collegium/model/native/*.h)
 	@test -x $(BIN)/python || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "setup: Python 3.11 or later is needed; set PYTHON to one and remove $(VENV)" >&2; exit 1; }

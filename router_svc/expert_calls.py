@@ -19,6 +19,7 @@ from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
 from collegium.model.placement import NO_PLACEMENT, Placement
+from router_svc.exchange import WholeExchange, whole_exchange
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
 from router_svc.load_counts import LoadCounts
@@ -101,6 +102,8 @@ class ExpertCalls:
         self._placement = NO_PLACEMENT
         self._version = 0
         self._routed_version = -1
+        self._whole: WholeExchange | None = None  # what computes plain layers in one call, while links stay as they are
+        self._whole_version = -1
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
         self._table: list[LayerRoute] = []
@@ -134,6 +137,7 @@ class ExpertCalls:
     def drop_link(self, worker_id: str) -> None:
         """Close a link and use it no more. Thread-safe."""
         with self._lock:
+            self._fold()
             link = self._links.pop(worker_id, None)
             self._version += 1
             if link is not None:
@@ -170,6 +174,7 @@ class ExpertCalls:
     def link_stats(self) -> dict[str, LinkStats]:
         """Totals by worker, and those of all closed links under "". Thread-safe."""
         with self._lock:
+            self._fold()
             stats = {"": replace(self._closed)}
             for worker_id, link in self._links.items():
                 stats[worker_id] = replace(link.stats)
@@ -218,19 +223,38 @@ class ExpertCalls:
         if is_counted:
             counts = self.loads.note(layer, host_ids, part.num_decode_rows)
             workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
-        plan = plan_dispatch(host_ids, host_weights, route.worker_of, workers)
+        num_tokens = len(host_ids)
         missed: list[NDArray[np.uint16]] = []
-        pending: tuple[WorkerShare, ...] = plan.shares
         answers: list[tuple[WorkerShare, Tensor]] = []
+        begun: list[_Sent] = []
+        lost: list[WorkerShare] = []
+        whole = self._whole_for(layer, host_x, host_ids, host_weights)
+        if whole is None:
+            pending = plan_dispatch(host_ids, host_weights, route.worker_of, workers).shares
+        else:
+            y = self._exchange(whole, layer, route, host_x, host_ids, host_weights, workers)
+            if y is not None:
+                return y.to(x.device)
+            is_counted, found = True, whole.disturbed
+            answers += found.done
+            pending = tuple(found.unsent)
+            begun = [
+                _Sent(share=share, worker_id=self._live[share.worker][0], link=self._live[share.worker][1], seq=seq)
+                for share, seq in found.sent
+            ]
+            for share, error in found.lost:
+                self._lose(*self._live[share.worker], error)
+                lost.append(share)
         is_first = True
-        while pending:
+        while pending or begun or lost:
             deadline_s = time.monotonic() + self._timeout_s
             sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s)
+            sent, begun = begun + sent, []
             self._note_away()
             try:
                 if is_first:  # the rows are away: nobody waits for this
                     is_first = False
-                    self.totals.needed_bytes += needed_bytes(plan.shares, x.shape[1], x.element_size())
+                    self.totals.needed_bytes += needed_bytes(pending, x.shape[1], x.element_size())
                     if not is_counted:
                         self.loads.note(layer, host_ids, part.num_decode_rows)
                     if part.hinting is not None:
@@ -244,16 +268,70 @@ class ExpertCalls:
                     self._receive(sent, refusal, deadline_s, missed)
                 raise
             done, failed = self._receive(sent, refusal, deadline_s, missed)
-            failed += unsent
+            failed += unsent + lost
+            lost = []
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
                 route = self._route(layer)
             answers += done
-            pending = tuple(new for share in failed for new in replan(share, route.worker_of, plan.num_tokens))
+            pending = tuple(new for share in failed for new in replan(share, route.worker_of, num_tokens))
         if self.on_layer is not None:
             self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
-        return combine(answers, plan.num_tokens, x.shape[1], x.dtype).to(x.device)
+        return combine(answers, num_tokens, x.shape[1], x.dtype).to(x.device)
+
+    def _whole_for(
+        self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> WholeExchange | None:
+        """Say whether a layer can be computed in one call, and by what."""
+        is_plain = not (self.traceparent or self._wanting or self.on_layer is not None or layer in self.shared)
+        if not is_plain or len(self._parts) != 1:
+            return None
+        if self._whole_version != self._routed_version:
+            with self._lock:
+                self._fold()
+                self._whole = whole_exchange(
+                    self._live, num_experts=self._num_experts, top_k=ids.shape[1], loads=self.loads
+                )
+                self._whole_version = self._routed_version
+        return self._whole if self._whole is not None and self._whole.takes(x, ids, weights) else None
+
+    def _exchange(
+        self,
+        whole: WholeExchange,
+        layer: int,
+        route: LayerRoute,
+        x: Tensor,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        workers: NDArray[np.int64] | None,
+    ) -> Tensor | None:
+        seq = (self._seq + 1) & 0xFFFFFFFF
+        self._seq = (self._seq + len(self._live)) & 0xFFFFFFFF
+        y = whole.run(
+            layer,
+            x,
+            ids,
+            weights,
+            worker_of=route.worker_of,
+            workers=workers,
+            is_counted=bool(route.replicas),
+            num_decode_rows=self._part.num_decode_rows,
+            seq=seq,
+            deadline_s=time.monotonic() + self._timeout_s,
+            epoch=self.epoch,
+            step=self._step,
+        )
+        if y is not None:
+            away_s, blocked_s = whole.waited_s
+            self.totals.away_s += away_s
+            self.totals.blocked_s += blocked_s
+        return y
+
+    def _fold(self) -> None:
+        """Take over what the exchange has counted; under the lock."""
+        if self._whole is not None:
+            self.totals.needed_bytes += self._whole.fold()
 
     def _send(
         self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float

@@ -34,7 +34,7 @@ from collegium.link.frame import (
 from collegium.link.hint import check_hint, write_hint
 from collegium.link.memory import buffer_of, byte_view
 from collegium.link.rows_apart import Landing, RowCarrier
-from collegium.link.stream import Stream, is_readable, rest_of
+from collegium.link.stream import PlainStream, Stream, is_readable, rest_of
 
 _SCRATCH_BYTES: Final = 64 * 1024
 _ROWS_WITHIN_S: Final = 2.0
@@ -229,6 +229,32 @@ class SocketLink:
             del self._in_flight[seq]
             self._free.append(credit)
             return reply
+
+    def lend(self) -> int:
+        """Hand the descriptor to one that sends and receives whole frames by itself, until `take_back`; -1 where that
+        cannot be: something is in flight, waits to be sent or is half read, or bytes are not those of the socket.
+        """
+        self._owner.acquire()
+        is_idle = not (self._in_flight or self._tail or self._got or self._header is not None)
+        if is_idle and not self._closed_because and type(self._stream) is PlainStream and self._carrier is None:
+            return self._stream.fileno()
+        self._owner.release()
+        return -1
+
+    def take_back(self) -> None:
+        """End a loan."""
+        self._owner.release()
+
+    def adopt(self, seq: int, num_rows: int, num_groups: int) -> None:
+        """Take over a dispatch that was sent during a loan, whose reply is still to come; before `take_back`."""
+        credit = self._free.popleft()
+        credit.num_rows, credit.num_groups = num_rows, num_groups
+        credit.reply, credit.is_abandoned = None, False
+        self._in_flight[seq] = credit
+
+    def spoil(self, reason: str) -> LinkClosed:
+        """Close a link on which a loan has left half a frame; before `take_back`. Returns what to raise."""
+        return self._end(reason)
 
     def close(self) -> None:
         """End the link and every wait on it; see RouterLink.close."""

@@ -75,6 +75,11 @@ def _plan_natively(
     planned = native_dispatch.plan(
         ids, np.ascontiguousarray(weights, np.float32), np.ascontiguousarray(worker_of, np.int64), chosen, num_workers
     )
+    return DispatchPlan(num_tokens=len(ids), shares=shares_of(planned))
+
+
+def shares_of(planned: native_dispatch.Planned) -> tuple[WorkerShare, ...]:
+    """Take apart what the library planned, as views."""
     shares: list[WorkerShare] = []
     row = group = pair = 0
     for worker, (num_rows, num_groups, num_pairs) in enumerate(planned.sizes.reshape(-1, 3).tolist()):
@@ -90,7 +95,7 @@ def _plan_natively(
                 )
             )
             row, group, pair = row + num_rows, group + num_groups, pair + num_pairs
-    return DispatchPlan(num_tokens=len(ids), shares=tuple(shares))
+    return tuple(shares)
 
 
 def plan_in_numpy(

@@ -193,7 +193,7 @@ def test_one_long_request_beside_many_short_ones_changes_nothing(oracle: Oracle)
     assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
 
 
-@pytest.mark.parametrize(("arch", "num_micro_batches"), zip(sorted(ARCHITECTURES), itertools.cycle([2, 3, 4])))
+@pytest.mark.parametrize(("arch", "num_micro_batches"), [*zip(sorted(ARCHITECTURES), itertools.cycle([2, 3, 4]))])
 def test_micro_batches_change_no_token(arch: str, num_micro_batches: int, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch, Variant.OTHER if num_micro_batches == 3 else Variant.BASE)
     references = oracle.choose_prompts(checkpoint, NUM_PROMPTS, MAX_TOKENS)

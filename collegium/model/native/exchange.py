@@ -1,0 +1,125 @@
+"""Binding to the C exchange: a layer's dispatches out and replies in, in one call.
+
+Owns the memory that a call works in; knows descriptors and no connection. Constants of the frames are handed in.
+T tokens, K top-k, E experts, W workers, D model, P (row, expert) pairs.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import c_int, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collegium.model import native
+from collegium.model.native.dispatch import Planned
+
+MAX_PAIRS = 65_535  # of a call: a count has 16 bits
+
+
+class State(IntEnum):
+    """How far a worker's dispatch has come."""
+
+    UNSENT = 0
+    SENT = 1
+    DONE = 2
+    BROKEN = 3  # a part of a frame has gone one way or the other: the connection is of no use
+
+
+class _Exchange(ctypes.Structure):
+    _fields_ = (
+        ("fds", c_void_p),
+        *((name, c_int64) for name in ("W", "E", "K", "D", "item_bytes", "T", "num_decode")),
+        *((name, c_void_p) for name in ("ids", "worker_of", "workers", "weights", "x", "out")),
+        *((name, c_void_p) for name in ("decode", "prefill", "activations")),
+        *((name, c_uint64) for name in ("seq", "deadline_us", "epoch")),
+        ("step", c_uint32),
+        ("magic", c_uint16),
+        ("layer", c_uint16),
+        ("version", c_uint8),
+        ("dtype", c_uint8),
+        ("unused", c_uint8 * 6),
+        *((name, c_void_p) for name in ("sizes", "tokens", "scratch")),
+        *((name, c_void_p) for name in ("experts", "counts", "pair_rows", "pair_weights")),
+        *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "totals")),
+        ("blocked_ns", c_int64),
+        ("away_ns", c_int64),
+    )
+
+
+class Exchange:
+    """One router's calls to a fixed set of workers. `call` holds what a call is told; see exchange.c."""
+
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        num_experts: int,
+        top_k: int,
+        d_model: int,
+        dtype: torch.dtype,
+        frames: tuple[int, int, int],
+    ):
+        """`frames`: magic, version and the code of the rows' type."""
+        self.call = _Exchange(W=num_workers, E=num_experts, K=top_k, D=d_model, item_bytes=dtype.itemsize)
+        self.call.magic, self.call.version, self.call.dtype = frames
+        self.fds = np.full(num_workers, -1, np.int32)
+        self.states = np.zeros(num_workers, np.int32)
+        self.totals = np.zeros((num_workers, 6), np.int64)  # dispatches, rows, pairs, bytes out; rows, bytes back
+        self.call.fds, self.call.states = self.fds.ctypes.data, self.states.ctypes.data
+        self.call.totals = self.totals.ctypes.data
+        self._dtype, self._address = dtype, ctypes.addressof(self.call)
+        self._num_tokens = 0
+        self.planned: Planned | None = None
+        self.replies = torch.empty(0, d_model, dtype=dtype)
+
+    def fit(self, num_tokens: int) -> None:
+        """Have memory for calls of so many tokens."""
+        if num_tokens <= self._num_tokens:
+            return
+        call, workers = self.call, int(self.call.W)
+        num_pairs = num_tokens * call.K
+        num_rows = min(num_pairs, num_tokens * workers)
+        self.planned = planned = Planned(num_pairs, workers, workers * call.E + num_tokens + 1)
+        (
+            call.sizes, call.tokens, call.pair_weights, call.pair_rows, call.experts, call.counts, call.scratch,
+        ) = planned.addresses  # fmt: skip
+        self._gathered = torch.empty(num_rows, call.D, dtype=self._dtype)
+        self.replies = torch.empty(num_rows, call.D, dtype=self._dtype)
+        self._sums = torch.empty(num_tokens, call.D, dtype=torch.float64)
+        call.gathered, call.replies, call.sums = (
+            memory.data_ptr() for memory in (self._gathered, self.replies, self._sums)
+        )
+        self._num_tokens = num_tokens
+
+    def run(self) -> bool:
+        """Make the call; True where the sums are written, False where `states` say what is to be done.
+
+        Lets go of the interpreter's lock. IndexError where an id or a worker is out of range.
+        """
+        done = _function()(self._address)
+        if done < 0:
+            raise IndexError(f"a choice names an expert or a worker that is not among {self.call.E} and {self.call.W}")
+        return done == 0
+
+    def rows_of(self, worker: int) -> Tensor:
+        """Return the rows that a worker has sent back, as a view."""
+        assert self.planned is not None
+        counts: Sequence[int] = self.planned.sizes[::3].tolist()
+        begin = sum(counts[:worker])
+        return self.replies[begin : begin + counts[worker]]
+
+
+@functools.cache
+def _function() -> "native.Function":
+    library = native.library()
+    assert library is not None
+    native.declare(library.raw, "collegium_exchange", c_int, [c_void_p])
+    function: native.Function = library.raw.collegium_exchange
+    return function
+
+
+__all__ = ["MAX_PAIRS", "Exchange", "State"]
