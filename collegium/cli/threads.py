@@ -17,12 +17,15 @@ class Allotment:
 
 
 def allot(num_cores: int, *, num_routers: int, num_workers: int) -> Allotment:
-    """Share cores out: two thirds to workers, the rest to routers, the sum at most the cores where each can have one.
-
-    A step alternates between attention and experts, and experts are most of the arithmetic.
+    """Share cores out. One router and its workers take turns: it computes attention, then waits for experts, so each
+    side may have all cores (they wait without spinning). Measured on 2 cores with 1 worker: a third faster at one
+    request than with one thread each, and 10 % at 16 with 2 workers. Several routers overlap: two thirds of the cores
+    for workers then, the rest for routers, the sum at most the cores where each can have one.
     """
     if num_cores < 1 or num_routers < 1 or num_workers < 1:
         raise ValueError("cores, routers and workers: at least one of each is needed")
+    if num_routers == 1:
+        return Allotment(per_router=num_cores, per_worker=max(1, num_cores // num_workers))
     for_routers = max(num_routers, round(num_cores / 3))
     per_worker = max(1, (num_cores - for_routers) // num_workers)
     per_router = max(1, (num_cores - per_worker * num_workers) // num_routers)

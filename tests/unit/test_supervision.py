@@ -38,13 +38,17 @@ def test_threads_never_exceed_the_cores_unless_there_are_more_processes(
     num_cores: int, num_routers: int, num_workers: int
 ) -> None:
     allotment = allot(num_cores, num_routers=num_routers, num_workers=num_workers)
-    used = allotment.per_router * num_routers + allotment.per_worker * num_workers
     assert allotment.per_router >= 1 and allotment.per_worker >= 1
-    assert used <= max(num_cores, num_routers + num_workers)
+    for_routers, for_workers = allotment.per_router * num_routers, allotment.per_worker * num_workers
+    if num_routers == 1:  # it takes turns with its workers
+        assert for_routers == num_cores and for_workers <= max(num_cores, num_workers)
+    else:
+        assert for_routers + for_workers <= max(num_cores, num_routers + num_workers)
 
 
-def test_sixteen_cores_are_mostly_the_workers() -> None:
-    assert allot(16, num_routers=1, num_workers=2) == Allotment(per_router=6, per_worker=5)
+def test_one_router_and_its_workers_have_all_cores_in_turn_and_several_share_them() -> None:
+    assert allot(16, num_routers=1, num_workers=2) == Allotment(per_router=16, per_worker=8)
+    assert allot(16, num_routers=2, num_workers=2) == Allotment(per_router=3, per_worker=5)
 
 
 def test_threads_are_read_in_every_form() -> None:
