@@ -127,7 +127,7 @@ class ComputeLoop:
         if not len(self._queue):
             return
         layer = None
-        if self._join_wait is not None:
+        if self._join_wait is not None and self._join_wait.has_company:
             layer = self._layer_to_serve(self._join_wait)
             if layer is None:
                 return

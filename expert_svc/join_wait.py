@@ -17,6 +17,7 @@ _FORGOTTEN_S = 60.0
 _ROUNDS_PER_BLOCK = 8  # of each router in one mode before the other has its turn
 _SETTLING_ROUNDS = 3  # of a block, not counted: routers still come together, or part
 _BLOCKS_PER_TRIAL = 4  # of each mode
+_WORTH = 0.97  # of the rate without waiting: experts that are read once leave memory to others
 _PAUSE_S = (20.0, 320.0)  # between trials, doubled while they agree
 
 
@@ -39,6 +40,11 @@ class JoinWait:
         self._routers: dict[str, _Router] = {}
         self._trial = JoinTrial(is_on=is_on)
 
+    @property
+    def has_company(self) -> bool:
+        """Whether more than one router has been heard of lately."""
+        return len(self._routers) > 1
+
     def note(self, router_id: str, layer: int, num_decode_rows: int, at_s: float) -> None:
         """Hear of a dispatch that has arrived."""
         router = self._routers.get(router_id)
@@ -47,6 +53,9 @@ class JoinWait:
             for one in gone:
                 del self._routers[one]
             self._routers[router_id] = _Router(layer=layer, at_s=at_s)
+            return
+        if len(self._routers) == 1:
+            router.layer, router.at_s = layer, at_s
             return
         gap_s = at_s - router.at_s
         if layer == (router.layer + 1) % self._num_layers:
@@ -62,7 +71,7 @@ class JoinWait:
 
         `here`: the routers that wait for its layer, its own included.
         """
-        if not self.is_on or len(self._routers) < 2:
+        if not self.is_on or not self.has_company:
             return 0.0
         layer_s = max((self._routers[one].layer_s for one in here if one in self._routers), default=0.0)
         longest_s = arrived_s + _LONGEST_WAIT * layer_s
@@ -117,7 +126,7 @@ class JoinTrial:
         self._rows, self._is_counting = 0, False
 
     def _decide(self, now_s: float) -> None:
-        verdict = median(self._rates[True]) >= median(self._rates[False])
+        verdict = median(self._rates[True]) >= _WORTH * median(self._rates[False])
         self._pause_s = min(_PAUSE_S[1], 2 * self._pause_s) if verdict == self._verdict else _PAUSE_S[0]
         self._is_on = self._verdict = verdict
         self.num_trials += 1
