@@ -57,15 +57,16 @@ def plot_techniques(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Tokens per second and expert memory of each combination of the three techniques."""
     import matplotlib.pyplot as plt
 
-    names = ("dynamic_gating", "expert_buffering", "load_balancing")
-    labels = ["+".join(name.split("_")[0] for name in names if r[name]) or "none" for r in results]
+    names = {"dynamic_gating": "gating", "expert_buffering": "buffering", "load_balancing": "balancing"}
+    labels = [" + ".join(short for name, short in names.items() if r[name]) or "none" for r in results]
     figure, axes = plt.subplots(1, 2, figsize=_SIZE, sharey=True, layout="constrained")
     for axis, field, title in (
         (axes[0], "tokens_per_s", "tokens/s"),
         (axes[1], "expert_memory_mb", "expert memory, MB"),
     ):
         bars = axis.barh(labels, [r[field] for r in results], color="tab:blue" if axis is axes[0] else "tab:orange")
-        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+        axis.margins(x=0.1)
         axis.set(title=title)
     figure.savefig(path, dpi=_DPI)
 
@@ -78,12 +79,12 @@ def plot_overlap(costs: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
     ways = [r["micro_batches"] for r in results]
     axis.bar(ways, [r["gain"] for r in results], 0.5, label="measured")
     predicted = [(r["micro_batches"], r["predicted_gain"]) for r in results if r["predicted_gain"]]
-    axis.plot(*zip(*predicted, strict=True), "k_", markersize=40, label="predicted")
+    axis.plot(*zip(*predicted, strict=True), "k_", markersize=30, label="predicted")
     axis.axhline(1.0, color="grey", linewidth=0.8)
     first = costs[0]
     title = f"a step: router {first['router_ms']:.0f}, worker {first['worker_ms']:.0f}, link {first['link_ms']:.0f} ms"
     axis.set(xlabel="micro-batches", ylabel="gain over one", title=title)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=_DPI)
 
 
