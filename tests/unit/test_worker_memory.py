@@ -371,8 +371,8 @@ class WatchedSlot:
         self._during()
         self._slot.copy_to(address)
 
-    def take(self, other: PackedExpert) -> None:
-        self._slot.take(other)
+    def load(self, weights: ExpertWeights) -> None:
+        self._slot.load(weights)
 
 
 class ArenaRig:
