@@ -69,6 +69,8 @@ def choose_device(config: Settings) -> torch.device | None:
         device = torch.device(config.device)
         if device.type == "cpu":
             return None
+        if device.type != "cuda":
+            raise RuntimeError(f"experts are computed on a CPU or on CUDA devices, not on {device.type!r}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
         raise FailedPrecondition(

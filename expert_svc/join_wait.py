@@ -42,18 +42,19 @@ class JoinWait:
 
     @property
     def has_company(self) -> bool:
-        """Whether more than one router has been heard of lately."""
+        """Whether more than one router has been heard of, within the minute before a step began."""
         return len(self._routers) > 1
 
     def note(self, router_id: str, layer: int, num_decode_rows: int, at_s: float) -> None:
         """Hear of a dispatch that has arrived."""
         router = self._routers.get(router_id)
         if router is None:
-            gone = [one for one, state in self._routers.items() if at_s - state.at_s > _FORGOTTEN_S]
-            for one in gone:
-                del self._routers[one]
             self._routers[router_id] = _Router(layer=layer, at_s=at_s)
             return
+        if layer == 0:
+            for one in [one for one, state in self._routers.items() if at_s - state.at_s > _FORGOTTEN_S]:
+                if one != router_id:
+                    del self._routers[one]
         if len(self._routers) == 1:
             router.layer, router.at_s = layer, at_s
             return

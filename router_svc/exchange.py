@@ -72,6 +72,7 @@ class WholeExchange:
             and ids.shape[1] == self._top_k
             and x.dtype is self._dtype
             and x.is_contiguous()
+            and ids.dtype == np.int64
             and ids.flags.c_contiguous
             and weights.flags.c_contiguous
         )

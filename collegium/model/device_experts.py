@@ -60,7 +60,7 @@ class DeviceSlots:
         else:
             self.linear, self.block_rows = _linear_on_host, _block_rows_on_host
         self.slots = [DeviceExpert(self, index) for index in range(num_slots)]
-        self.few_rows = 0  # up to so many rows of the busiest expert `gemv` is the faster kernel; see `calibrate`
+        self.few_rows = 0  # up to so many rows of the busiest expert the GEMV is the faster form; see `calibrate`
 
     def calibrate(self) -> None:
         """Measure up to how many rows of an expert the kernel for few is the faster one. Milliseconds on a GPU."""

@@ -20,7 +20,9 @@ from collegium.model.device_experts import DeviceRun, DeviceSlots, blocks_of
 from collegium.model.experts import PackedExpert, run_experts
 from collegium.model.manifest import build_manifest
 from collegium.model.weights import ExpertWeights
+from expert_svc.app import choose_device
 from expert_svc.memory import make_buffer
+from expert_svc.settings import Settings
 from tests.oracle import Oracle
 
 CPU = torch.device("cpu")
@@ -90,6 +92,13 @@ def test_slots_on_a_device_need_to_be_told_how_many(oracle: Oracle) -> None:
             device=torch.device("cpu"),
         )
     assert caught.value.field == "--expert-memory"
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "nowhere"])
+def test_a_device_that_cannot_compute_experts_is_refused_by_its_flag(device: str, tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition) as caught:
+        choose_device(Settings(balancer="127.0.0.1:1", manifest=tmp_path, device=device))
+    assert caught.value.field == "--device"
 
 
 @pytest.mark.parametrize(("arch", "memory"), [("mixtral", "100%"), ("gpt_oss", "30%"), ("qwen3_moe", "25%")])

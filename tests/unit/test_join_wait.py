@@ -105,6 +105,17 @@ def test_nobody_waits_for_a_router_that_is_alone_idle_or_in_front() -> None:
     assert wait.until(5, ["a"], 0.1) == 0.0  # b has been silent for long
 
 
+def test_a_router_that_has_left_is_company_for_a_minute_and_no_longer() -> None:
+    wait = JoinWait(NUM_LAYERS)
+    wait.note("a", 0, 1, 0.0)
+    wait.note("b", 0, 1, 0.0)
+    assert wait.has_company
+    wait.note("a", 0, 1, 59.0)
+    assert wait.has_company
+    wait.note("a", 0, 1, 61.0)
+    assert not wait.has_company
+
+
 def test_a_trial_compares_the_same_routers_only() -> None:
     trial = JoinTrial(is_on=True)
     now = 0.0
