@@ -145,7 +145,6 @@ class OneProcess:
                 manifest.form,
                 num_experts=[num_experts] * num_layers,
                 num_threads=worker_threads,
-                device=device,
             )
             buffer.on_load(port.wake)
             loop.start()

@@ -141,7 +141,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         join_wait=None
         if config.join_wait == "off"
         else JoinWait(len(manifest.layers), is_fixed=config.join_wait == "on"),
-        device=device,
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )

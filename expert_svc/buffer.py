@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from collegium.buffering.policies import HALF_LIFE_TOKENS, ExpertId, Policy
 from collegium.buffering.quotas import Quotas
+from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
 from expert_svc.loading import Load, Loads, Purpose
 from expert_svc.slots import Slots
@@ -296,6 +297,11 @@ class ExpertBuffer:
     def num_resident(self) -> int:
         """Experts in slots."""
         return len(self._resident)
+
+    @property
+    def slab(self) -> DeviceSlots | None:
+        """The slots' memory, where it is a device's."""
+        return self._slots.slab
 
     @property
     def slot_bytes(self) -> int:

@@ -68,18 +68,16 @@ class ComputeLoop:
         num_threads: int,
         trial: PrefetchTrial | None = None,
         join_wait: JoinWait | None = None,
-        device: torch.device | None = None,
         on_traced: SpanSink | None = None,
         on_end: Callable[[], None] = lambda: None,
     ):
         """`num_experts[layer]` bounds what a dispatch may ask for. `trial` decides whether prefetches pay; without one
-        they are made whenever hints come. `on_traced` is told of batches with sampled dispatches. `device`: where slots
-        are, if that is not host memory.
+        they are made whenever hints come. `on_traced` is told of batches with sampled dispatches.
         """
         self.counters = Counters()
         self._port, self._buffer, self._form, self._trial = port, buffer, form, trial
         self._num_experts, self._num_threads, self._on_traced = num_experts, num_threads, on_traced
-        self._on_end, self._join_wait, self._device = on_end, join_wait, device
+        self._on_end, self._join_wait, self._slab = on_end, join_wait, buffer.slab
         self._queue = DispatchQueue()
         self._last_word_s = 0.0
         self._stopping = threading.Event()
@@ -209,7 +207,7 @@ class ComputeLoop:
         self._last_word_s = now
         visit = buffer.begin(batch.layer, batch.experts, batch.decode_counts, batch.num_decode_rows)
         try:
-            if self._device is None and len(visit.ready) == len(batch.experts):  # nothing to wait for: all in one call
+            if self._slab is None and len(visit.ready) == len(batch.experts):  # nothing to wait for: all in one call
                 buffer.landed(visit)  # in the order in which they were found: not asked, slots are taken by group
                 args = (batch.counts, batch.pair_rows, batch.pair_weights, self._form)
                 y = run_experts(batch.x, _slots(visit, range(len(batch.experts))), *args)
@@ -244,27 +242,29 @@ class ComputeLoop:
 
     def _compute_in_parts(self, arrivals: Sequence[Arrival], batch: JoinedBatch, visit: Visit) -> Tensor:
         """Run what is resident while the rest is loaded."""
-        buffer, device = self._buffer, self._device
-        if device is None:
+        buffer, slab = self._buffer, self._slab
+        if slab is None:
             run = expert_run(batch.x, batch.counts, batch.pair_rows, self._form)
         else:
-            run = DeviceRun(batch.x.to(device), batch.counts, batch.pair_rows, self._form)
+            run = DeviceRun(batch.x, batch.counts, batch.pair_rows, batch.pair_weights, self._form, slab)
+        last: Sequence[int] = ()
         while not visit.is_over:
             if groups := buffer.landed(visit):
                 run.compute(groups, _slots(visit, groups))
-                self._settle()
+                if isinstance(run, DeviceRun):  # who gets the slots next writes them from another stream
+                    if visit.is_over:
+                        last = groups
+                        break
+                    run.wait()
                 buffer.release(visit, groups)
                 self._tell_progress(arrivals)
             elif not visit.is_over:
                 self._wait_for_loads()
-        y = run.result(batch.pair_rows, batch.pair_weights).to(batch.x.device)
-        self._settle()
+        if not isinstance(run, DeviceRun):
+            return run.result(batch.pair_rows, batch.pair_weights)
+        y = run.result()
+        buffer.release(visit, last)
         return y
-
-    def _settle(self) -> None:
-        """Wait until the device has read the slots: whoever gets them next writes them from another stream."""
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
 
     def _wait_for_loads(self) -> None:
         began_s = time.monotonic()

@@ -7,11 +7,14 @@ expert.
 
 import torch
 
+from collegium.fabric import logs
 from collegium.model.architectures import Layout
 from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
 from collegium.model.manifest import Manifest
 from collegium.model.weights import ExpertWeights
+
+_log = logs.get("slots")
 
 
 def blank_slot(manifest: Manifest, dtype: torch.dtype) -> PackedExpert:
@@ -46,13 +49,15 @@ class Slots:
         """Make `num_slots`, or with None as many as will be asked for; on a device, all of them in one piece."""
         self._manifest, self._dtype = manifest, dtype
         self.capacity = num_slots
+        self.slab: DeviceSlots | None = None
         if device is not None:
             if num_slots is None:
                 raise ValueError("slots on a device are made at the start: say how many")
-            slab = DeviceSlots(_blank(manifest, dtype), num_slots=num_slots, device=device)
-            if slab.is_cuda:
-                slab.calibrate()
-            self._free: list[PackedExpert] = [*slab.slots]
+            self.slab = DeviceSlots(_blank(manifest, dtype), num_slots=num_slots, device=device)
+            if self.slab.is_cuda:
+                forms = {str(rows): form.name for rows, form in self.slab.calibrate().items()}
+                _log.info("kernel forms by rows of an expert", device=str(device), **forms)
+            self._free: list[PackedExpert] = [*self.slab.slots]
             self.num_made, self.slot_bytes = num_slots, bytes_on_device(manifest, dtype)
             return
         blank = _blank(manifest, dtype)  # one for all: freed between them, it would leave holes in the heap

@@ -71,6 +71,7 @@ class Foresight:
 
     def __init__(self, model: RouterModel):
         """Find the gates; what cannot be used is said in the log, once."""
+        self._device = model.device
         found: dict[int, Gate | str] = {}
         modules: Mapping[str, nn.Module] = dict(model.model.named_modules())
         for name, module in modules.items():
@@ -95,7 +96,7 @@ class Foresight:
         if gate is None:
             return None
         try:
-            return gate.choose(x).tolist()
+            return gate.choose(x.to(self._device)).tolist()
         except Exception as error:  # modelling code of another library; advice must not cost a step
             del self._gates[layer]
             _log.warning("a gate cannot be asked ahead", layer=layer, why=f"{type(error).__name__}: {error}")

@@ -16,16 +16,11 @@ from transformers import PreTrainedModel
 
 from collegium.model import native
 from collegium.model.kernels import Kernel, kernel_for
-from collegium.model.native.attention import AttentionBlock, AttentionWeights, HeadNorms, Workspace, norm
+from collegium.model.native.attention import AttentionBlock, Workspace, norm
+from router_svc import family
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.paged_attention import CacheShape, PagedCache, StepIndex, window_of
+from router_svc.paged_attention import CacheShape, PagedCache, StepIndex
 
-# Decoder layers whose arithmetic this is, and how they norm queries and keys (read in transformers 5.23).
-_FAMILY = {
-    "MixtralDecoderLayer": HeadNorms.NONE,
-    "OlmoeDecoderLayer": HeadNorms.TOGETHER,
-    "Qwen3MoeDecoderLayer": HeadNorms.PER_HEAD,
-}
 _WIDTH_STEP = 16  # head widths are a multiple of the widest vector
 
 
@@ -48,8 +43,8 @@ class LeanModel:
         self.layers: list[_Layer] = []
         self.cache_shapes: dict[int, CacheShape] = {}
         for idx, layer in enumerate(inner.layers):
-            self.cache_shapes[idx] = _cache_shape(layer.self_attn)
-            block = AttentionBlock(_weights_of(layer), BLOCK_TOKENS)
+            self.cache_shapes[idx] = family.cache_shape(layer.self_attn)
+            block = AttentionBlock(family.weights_of(layer), BLOCK_TOKENS)
             self.layers.append(_Layer(block=block, experts=layer.mlp.experts))
             # packed now: the model's own copy would only take memory; gates stay, for they are asked to foretell
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -91,52 +86,13 @@ class LeanModel:
 
 def why_not(model: PreTrainedModel) -> str:
     """Say why a model cannot be computed leanly; empty where it can."""
-    inner: Any = getattr(model, "model", None)
-    layers = list(getattr(inner, "layers", ()))
-    if not layers or {type(layer).__name__ for layer in layers} - set(_FAMILY):
-        return "its layers are of another family"
-    if any(not hasattr(layer.mlp, "gate") for layer in layers):
-        return "some of its layers have no experts"
+    if reason := family.why_not(model):
+        return reason
+    inner: Any = model.model
     weight = inner.norm.weight
     if weight.device.type != "cpu" or native.library() is None or kernel_for(weight.dtype) is not Kernel.NATIVE:
         return "the native kernels are not in use"
-    attention = layers[0].self_attn
-    if attention.head_dim % _WIDTH_STEP:
-        return f"its heads are {attention.head_dim} wide, no multiple of {_WIDTH_STEP}"
-    cos, _ = inner.rotary_emb(weight[None, None], torch.zeros(1, 1, dtype=torch.long))
-    if cos.shape[-1] != attention.head_dim:
-        return "a part of each head is rotated"
+    width = inner.layers[0].self_attn.head_dim
+    if width % _WIDTH_STEP:
+        return f"its heads are {width} wide, no multiple of {_WIDTH_STEP}"
     return ""
-
-
-def _weights_of(layer: Any) -> AttentionWeights:
-    attention = layer.self_attn
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    width = int(attention.head_dim)
-    return AttentionWeights(
-        qkv=torch.cat([one.weight.detach() for one in projections]),
-        qkv_bias=None if projections[0].bias is None else torch.cat([one.bias.detach() for one in projections]),
-        out=attention.o_proj.weight.detach(),
-        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
-        gate=layer.mlp.gate.weight.detach(),
-        top_k=int(layer.mlp.gate.top_k),
-        is_normed=bool(getattr(layer.mlp.gate, "norm_topk_prob", True)),  # Mixtral always does
-        input_norm=layer.input_layernorm.weight.detach(),
-        output_norm=layer.post_attention_layernorm.weight.detach(),
-        query_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-        key_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-        head_norms=_FAMILY[type(layer).__name__],
-        num_heads=attention.q_proj.out_features // width,
-        num_kv_heads=attention.k_proj.out_features // width,
-        head_width=width,
-        eps=float(layer.input_layernorm.variance_epsilon),
-        scaling=float(attention.scaling),
-        window=window_of(attention.config, attention.layer_idx) or 0,
-        clip=float(getattr(attention.config, "clip_qkv", None) or 0.0),
-    )
-
-
-def _cache_shape(attention: Any) -> CacheShape:
-    width = int(attention.head_dim)
-    heads = attention.k_proj.out_features // width
-    return CacheShape(key=(heads, width), value=(heads, width))

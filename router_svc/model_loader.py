@@ -26,7 +26,8 @@ from collegium.model.architectures import (
     read_config,
 )
 from collegium.model.kernels import pack_linears
-from router_svc import lean, shared_experts
+from router_svc import family, lean, shared_experts
+from router_svc.device_model import DeviceModel
 from router_svc.lean import LeanModel
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
 from router_svc.shared_experts import SharedExperts
@@ -77,7 +78,7 @@ class RouterModel:
     eos_ids: tuple[int, ...]
     cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
     moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
-    lean: LeanModel | None = None  # computes the forward pass where it can
+    lean: LeanModel | DeviceModel | None = None  # computes the forward pass where it can
 
     def set_expert_call(self, call: ExpertCall) -> None:
         """Say who computes the experts."""
@@ -114,7 +115,8 @@ def load_router_model(
 ) -> RouterModel:
     """Load a checkpoint without experts and learn its cache's shapes. Process-global while it runs: one load at a time.
 
-    `modelling` "transformers": compute with the modelling classes even where it could be done leanly.
+    `modelling` "transformers": compute with the modelling classes even where it could be done leanly; "device": as on a
+    GPU, whatever the device is, which is for tests.
     Raises UnsupportedModelError, or CheckpointError naming the first tensor that is missing or cannot be read.
     """
     raw = read_config(model_dir)
@@ -149,8 +151,7 @@ def load_router_model(
     model.set_attn_implementation(ATTENTION_NAME)
     model.eval().requires_grad_(False)
     model.to(device)
-    why = "asked for" if modelling == "transformers" else lean.why_not(model)
-    leanly = None if why else LeanModel(model)
+    leanly, why = _own_pass(model, modelling)
     if device.type == "cpu":
         pack_linears(model)
     _log.info("forward pass", by="collegium" if leanly else "transformers", why=why or "its layers are of the family")
@@ -171,6 +172,16 @@ def load_router_model(
         lean=leanly,
     )
     return loaded
+
+
+def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | DeviceModel | None, str]:
+    """Make what computes the forward pass in the place of the modelling classes; where nothing can, say why."""
+    if modelling == "transformers":
+        return None, "asked for"
+    is_on_device = modelling == "device" or model.device.type != "cpu"
+    if why := family.why_not(model) if is_on_device else lean.why_not(model):
+        return None, why
+    return DeviceModel(model) if is_on_device else LeanModel(model), ""
 
 
 def _refuse_unsupported(config: PreTrainedConfig) -> None:

@@ -190,7 +190,8 @@ class PagedCache:
 
     def __init__(self, shapes: dict[int, CacheShape], num_blocks: int, dtype: torch.dtype, device: torch.device):
         self.shapes = shapes
-        slots = num_blocks * BLOCK_TOKENS
+        self.spare_slot = num_blocks * BLOCK_TOKENS  # no sequence's: for rows that only fill up a shape
+        slots = self.spare_slot + 1
         self._pools = {
             layer: tuple(
                 torch.zeros(slots, heads * width, dtype=dtype, device=device) for heads, width in (s.key, s.value)
@@ -277,6 +278,12 @@ class PagedCache:
             mask = index.chunk_mask(idx, window, q.shape[1] // k.shape[1])
             out.append(attention(q, k, v, mask, **rules)[0].transpose(0, 1))  # [n, H, Dv]
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+    def attend_stored(self, layer_idx: int, query: Tensor, *, scaling: float, window: int | None) -> Tensor:
+        """Attend with all rows of the step, query [T, H, D]; returns [T, H * Dv]. Not for latent caches."""
+        rows = query.transpose(0, 1)[None]
+        out = self.attend(layer_idx, rows, rows, rows, scaling=scaling, window=window, sinks=None, softcap=None)
+        return out[0].flatten(1)
 
     def attend_chunk(self, layer_idx: int, idx: int, query: Tensor, *, scaling: float, window: int | None) -> Tensor:
         """Attend with the rows of chunk `idx` alone, [1, H, n, D]; returns [n, H, Dv]. Not for latent caches."""

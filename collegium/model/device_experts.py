@@ -3,37 +3,29 @@
 Owns DeviceSlots, DeviceExpert (a slot) and DeviceRun. A loading thread copies into a slot on a stream of its own and
 returns when the copy has ended, so what has landed may be computed with on any stream; the computing thread waits for
 its own stream before it gives slots back. On a CUDA device the kernels are Triton's; on a CPU, where this stands in for
-tests alone, plain matmuls. Not run on a GPU yet.
-R rows, D model, F ffn, P (row, expert) pairs, G experts that have rows, S slots.
+tests alone, plain matmuls.
+R rows, D model, F ffn, P (row, expert) pairs, G experts that have rows, S slots, T pairs of a row.
 """
 
 import ctypes
 import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collegium.model.architectures import ExpertForm
+from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.experts import PackedExpert, gated
 from collegium.model.weights import ExpertWeights
 
-_FEW_ROWS = (1, 2, 4, 8, 16, 32)  # of each expert, at which the two kernels are compared
+_ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of an expert at which the kernels' forms are compared
+_TIMED_GROUPS = 16
 _TIMED_RUNS = 5
-
-
-class GroupedLinear(Protocol):
-    """How pairs are multiplied; `triton_kernels.grouped_linear` says what is what."""
-
-    def __call__(
-        self, x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None, blocks: Tensor, *, num_pairs: int,
-        is_few: bool,
-    ) -> Tensor: ...  # fmt: skip
 
 
 def has_triton() -> bool:
@@ -53,34 +45,43 @@ class DeviceSlots:
         ]
         self.is_cuda = device.type == "cuda"
         if self.is_cuda:
-            from collegium.model import triton_kernels
-
-            self.linear: GroupedLinear = triton_kernels.grouped_linear
-            self.block_rows = triton_kernels.block_rows
+            from collegium.model import triton_kernels as kernels
         else:
-            self.linear, self.block_rows = _linear_on_host, _block_rows_on_host
+            from collegium.model import host_kernels as kernels
+        self.kernels: Any = kernels
         self.slots = [DeviceExpert(self, index) for index in range(num_slots)]
-        self.few_rows = 0  # up to so many rows of the busiest expert the GEMV is the faster form; see `calibrate`
+        self._forms = [kernels.FORMS[0]] * len(_ROW_COUNTS)  # the fastest at each of _ROW_COUNTS; see `calibrate`
 
-    def calibrate(self) -> None:
-        """Measure up to how many rows of an expert the kernel for few is the faster one. Milliseconds on a GPU."""
-        weight = self.parts[0]
-        assert weight is not None and self.is_cuda
-        num_groups = min(8, len(self.slots))
-        for count in _FEW_ROWS:
-            x = torch.zeros(num_groups * count, weight.shape[2], dtype=weight.dtype, device=self.device)
-            times = {is_few: self._time(x, weight, num_groups, count, is_few=is_few) for is_few in (True, False)}
-            if times[True] > times[False]:
-                break
-            self.few_rows = count
+    def form_for(self, counts: Sequence[int]) -> Any:
+        """Choose the kernels' form for experts of so many rows, by the number that the expert of a typical pair has."""
+        typical = sum(count * count for count in counts) / sum(counts)
+        return self._forms[int(np.searchsorted(_ROW_COUNTS[1:], typical, side="right"))]
 
-    def _time(self, x: Tensor, weight: Tensor, num_groups: int, count: int, *, is_few: bool) -> float:
-        blocks = blocks_of(range(num_groups), [count] * num_groups, self.block_rows(is_few)).to(self.device)
+    def calibrate(self) -> dict[int, Any]:
+        """Measure which form is the fastest at how many rows of an expert. Milliseconds on a GPU, and seconds for the
+        first time on a machine, when Triton compiles. Returns the choice by number of rows.
+        """
+        num_groups = min(_TIMED_GROUPS, len(self.slots))
+        for idx, count in enumerate(_ROW_COUNTS):
+            self._forms[idx] = min(
+                self.kernels.FORMS, key=lambda form, count=count: self._time(form, num_groups, count)
+            )
+        return dict(zip(_ROW_COUNTS, self._forms, strict=True))
+
+    def _time(self, form: Any, num_groups: int, count: int) -> float:
+        """Time both multiplications of a batch: median seconds."""
+        gate_up, down = self.parts[:2]
+        assert gate_up is not None and down is not None
+        num_pairs = num_groups * count
+        x = torch.randn(num_pairs, gate_up.shape[2], device=self.device).to(gate_up.dtype)
+        hidden, y = x.new_empty(num_pairs, down.shape[2]), x.new_empty(num_pairs, down.shape[1])
+        blocks = blocks_of(range(num_groups), [count] * num_groups, form.pairs).to(self.device)
         times: list[float] = []
         for _ in range(_TIMED_RUNS + 1):  # the first one compiles
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            self.linear(x, None, weight, None, blocks, num_pairs=len(x), is_few=is_few)
+            self.kernels.grouped_linear(x, None, gate_up, None, blocks, hidden, form=form, is_gated=True)
+            self.kernels.grouped_linear(hidden, None, down, None, blocks, y, form=form)
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
@@ -149,73 +150,88 @@ class DeviceExpert(PackedExpert):
 
 
 class DeviceRun:
-    """An ExpertRun over slots of a device. Groups may come in parts; each part is two multiplications."""
+    """The experts of one batch on a device, in any order and any number of parts; each part is two multiplications."""
 
-    def __init__(self, x: Tensor, counts: Sequence[int], pair_rows: NDArray[np.int64], form: ExpertForm):
-        """Begin with x [R, D] on the slots' device."""
-        self._x, self._counts, self._form = x, list(counts), form
-        self._starts = [0, *accumulate(counts)]
-        self._rows = torch.from_numpy(pair_rows)
-        self._y = torch.empty(len(pair_rows), x.shape[1], dtype=torch.float32, device=x.device)
+    def __init__(
+        self,
+        x: Tensor,
+        counts: Sequence[int],
+        pair_rows: NDArray[np.int64],
+        pair_weights: NDArray[np.float32],
+        form: ExpertForm,
+        slab: DeviceSlots,
+    ):
+        """Begin with x [R, D], anywhere; pair_rows, pair_weights [P], ordered by expert: counts [G], sum P."""
+        self._slab, self._form = slab, form
+        self._counts, self._starts = list(counts), [0, *accumulate(counts)]
+        self._num_rows, self._dtype = x.shape[0], x.dtype
+        self._x = x.to(slab.device, non_blocking=True)
+        pair_of, weight_of = _pairs_by_row(pair_rows, pair_weights, self._num_rows)
+        depth = pair_of.shape[1]
+        numbers = np.concatenate(
+            [pair_rows.astype(np.int32), pair_of.ravel(), weight_of.view(np.int32).ravel()], dtype=np.int32
+        )
+        index = self._send(torch.from_numpy(numbers))  # one transfer for all that is known at the start
+        num_pairs, size = len(pair_rows), self._num_rows * depth
+        self._rows = index[:num_pairs]
+        self._pair_of = index[num_pairs : num_pairs + size].view(-1, depth)
+        self._weight_of = index[num_pairs + size :].view(torch.float32).view(-1, depth)
+        self._y = torch.empty(num_pairs, x.shape[1], dtype=torch.float32, device=slab.device)
 
     def compute(self, groups: Sequence[int], experts: Sequence[PackedExpert]) -> None:
-        """Run the experts of some groups."""
-        slots = [expert for expert in experts if isinstance(expert, DeviceExpert)]
-        slab = slots[0].slab
+        """Queue the experts of some groups (indices into counts); each group is to be run once."""
+        slab, num_pairs = self._slab, len(self._rows)
         gate_up, down, gate_up_bias, down_bias = slab.parts
         assert gate_up is not None and down is not None
-        counts = [self._counts[g] for g in groups]
-        pairs = np.concatenate([np.arange(self._starts[g], self._starts[g + 1]) for g in groups])
-        is_few = max(counts) <= slab.few_rows
-        blocks = blocks_of([slot.index for slot in slots], counts, slab.block_rows(is_few))
-        # One transfer for all that the kernels have to know.
-        index = torch.cat([blocks.flatten(), self._rows[pairs].int()])
-        if slab.is_cuda:
-            index = index.pin_memory().to(slab.device, non_blocking=True)
-        blocks, rows = index[: blocks.numel()].view(3, -1), index[blocks.numel() :]
-        hidden = slab.linear(self._x, rows, gate_up, gate_up_bias, blocks, num_pairs=len(pairs), is_few=is_few)
-        active = gated(hidden, self._form).contiguous()
-        out = slab.linear(active, None, down, down_bias, blocks, num_pairs=len(pairs), is_few=is_few)
-        self._y[torch.from_numpy(pairs).to(self._y.device)] = out.float()
+        slots = [expert.index for expert in experts if isinstance(expert, DeviceExpert)]
+        counts = [self._counts[group] for group in groups]
+        form = slab.form_for(counts)
+        blocks = self._send(blocks_of(slots, counts, form.pairs, [self._starts[group] for group in groups]))
+        linear, is_fused = slab.kernels.grouped_linear, self._form.activation is Activation.SILU
+        hidden = self._x.new_empty(num_pairs, down.shape[2] if is_fused else gate_up.shape[1])
+        linear(self._x, self._rows, gate_up, gate_up_bias, blocks, hidden, form=form, is_gated=is_fused)
+        if not is_fused:  # pairs of other parts hold anything: they are computed for nothing, and not read
+            hidden = gated(hidden, self._form).contiguous()
+        linear(hidden, None, down, down_bias, blocks, self._y, form=form)
 
-    def result(self, pair_rows: NDArray[np.int64], pair_weights: NDArray[np.float32]) -> Tensor:
-        """Sum each row's pairs in their order: no atomics, whose order would be another every time."""
-        order = np.argsort(pair_rows, kind="stable")
-        row_of = pair_rows[order]
-        rank = np.arange(len(order)) - np.searchsorted(row_of, row_of)
-        depth = int(rank.max(initial=0)) + 1
-        pair_of = np.zeros((len(self._x), depth), np.int64)  # [R, most pairs of a row], filled up with pair 0
-        weight_of = np.zeros((len(self._x), depth), np.float32)  # at weight 0
-        pair_of[row_of, rank], weight_of[row_of, rank] = order, pair_weights[order]
-        device = self._y.device
-        wide = torch.float64 if self._x.dtype == torch.float32 else torch.float32
-        pairs, weights = torch.from_numpy(pair_of).to(device), torch.from_numpy(weight_of).to(device)
-        total = torch.zeros(len(self._x), self._y.shape[1], dtype=wide, device=device)
-        for column in range(depth):
-            total += self._y.index_select(0, pairs[:, column]).to(wide) * weights[:, column, None].to(wide)
-        return total.to(self._x.dtype)
+    def wait(self) -> None:
+        """Wait until what was queued has been computed: the slots are read no more."""
+        if self._slab.is_cuda:
+            torch.cuda.current_stream(self._slab.device).synchronize()
+
+    def result(self) -> Tensor:
+        """Sum once every group has run, and wait for it: [R, D] in x's dtype, in host memory; sums run in float64 for
+        float32 rows, else in float32.
+        """
+        out = torch.empty(self._num_rows, self._y.shape[1], dtype=self._dtype, device=self._slab.device)
+        self._slab.kernels.weighted_sum(self._y, self._pair_of, self._weight_of, out)
+        return out.cpu()
+
+    def _send(self, numbers: Tensor) -> Tensor:
+        return numbers.pin_memory().to(self._slab.device, non_blocking=True) if self._slab.is_cuda else numbers
 
 
-def blocks_of(slots: Sequence[int], counts: Sequence[int], most: int) -> Tensor:
-    """Cut groups into blocks of at most `most` pairs: [3, B] int32 of slot, first pair, pair after the last."""
+def _pairs_by_row(
+    pair_rows: NDArray[np.int64], pair_weights: NDArray[np.float32], num_rows: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Give each row's pairs in their order, and their weights: two [R, T], filled up with pair 0 at weight 0."""
+    order = np.argsort(pair_rows, kind="stable")
+    row_of = pair_rows[order]
+    rank = np.arange(len(order)) - np.searchsorted(row_of, row_of)
+    depth = int(rank.max(initial=0)) + 1
+    pair_of, weight_of = np.zeros((num_rows, depth), np.int32), np.zeros((num_rows, depth), np.float32)
+    pair_of[row_of, rank], weight_of[row_of, rank] = order, pair_weights[order]
+    return pair_of, weight_of
+
+
+def blocks_of(slots: Sequence[int], counts: Sequence[int], most: int, starts: Sequence[int] | None = None) -> Tensor:
+    """Cut groups into blocks of at most `most` pairs: [3, B] int32 of slot, first pair, pair after the last.
+
+    starts: first pair of each group; without it one group follows the other.
+    """
+    first_of = [0, *accumulate(counts)][: len(counts)] if starts is None else starts
     found: list[tuple[int, int, int]] = []
-    for slot, (begin, end) in zip(slots, pairwise([0, *accumulate(counts)]), strict=True):
+    for slot, begin, count in zip(slots, first_of, counts, strict=True):
+        end = begin + count
         found += [(slot, first, min(end, first + most)) for first in range(begin, end, most)]
     return torch.tensor(found, dtype=torch.int32).T.contiguous()
-
-
-def _block_rows_on_host(is_few: bool) -> int:
-    return 1 if is_few else 32
-
-
-def _linear_on_host(
-    x: Tensor, rows: Tensor | None, weight: Tensor, bias: Tensor | None, blocks: Tensor, *, num_pairs: int, is_few: bool
-) -> Tensor:
-    """Stand in for the kernels on a CPU."""
-    gathered = x if rows is None else x.index_select(0, rows.long())
-    out = torch.empty(num_pairs, weight.shape[1], dtype=x.dtype, device=x.device)
-    for block in range(blocks.shape[1]):
-        slot, first, end = (int(number) for number in blocks[:, block])
-        part = gathered[first:end].float() @ weight[slot].float().T
-        out[first:end] = part if bias is None else part + bias[slot].float()
-    return out

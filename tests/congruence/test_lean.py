@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from benchmarks.one_process import OneProcess, Request
 from collegium.model import native
 from collegium.model.architectures import ARCHITECTURES
+from router_svc.device_model import DeviceModel
 from router_svc.model_loader import load_router_model
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
@@ -54,6 +55,25 @@ def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant
         for reference, (answer,) in zip(references, answers, strict=True):
             assert answer.token_ids == reference.token_ids
             assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("variant", [Variant.BASE, Variant.OTHER])
+@pytest.mark.parametrize("arch", FAMILY)
+def test_the_pass_for_a_gpu_answers_the_same(
+    arch: str, variant: Variant, num_micro_batches: int, oracle: Oracle
+) -> None:
+    # Here what a GPU replays is computed: shapes, padding and masks are the same, recording alone is not tried.
+    checkpoint = oracle.checkpoint(arch, variant)
+    references = oracle.choose_prompts(checkpoint, 5, 12)
+    requests = [Request(prompt_ids=one.prompt_ids, max_tokens=12, num_logprobs=0) for one in references]
+    model = load_router_model(checkpoint, torch.float32, CPU, "device")
+    assert isinstance(model.lean, DeviceModel)
+    with OneProcess(checkpoint, model=model, max_batch_tokens=16, num_micro_batches=num_micro_batches) as running:
+        answers = running.run(requests)
+    for reference, (answer,) in zip(references, answers, strict=True):
+        assert answer.token_ids == reference.token_ids
+        assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
 
 
 def test_perplexity_in_bfloat16_is_that_of_transformers_in_float32() -> None:

@@ -1,5 +1,5 @@
 """Slots on a device and what computes from them, on a CPU: matmuls stand in for the kernels, and where triton is
-installed its interpreter runs the kernels themselves. On a GPU nothing of this has been run yet.
+installed its interpreter runs the kernels themselves. On a GPU they are tried by tests/gpu.
 """
 
 import importlib.util
@@ -42,10 +42,13 @@ def weights(seed: int, *, has_bias: bool, dtype: torch.dtype = torch.float32) ->
     )
 
 
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slots_on_a_device_give_what_packed_experts_give(dtype: torch.dtype, has_bias: bool) -> None:
-    form = ExpertForm(activation=Activation.SILU)
+def test_slots_on_a_device_give_what_packed_experts_give(
+    dtype: torch.dtype, has_bias: bool, activation: Activation
+) -> None:
+    form = ExpertForm(activation=activation)
     experts = [weights(seed, has_bias=has_bias, dtype=dtype) for seed in range(5)]
     slab = DeviceSlots(experts[0], num_slots=7, device=CPU)
     slots = [slab.slots[i] for i in (6, 0, 3, 2, 5)]  # in no order
@@ -57,11 +60,11 @@ def test_slots_on_a_device_give_what_packed_experts_give(dtype: torch.dtype, has
     pair_rows = np.concatenate([np.sort(np.random.default_rng(i).permutation(40)[:n]) for i, n in enumerate(counts)])
     pair_weights = np.random.default_rng(7).random(len(pair_rows), dtype=np.float32)
     expected = run_experts(x, [PackedExpert(one) for one in experts], counts, pair_rows, pair_weights, form)
-    run = DeviceRun(x, counts, pair_rows, form)
+    run = DeviceRun(x, counts, pair_rows, pair_weights, form, slab)
     run.compute([3, 1], [slots[3], slots[1]])  # in parts, in any order
     run.compute([0, 2, 4], [slots[0], slots[2], slots[4]])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert torch.allclose(run.result(pair_rows, pair_weights), expected, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(run.result(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_an_expert_goes_through_host_memory_and_back_bit_for_bit() -> None:
@@ -79,6 +82,7 @@ def test_an_expert_goes_through_host_memory_and_back_bit_for_bit() -> None:
 def test_groups_are_cut_into_blocks_and_no_pair_is_left_out() -> None:
     blocks = blocks_of([4, 0, 9], [5, 1, 8], 4)
     assert blocks.T.tolist() == [[4, 0, 4], [4, 4, 5], [0, 5, 6], [9, 6, 10], [9, 10, 14]]
+    assert blocks_of([4, 9], [5, 2], 4, [7, 30]).T.tolist() == [[4, 7, 11], [4, 11, 12], [9, 30, 32]]
 
 
 def test_slots_on_a_device_need_to_be_told_how_many(oracle: Oracle) -> None:
@@ -117,30 +121,38 @@ def test_a_cluster_with_slots_on_a_device_answers_as_transformers(arch: str, mem
 
 _INTERPRETED = """
 import torch
-from collegium.model.device_experts import _linear_on_host, blocks_of
-from collegium.model.triton_kernels import block_rows, grouped_linear
+from collegium.model import host_kernels
+from collegium.model.device_experts import blocks_of
+from collegium.model.triton_kernels import FORMS, grouped_linear, weighted_sum
 
-# The interpreter's dot takes the bits of bfloat16 for integers, so the kernel that has one is tried in float16.
-for is_few, counts, half in ((True, [1, 4, 7], torch.bfloat16), (False, [1, 40, 33], torch.float16)):
-    for dtype, tolerance in ((torch.float32, 1e-5), (half, 3e-2)):
-        for has_bias in (False, True):
+# The interpreter's dot takes the bits of bfloat16 for integers, so the forms that have one are tried in float16.
+for form in (FORMS[0], FORMS[1], FORMS[2], FORMS[3]):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16 if form.is_gemv else torch.float16, 3e-2)):
+        for has_bias, is_gated in ((False, False), (True, False), (True, True)):
+            counts = [1, 9, 40] if form.pairs > 4 else [1, 4, 7]
             generator = torch.Generator().manual_seed(1)
-            weight = torch.randn(5, 70, 50, generator=generator).to(dtype)
-            bias = torch.randn(5, 70, generator=generator).to(dtype) if has_bias else None
+            weight = torch.randn(5, 140 if is_gated else 70, 50, generator=generator).to(dtype) / 4
+            bias = torch.randn(5, len(weight[0]), generator=generator).to(dtype) if has_bias else None
             x = torch.randn(90, 50, generator=generator).to(dtype)
             rows = torch.randperm(90, generator=generator)[: sum(counts)].int()
-            blocks = blocks_of([4, 0, 2], counts, block_rows(is_few))
+            blocks = blocks_of([4, 0, 2], counts, form.pairs)
             for given, index in ((x, rows), (x[: sum(counts)], None)):
-                arguments = (given, index, weight, bias, blocks)
-                ours = grouped_linear(*arguments, num_pairs=sum(counts), is_few=is_few)
-                plain = _linear_on_host(*arguments, num_pairs=sum(counts), is_few=is_few)
-                assert torch.allclose(ours.float(), plain.float(), rtol=tolerance, atol=tolerance), (dtype, is_few)
+                ours, plain = torch.full((2, sum(counts), 70), torch.nan, dtype=dtype)
+                for kernel, out in ((grouped_linear, ours), (host_kernels.grouped_linear, plain)):
+                    kernel(given, index, weight, bias, blocks, out, form=form, is_gated=is_gated)
+                assert torch.allclose(ours.float(), plain.float(), rtol=tolerance, atol=tolerance), (dtype, form)
+y, pair_of, weight_of = torch.randn(9, 70), torch.randint(9, (5, 3)).int(), torch.rand(5, 3)
+for dtype in (torch.float32, torch.bfloat16):
+    ours, plain = torch.full((2, 5, 70), torch.nan, dtype=dtype)
+    weighted_sum(y, pair_of, weight_of, ours)
+    host_kernels.weighted_sum(y, pair_of, weight_of, plain)
+    assert torch.equal(ours, plain) or torch.allclose(ours.float(), plain.float(), rtol=1e-2)
 print("equal")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_tritons_interpreter_multiply_as_plain_matmuls() -> None:
+def test_the_kernels_in_tritons_interpreter_compute_what_plain_torch_does() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _INTERPRETED],
         env=os.environ | {"TRITON_INTERPRET": "1"},
