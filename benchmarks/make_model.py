@@ -1,9 +1,10 @@
-"""Write a Qwen3-MoE checkpoint of 705 M parameters with random weights, for speed alone.
+"""Write a Qwen3-MoE checkpoint with random weights, for speed alone.
 
-    python benchmarks/make_model.py OUT_DIR
+    python benchmarks/make_model.py OUT_DIR [--wide LAYERS] [--device cuda]
 
-12 layers of width 768, 32 experts of width 768 of which each token wakes 4, vocabulary 4096, bf16: 1.4 GB. Its routing
-is near uniform, so it says nothing about caches or balance. Without a tokenizer: it serves token ids.
+12 layers of width 768, 32 experts of width 768 of which each token wakes 4, vocabulary 4096, bf16: 705 M parameters,
+1.4 GB. With `--wide`: so many layers as Qwen3-30B-A3B has 48 of, 1.2 GB each, vocabulary 32768. Routing is near
+uniform, so it says nothing about caches or balance. Without a tokenizer: it serves token ids.
 """
 
 import argparse
@@ -26,16 +27,32 @@ SHAPE = {
     "num_experts_per_tok": 4,
     "max_position_embeddings": 2048,
 }
+WIDE = SHAPE | {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
 
 
 def main() -> None:
-    """Read the argument and write the checkpoint."""
+    """Read the arguments and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out: Path = parser.parse_args().out
+    parser.add_argument("--wide", type=int, metavar="LAYERS", help="the shape of Qwen3-30B-A3B, with so many layers")
+    parser.add_argument("--device", default="cpu", help="where weights are drawn")
+    args = parser.parse_args()
+    out: Path = args.out
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(decoder_sparse_step=1, mlp_only_layers=[], bos_token_id=1, eos_token_id=2, **SHAPE)
-    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    shape = WIDE | {"num_hidden_layers": args.wide} if args.wide else SHAPE
+    config = Qwen3MoeConfig(decoder_sparse_step=1, mlp_only_layers=[], bos_token_id=1, eos_token_id=2, **shape)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(args.device):
+        model = Qwen3MoeForCausalLM(config)
     model.save_pretrained(out)
     sys.stdout.write(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters\n")
 

@@ -18,19 +18,19 @@ class _Stamps(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         self.at.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def main(model_dir: Path, dtype: str, num_threads: int) -> None:
+def main(model_dir: Path, dtype: str, num_threads: int, device: str) -> None:
     """Serve lines until the input ends."""
     logging.set_verbosity_error()
     torch.set_num_threads(num_threads)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval().to(device)
     sys.stdout.write("{}\n")
     sys.stdout.flush()
     for line in sys.stdin:
         work = json.loads(line)
-        ids = torch.tensor(work["prompts"])
+        ids = torch.tensor(work["prompts"], device=device)
         stamps = _Stamps()
         began = time.perf_counter()
         with torch.inference_mode():
@@ -50,4 +50,4 @@ def main(model_dir: Path, dtype: str, num_threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

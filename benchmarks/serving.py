@@ -80,9 +80,9 @@ class Result:
 
 
 @contextmanager
-def plain_transformers(model: Path, dtype: str, num_threads: int) -> Iterator[Way]:
+def plain_transformers(model: Path, dtype: str, num_threads: int, device: str) -> Iterator[Way]:
     """`generate` in a process of its own."""
-    argv = [sys.executable, "-m", "benchmarks.plain_transformers", str(model), dtype, str(num_threads)]
+    argv = [sys.executable, "-m", "benchmarks.plain_transformers", str(model), dtype, str(num_threads), device]
     env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdin is not None and process.stdout is not None
@@ -144,9 +144,17 @@ def peer(python: Path, engine: str, model: Path, dtype: str, num_threads: int) -
 
 @contextmanager
 def cluster(
-    model: Path, dtype: str, num_workers: int, threads: Allotment, env: Mapping[str, str] | None = None
+    model: Path,
+    dtype: str,
+    num_workers: int,
+    threads: Allotment,
+    env: Mapping[str, str] | None = None,
+    device: str = "cpu",
 ) -> Iterator[tuple[Way, Way]]:
     """A cluster of real processes: through the SDK, and straight to its router. `env` goes to every service."""
+    flags = {"gateway": ("--max-requests", "256")}
+    if device != "cpu":
+        flags |= {"router": ("--device", device), "worker": ("--device", device, "--expert-memory", "100%")}
     spec = ClusterSpec(
         model=model,
         manifest=ensure_manifest(model),
@@ -154,7 +162,7 @@ def cluster(
         dtype=dtype,
         threads=threads,
         log_level="warning",
-        flags={"gateway": ("--max-requests", "256")},
+        flags=flags,
         env=env or {},
     )
     with Cluster(spec) as running:
@@ -235,14 +243,22 @@ class _Sink(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 @contextmanager
-def one_process(model: Path, dtype: str, num_workers: int, worker_threads: int, num_threads: int) -> Iterator[Way]:
+def one_process(
+    model: Path, dtype: str, num_workers: int, worker_threads: int, num_threads: int, device: str
+) -> Iterator[Way]:
     """Engine and workers in this process, over `inproc` links."""
     import torch
 
     from benchmarks.one_process import OneProcess, Request
+    from router_svc.model_loader import load_router_model
 
+    on_device = torch.device(device)
+    is_cpu = on_device.type == "cpu"
     with OneProcess(
         model,
+        model=None if is_cpu else load_router_model(model, getattr(torch, dtype), on_device),
+        device=None if is_cpu else on_device,
+        expert_memory="" if is_cpu else "100%",
         num_workers=num_workers,
         dtype=getattr(torch, dtype),
         num_threads=num_threads,
@@ -375,11 +391,20 @@ def show(results: list[Result], facts: dict[str, object]) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
 
 
+def _name_of(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "demo-lm")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="where attention and experts are computed, such as cuda:0")
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=16)
@@ -404,24 +429,29 @@ def main() -> None:
         model=args.model.name,
         dtype=args.dtype,
         workers=args.workers,
+        device=_name_of(args.device),
         threads=f"transformers {num_cores}, router {args.router_threads}, worker {args.worker_threads}",
     )
     with ExitStack() as stack:
         ways: dict[str, Way] = {
-            "transformers": stack.enter_context(plain_transformers(args.model, args.dtype, num_cores))
+            "transformers": stack.enter_context(plain_transformers(args.model, args.dtype, num_cores, args.device))
         }
         if "cluster" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
-            ways["cluster"], direct = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads))
+            ways["cluster"], direct = stack.enter_context(
+                cluster(args.model, args.dtype, args.workers, threads, device=args.device)
+            )
             if "router" in args.ways:
                 ways["router"] = direct
         if "traced" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
             env = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.enter_context(trace_sink())}
-            ways["traced"], _ = stack.enter_context(cluster(args.model, args.dtype, args.workers, threads, env))
+            ways["traced"], _ = stack.enter_context(
+                cluster(args.model, args.dtype, args.workers, threads, env, args.device)
+            )
         if "inproc" in args.ways:
             ways["inproc"] = stack.enter_context(
-                one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads)
+                one_process(args.model, args.dtype, args.workers, args.worker_threads, args.router_threads, args.device)
             )
         for engine in args.peer_engines.split(",") if args.peers else ():
             if engine == "llama" and args.gguf is None:
@@ -433,9 +463,11 @@ def main() -> None:
         results = measure(ways, args, vocab_size)
     item_bytes = 4 if args.dtype == "float32" else 2
     bandwidth = float(str(facts["memory_bandwidth_gb_s"])) * 1e9
-    facts["bound_tokens_per_s"] = {
-        count: round(count * bandwidth / bytes_per_step(args.model, count, item_bytes)) for count in args.concurrency
-    }
+    if args.device == "cpu":
+        facts["bound_tokens_per_s"] = {
+            count: round(count * bandwidth / bytes_per_step(args.model, count, item_bytes))
+            for count in args.concurrency
+        }
     if args.json:
         sys.stdout.write(json.dumps({"conditions": facts, "results": [asdict(r) for r in results]}) + "\n")
     else:

@@ -21,6 +21,7 @@ class ModelBytes:
     top_k: int
     expert_bytes: int
     staging_bytes: int  # of one set: the expert as stored, cast where it must be, and packed
+    is_on_device: bool = False  # slots are in a device's memory, and staging sets are not
 
     @property
     def token_cycle_bytes(self) -> int:
@@ -46,7 +47,8 @@ class MemoryPlan:
 def plan_memory(
     model: ModelBytes, expert_memory: MemoryBudget, host_memory: MemoryBudget, *, num_staging_sets: int
 ) -> MemoryPlan:
-    """Lay out the budgets. Staging sets come out of host memory where there is an arena, else out of expert memory.
+    """Lay out the budgets. Staging sets come out of host memory where there is an arena, or where expert memory is a
+    device's, else out of expert memory.
 
     Raises FailedPrecondition, naming the least number that works, where a budget is too small.
     """
@@ -59,7 +61,7 @@ def plan_memory(
         num_places = min(model.num_experts, room // model.expert_bytes)
         if num_places < 1:
             raise _too_small("--host-memory", host_memory, model.expert_bytes + staging, "one expert and its staging")
-    beside = 0 if has_arena else staging
+    beside = 0 if has_arena or model.is_on_device else staging
     least = _LEAST_SLOTS * model.expert_bytes + beside
     num_slots = None
     if expert_memory:

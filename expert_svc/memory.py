@@ -35,6 +35,7 @@ def bytes_of(manifest: Manifest, dtype: torch.dtype, device: torch.device | None
         top_k=manifest.top_k,
         expert_bytes=expert_bytes,
         staging_bytes=ExpertReader(manifest, dtype).num_bytes + expert_bytes,
+        is_on_device=device is not None,
     )
 
 

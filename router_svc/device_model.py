@@ -40,6 +40,8 @@ class DeviceModel:
     def __init__(self, model: PreTrainedModel):
         """Take the attention of a model for which `family.why_not` found nothing; its own layers are emptied of it."""
         inner: Any = model.model
+        # It compiles for every length that it meets, which takes tens of milliseconds (seen on an H200).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._embed, self._rotary, self._head = inner.embed_tokens, inner.rotary_emb, cast(Any, model)
         self._final, self._eps = inner.norm.weight.detach().float(), float(inner.norm.variance_epsilon)
         self.dtype: torch.dtype = inner.norm.weight.dtype

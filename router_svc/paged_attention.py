@@ -331,7 +331,7 @@ def attention(
             sink = sinks.to(scores.dtype).view(1, groups, share, 1, 1).expand(batch, -1, -1, rows, 1)
             scores = torch.cat([scores, sink.reshape(batch, groups, share * rows, 1)], -1)
         out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
-    return out.view(batch, heads, rows, -1)
+    return out.reshape(batch, heads, rows, -1)
 
 
 def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:

@@ -25,6 +25,7 @@ from collegium.model.weights import ExpertWeights
 
 _ROW_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of an expert at which the kernels' forms are compared
 _TIMED_GROUPS = 16
+_LARGEST_FLOAT32 = 32  # pairs of a form that is tried for float32
 _TIMED_RUNS = 5
 
 
@@ -62,10 +63,14 @@ class DeviceSlots:
         first time on a machine, when Triton compiles. Returns the choice by number of rows.
         """
         num_groups = min(_TIMED_GROUPS, len(self.slots))
+        gate_up = self.parts[0]
+        assert gate_up is not None
+        # Without tensor cores large tiles gain nothing, and take Triton ten seconds to compile.
+        most = _LARGEST_FLOAT32 if gate_up.dtype == torch.float32 else max(form.pairs for form in self.kernels.FORMS)
+        forms = [form for form in self.kernels.FORMS if form.pairs <= most]
         for idx, count in enumerate(_ROW_COUNTS):
-            self._forms[idx] = min(
-                self.kernels.FORMS, key=lambda form, count=count: self._time(form, num_groups, count)
-            )
+            times = {form: self._time(form, num_groups, count) for form in forms}
+            self._forms[idx] = min(times, key=times.__getitem__)
         return dict(zip(_ROW_COUNTS, self._forms, strict=True))
 
     def _time(self, form: Any, num_groups: int, count: int) -> float:
@@ -166,7 +171,7 @@ class DeviceRun:
         self._counts, self._starts = list(counts), [0, *accumulate(counts)]
         self._num_rows, self._dtype = x.shape[0], x.dtype
         self._x = x.to(slab.device, non_blocking=True)
-        pair_of, weight_of = _pairs_by_row(pair_rows, pair_weights, self._num_rows)
+        pair_of, weight_of = pairs_by_row(pair_rows, pair_weights, self._num_rows)
         depth = pair_of.shape[1]
         numbers = np.concatenate(
             [pair_rows.astype(np.int32), pair_of.ravel(), weight_of.view(np.int32).ravel()], dtype=np.int32
@@ -211,7 +216,7 @@ class DeviceRun:
         return numbers.pin_memory().to(self._slab.device, non_blocking=True) if self._slab.is_cuda else numbers
 
 
-def _pairs_by_row(
+def pairs_by_row(
     pair_rows: NDArray[np.int64], pair_weights: NDArray[np.float32], num_rows: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Give each row's pairs in their order, and their weights: two [R, T], filled up with pair 0 at weight 0."""

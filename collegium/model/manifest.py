@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from collegium.model.architectures import (
+    Activation,
     Architecture,
     CheckpointError,
     ExpertForm,
@@ -169,7 +170,7 @@ def load_manifest(path: Path) -> Manifest:
         return Manifest(
             **known,
             layout=Layout(raw["layout"]),
-            form=ExpertForm(**raw["form"]),
+            form=ExpertForm(**raw["form"] | {"activation": Activation(raw["form"]["activation"])}),
             layers=layers,
             files={name: (size, mtime) for name, (size, mtime) in raw["files"].items()},
         )

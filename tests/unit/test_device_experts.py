@@ -15,10 +15,11 @@ import torch
 from benchmarks.one_process import OneProcess, Request
 from collegium.fabric.byte_size import MemoryBudget
 from collegium.fabric.errors import FailedPrecondition
+from collegium.model import host_kernels
 from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.device_experts import DeviceRun, DeviceSlots, blocks_of
 from collegium.model.experts import PackedExpert, run_experts
-from collegium.model.manifest import build_manifest
+from collegium.model.manifest import build_manifest, ensure_manifest, load_manifest
 from collegium.model.weights import ExpertWeights
 from expert_svc.app import choose_device
 from expert_svc.memory import make_buffer
@@ -117,6 +118,35 @@ def test_a_cluster_with_slots_on_a_device_answers_as_transformers(arch: str, mem
         misses = sum(buffer.totals.misses for buffer in cluster.buffers)
     assert [choice.token_ids for (choice,) in answers] == [one.token_ids for one in references]
     assert bool(misses) == (memory != "100%")
+
+
+def test_a_device_that_holds_every_expert_loads_each_once_and_takes_no_hints(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("qwen3_moe")
+    (reference,) = oracle.choose_prompts(checkpoint, 1, 8)
+    with OneProcess(checkpoint, expert_memory="100%", device=CPU) as cluster:  # staging sets are not in its memory
+        cluster.run([Request(prompt_ids=reference.prompt_ids, max_tokens=8)])
+        (buffer,) = cluster.buffers
+        assert buffer.is_roomy and not buffer.can_prefetch
+        assert buffer.totals.misses == 0
+
+
+def test_the_gated_unit_is_computed_with_the_first_multiplication(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = load_manifest(ensure_manifest(oracle.checkpoint("qwen3_moe"))).form  # as a worker gets it
+    experts = [weights(seed, has_bias=False) for seed in range(2)]
+    slab = DeviceSlots(experts[0], num_slots=2, device=CPU)
+    calls: list[bool] = []
+    linear = host_kernels.grouped_linear
+
+    def noted(*args: object, is_gated: bool = False, **others: object) -> None:
+        calls.append(is_gated)
+        linear(*args, is_gated=is_gated, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(host_kernels, "grouped_linear", noted)
+    run = DeviceRun(torch.randn(3, 64), [3, 1], np.array([0, 1, 2, 1]), np.ones(4, np.float32), form, slab)
+    run.compute([0, 1], slab.slots)
+    assert calls == [True, False]
 
 
 _INTERPRETED = """
