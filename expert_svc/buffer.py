@@ -16,6 +16,7 @@ from collegium.buffering.quotas import Quotas
 from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
 from expert_svc.loading import Load, Loads, Purpose
+from expert_svc.residents import Residents
 from expert_svc.slots import Slots
 from expert_svc.tiers import Tier
 
@@ -95,7 +96,8 @@ class ExpertBuffer:
             self._max_prefetches = min(_MOST_PREFETCHES, capacity // _SLOTS_PER_PREFETCH) if can_prefetch else 0
         self.max_resident = None if capacity is None else capacity - spare
         self._num_apart = 0  # of max_resident, slots that are kept free for prefetches
-        self._resident: dict[ExpertId, PackedExpert] = {}
+        self.residents = self._resident = Residents(list(num_experts))
+        self._loan = threading.Lock()  # held while someone computes by the residents' table
         self._num_by_layer = [0] * len(num_experts)
         self._staged: dict[ExpertId, PackedExpert] = {}  # prefetched, landed, not used yet
         self._under_way: dict[ExpertId, Load] = {}
@@ -164,6 +166,20 @@ class ExpertBuffer:
                 self._start_todo(visit)
             ready, visit.ready = visit.ready, []
         return ready
+
+    def lend(self) -> bool:
+        """Let the data thread compute by the table of residents alone, without visits, until `take_back`.
+
+        False where that cannot be: experts are evicted here, or their weights are not in host memory.
+        """
+        if not (self.is_roomy and self.slab is None):
+            return False
+        self._loan.acquire()
+        return True
+
+    def take_back(self) -> None:
+        """End a loan."""
+        self._loan.release()
 
     def help(self) -> bool:
         """Load an expert that the visit waits for in this thread, where that is as quick. Returns whether it did."""
@@ -273,8 +289,13 @@ class ExpertBuffer:
         kept = set(kept)
         with self._lock:
             gone = [expert_id for expert_id in self._resident if expert_id not in kept]
-            for expert_id in gone:  # a visit that computes from one holds its memory until it has
+            slots = [self._resident[expert_id] for expert_id in gone]  # held until nobody computes from them
+            for expert_id in gone:
                 self._remove(expert_id)
+        if slots:
+            self._loads.on_landed()  # wakes the borrower, who does not find them any more
+            with self._loan:
+                del slots
         return len(gone)
 
     @property
@@ -422,7 +443,7 @@ class ExpertBuffer:
             self._policy.evict(expert_id)
 
     def _remove(self, expert_id: ExpertId) -> None:
-        self._slots.give_back(self._resident.pop(expert_id))
+        self._slots.give_back(self._resident.remove(expert_id))
         self._ungive(expert_id)
 
     def _load(self, load: Load, *, is_urgent: bool) -> None:

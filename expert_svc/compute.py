@@ -17,9 +17,11 @@ from torch import Tensor
 
 from collegium.link.base import Arrival, WorkerPort
 from collegium.link.frame import Dispatch, LinkClosed, Reply, Status
+from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError, ExpertForm
 from collegium.model.device_experts import DeviceRun
 from collegium.model.experts import PackedExpert, expert_run, run_experts
+from expert_svc.answering import Answering
 from expert_svc.buffer import ExpertBuffer, Visit
 from expert_svc.join_wait import JoinWait
 from expert_svc.joining import DispatchQueue, JoinedBatch, join
@@ -79,6 +81,9 @@ class ComputeLoop:
         self._num_experts, self._num_threads, self._on_traced = num_experts, num_threads, on_traced
         self._on_end, self._join_wait, self._slab = on_end, join_wait, buffer.slab
         self._queue = DispatchQueue()
+        self._answering: Answering | None = None
+        if isinstance(port, TcpPort):
+            self._answering = Answering(port, buffer, form, num_threads=num_threads)
         self._last_word_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
@@ -121,6 +126,8 @@ class ComputeLoop:
         return len(self._queue)
 
     def _turn(self) -> None:
+        if self._answering is not None and not len(self._queue) and self._answering.run(self.counters):
+            return
         self._listen(0.0 if len(self._queue) else _IDLE_POLL_S)
         if not len(self._queue):
             return

@@ -28,7 +28,7 @@ from collegium.link.frame import (
 from collegium.link.hint import HintHeader, is_hint, read_hint, read_hint_body
 from collegium.link.memory import buffer_of, byte_view, round_up
 from collegium.link.rows_apart import Landing, RowCarrier
-from collegium.link.stream import Buffers, Stream, rest_of
+from collegium.link.stream import Buffers, PlainStream, Stream, rest_of
 
 _WORD: Final = 4
 
@@ -140,6 +140,43 @@ class PortLink:
     def has_hidden(self) -> bool:
         """Whether `read` is to be called again though the socket shows nothing: rows land, or TLS holds bytes."""
         return self._landing is not None or self.stream.has_buffered()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no frame is half read or half sent, no dispatch is unanswered, and all bytes are the socket's."""
+        is_amid = self._reading is not None or self._got or self._in_flight or self._outbox or self.end_reason
+        return not is_amid and self._carrier is None and type(self.stream) is PlainStream
+
+    @property
+    def clock_offset_us(self) -> int:
+        """This host's clock minus the router's, as it is known."""
+        return self._clock.to_local_us(0)
+
+    def adopt(
+        self,
+        *,
+        num_dispatches: int,
+        num_rows: int,
+        num_pairs: int,
+        bytes_out: int,
+        bytes_back: int,
+        heard: tuple[int, int],
+        rest: bytes,
+    ) -> None:
+        """Take note of what a borrower of this link has read and answered.
+
+        heard: when the frame that travelled least was sent and received; rest: what is still to be sent of a reply.
+        """
+        stats = self.stats
+        stats.dispatches += num_dispatches
+        stats.rows_out += num_rows
+        stats.rows_back += num_rows
+        stats.pairs_out += num_pairs
+        stats.bytes_out += bytes_out
+        stats.bytes_back += bytes_back
+        self._clock.heard(*heard)
+        if rest:
+            self._outbox.append(rest)
 
     def read(self) -> Dispatch | Hint | None:
         """Read what is here, to the end of one frame at most; return it where somebody should see it.

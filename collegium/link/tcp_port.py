@@ -196,6 +196,29 @@ class TcpPort:
                 link.progress()
                 self._settle(link)
 
+    @property
+    def epoll_fd(self) -> int:
+        """What shows whether a poll would find anything; for the borrower of a link."""
+        return self._epoll.fileno()
+
+    def lend(self) -> PortLink | None:
+        """Hand the one link over to what reads and answers whole frames by itself, until `take_back`.
+
+        None where there is another link, a caller or a hint, or where the link is amid a frame or is no plain socket.
+        """
+        self._owner.acquire()
+        if not (self._is_closing or self._callers or self._ready or self._hints or len(self._by_id) != 1):
+            link = next(iter(self._by_id.values()))
+            if link.is_idle:
+                return link
+        self._owner.release()
+        return None
+
+    def take_back(self, link: PortLink) -> None:
+        """End a loan."""
+        self._settle(link)
+        self._owner.release()
+
     def _serve(self, link: PortLink, mask: int, arrivals: list[Arrival]) -> None:
         """Write to and read from one link; whatever goes wrong ends that link alone."""
         try:

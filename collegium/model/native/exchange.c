@@ -1,12 +1,14 @@
-/* One layer's way to the workers and back, for the steps that nothing disturbs: plan, send, count, receive, sum.
+/* Both ends of a link where nothing disturbs it. A router's: one layer's way to the workers and back, plan, send, count,
+ * receive, sum. A worker's: dispatches whose experts are all there are read, computed and answered.
  *
  * Owns no connection: the caller lends descriptors of links that are idle and open, and takes them back. Whatever is out
- * of the ordinary (a frame that is no good reply, one that is late, a peer that has gone) is left unread, so that the
- * caller goes on where this stopped. Frames are those of collegium/link/header.py. Linux. */
+ * of the ordinary (a frame that is no good reply or dispatch, one that is late, a peer that has gone) is left unread, so
+ * that the caller goes on where this stopped. Frames are those of collegium/link/header.py. Linux. */
 
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -299,4 +301,156 @@ int collegium_exchange(struct exchange *e)
         return 1;
     sum_replies(e);
     return 0;
+}
+
+/* --- a worker's end --- */
+
+#define MOST_BODY (256 << 10) /* of a dispatch that is waited for here; sockets hold little more */
+
+int collegium_serve(const void *shape, const void *x, int64_t R, const int64_t *pair_rows, const float *pair_weights,
+                    int64_t P, const int64_t *counts, const void *const *weights, int64_t G, void *out, int num_threads);
+
+enum outcome { OTHER, IDLE, UNSENT_REST, USELESS };
+
+struct answer {
+    const void *shape;          /* of an expert */
+    const void *const *weights; /* [L, E] packed experts; NULL: not there. Others may write it */
+    int64_t L, E, D, item_bytes, max_rows, max_pairs, max_groups;
+    int64_t until_ns, offset_us; /* our clock minus the router's */
+    /* memory: the part of a frame before its rows, the rows, the sums; what the kernels want wider than frames have it */
+    uint8_t *front, *x, *out;
+    int64_t *pair_rows, *counts;
+    const void **chosen; /* [G] */
+    int32_t fd, epoll_fd, num_threads;
+    uint16_t magic;
+    uint8_t version, dtype;
+    /* what is said: the reply that was not sent whole, the stamps of the frame that travelled least, and totals */
+    uint8_t head[HEADER_BYTES];
+    int64_t reply_bytes, sent_bytes, least_sent_us, least_received_us;
+    int64_t batches, rows, pairs, groups, bytes_out, bytes_back, compute_ns, wait_ns;
+};
+
+/* Read one dispatch and answer it. IDLE: done; OTHER: nothing was taken. */
+static enum outcome answer_one(struct answer *a, int64_t received_ns)
+{
+    int64_t rows = 0, pairs = 0, groups = 0, body = 0, front = 0;
+    const int64_t most = HEADER_BYTES + 4 * a->max_groups + 8 * a->max_pairs;
+    int is_here = 0;
+    for (int spin = 0; spin < SPINS && !is_here; spin++) {
+        ssize_t seen = recv(a->fd, a->front, (size_t)(front ? front : most < 4096 ? most : 4096), MSG_PEEK | MSG_DONTWAIT);
+        if (seen < 0 && errno == EINTR)
+            continue;
+        if (seen <= 0)
+            return OTHER;
+        if (seen < HEADER_BYTES) {
+            sched_yield();
+            continue;
+        }
+        const uint8_t *head = a->front;
+        rows = (int64_t)get(head + 44, 4), pairs = (int64_t)get(head + 48, 4), groups = (int64_t)get(head + 52, 2);
+        body = (int64_t)get(head + 16, 4);
+        front = HEADER_BYTES + 4 * groups + 8 * pairs;
+        if (get(head, 2) != a->magic || head[2] != a->version || head[3] != DISPATCH || head[5] != a->dtype || head[7] ||
+            get(head + 20, 2) || rows < 1 || rows > a->max_rows || pairs < 1 || pairs > a->max_pairs || groups < 1 ||
+            groups > a->max_groups || (int64_t)get(head + 22, 2) >= a->L || body > MOST_BODY ||
+            body != front - HEADER_BYTES + rows * a->D * a->item_bytes ||
+            (int64_t)get(head + 24, 8) + a->offset_us <= received_ns / 1000 || get(head + 54, 2) > (uint64_t)rows)
+            return OTHER;
+        int here = 0;
+        if (ioctl(a->fd, FIONREAD, &here) < 0)
+            return OTHER;
+        is_here = here >= HEADER_BYTES + body && seen >= front;
+        if (!is_here)
+            sched_yield();
+    }
+    if (!is_here)
+        return OTHER;
+    const uint16_t *experts = (const uint16_t *)(a->front + HEADER_BYTES), *counts = experts + groups;
+    const uint32_t *pair_rows = (const uint32_t *)(counts + groups);
+    const float *pair_weights = (const float *)(pair_rows + pairs);
+    const void *const *weights = a->weights + get(a->front + 22, 2) * a->E;
+    int64_t total = 0;
+    for (int64_t g = 0; g < groups; g++) {
+        a->chosen[g] = experts[g] < a->E ? __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE) : NULL;
+        a->counts[g] = counts[g];
+        total += counts[g];
+        if (!a->chosen[g] || !counts[g])
+            return OTHER;
+    }
+    if (total != pairs)
+        return OTHER;
+    for (int64_t p = 0; p < pairs; p++) {
+        a->pair_rows[p] = pair_rows[p];
+        if (pair_rows[p] >= rows)
+            return OTHER;
+    }
+    uint64_t seq = get(a->front + 8, 8);
+    int64_t sent_us = (int64_t)get(a->front + 56, 8), received_us = received_ns / 1000;
+    int64_t back = rows * a->D * a->item_bytes;
+    struct iovec parts[2] = {{a->front, (size_t)front}, {a->x, (size_t)back}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    if (recvmsg(a->fd, &message, MSG_WAITALL) != front + back)
+        return USELESS;
+    if (!a->least_received_us || received_us - sent_us < a->least_received_us - a->least_sent_us) {
+        a->least_sent_us = sent_us;
+        a->least_received_us = received_us;
+    }
+    int64_t began = now_ns();
+    if (collegium_serve(a->shape, a->x, rows, a->pair_rows, pair_weights, pairs, a->counts, a->chosen, groups, a->out,
+                        a->num_threads))
+        return USELESS;
+    int64_t ended = now_ns();
+    a->batches++;
+    a->rows += rows;
+    a->pairs += pairs;
+    a->groups += groups;
+    a->bytes_out += HEADER_BYTES + body;
+    a->bytes_back += HEADER_BYTES + back;
+    a->compute_ns += ended - began;
+    a->wait_ns += began - received_ns;
+    memset(a->head, 0, sizeof a->head);
+    put(a->head, a->magic, 2);
+    a->head[2] = a->version;
+    a->head[3] = REPLY;
+    a->head[5] = a->dtype;
+    put(a->head + 8, seq, 8);
+    put(a->head + 16, (uint64_t)back, 4);
+    put(a->head + 24, (uint64_t)((ended - began) / 1000), 4);
+    put(a->head + 28, (uint64_t)((began - received_ns) / 1000), 4);
+    put(a->head + 36, (uint64_t)rows, 4);
+    put(a->head + 56, (uint64_t)(ended / 1000), 8);
+    struct iovec reply[2] = {{a->head, HEADER_BYTES}, {a->out, (size_t)back}};
+    struct msghdr out = {.msg_iov = reply, .msg_iovlen = 2};
+    ssize_t sent;
+    do
+        sent = sendmsg(a->fd, &out, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        return USELESS;
+    a->reply_bytes = HEADER_BYTES + back;
+    a->sent_bytes = sent < 0 ? 0 : sent;
+    return a->sent_bytes == a->reply_bytes ? IDLE : UNSENT_REST;
+}
+
+/* Answer the dispatches of one link until `until_ns`, or until there is anything else to do. IDLE: the time is over; OTHER:
+ * what is there is for the caller, and nothing of it was taken; UNSENT_REST: the last reply did not go out whole; USELESS:
+ * the connection has half a frame in one direction or the other, or has broken. */
+int collegium_answer(struct answer *a)
+{
+    for (;;) {
+        int64_t left_ns = a->until_ns - now_ns();
+        if (left_ns <= 0)
+            return IDLE;
+        struct epoll_event events[2];
+        int num = epoll_wait(a->epoll_fd, events, 2, (int)((left_ns + 999999) / 1000000));
+        if (num < 0 && errno == EINTR)
+            continue;
+        if (num == 0)
+            return IDLE;
+        if (num != 1 || events[0].data.fd != a->fd || events[0].events != EPOLLIN)
+            return OTHER;
+        enum outcome outcome = answer_one(a, now_ns());
+        if (outcome != IDLE)
+            return outcome;
+    }
 }

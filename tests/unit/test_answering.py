@@ -1,0 +1,277 @@
+"""A lone router's dispatches in one C call: it answers as the long way does, and leaves to it what it does not know."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from collegium.buffering.policies import ExpertId, make_policy
+from collegium.buffering.quotas import Quotas
+from collegium.link.base import ExpectedLink, RouterLink
+from collegium.link.connect import connect
+from collegium.link.frame import SECRET_BYTES, Dispatch, FrameError, Hint, Reply, Status
+from collegium.link.tcp_port import TcpPort
+from collegium.model import native
+from collegium.model.experts import PackedExpert, run_experts
+from collegium.model.native.answer import Outcome
+from collegium.model.weights import ExpertWeights
+from expert_svc.answering import Answering
+from expert_svc.buffer import ExpertBuffer
+from expert_svc.compute import ComputeLoop
+from expert_svc.loading import Loads
+from expert_svc.slots import Slots
+from expert_svc.tiers import Tier
+from tests.buffer_rig import ALL, MANIFEST, NUM_EXPERTS, NUM_LAYERS
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
+
+FAR_S = 60.0
+
+
+def weights_of(expert_id: ExpertId) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(expert_id[0] * NUM_EXPERTS + expert_id[1])
+    d_model, d_ffn = MANIFEST.d_model, MANIFEST.d_ffn
+    return ExpertWeights(
+        gate_up=torch.randn(2 * d_ffn, d_model, generator=generator),
+        down=torch.randn(d_model, d_ffn, generator=generator),
+    )
+
+
+class Source:
+    def fill(self, expert_id: ExpertId, slot: PackedExpert) -> Tier:
+        slot.load(weights_of(expert_id))
+        return Tier.HOST
+
+
+class Worker:
+    """A data loop over a unix socket, whose C calls are counted by outcome."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_slots: int | None = None, transport: str = "unix"):
+        self.port = TcpPort(worker_id="worker", bind="127.0.0.1:0", unix="@")
+        self.transport = transport
+        self.buffer = ExpertBuffer(
+            Slots(MANIFEST, torch.float32, num_slots=num_slots),
+            Loads(Source(), num_threads=1),
+            make_policy("lru"),
+            Quotas(NUM_LAYERS, NUM_EXPERTS, NUM_LAYERS * NUM_EXPERTS),
+            num_experts=[NUM_EXPERTS] * NUM_LAYERS,
+        )
+        self.buffer.on_load(self.port.wake)
+        self.loop = ComputeLoop(
+            self.port, self.buffer, MANIFEST.form, num_experts=[NUM_EXPERTS] * NUM_LAYERS, num_threads=1
+        )
+        self.in_c = 0
+        run = Answering._run
+
+        def counted(answering: Answering, *args: object) -> bool:
+            before = self.loop.counters.num_dispatches
+            try:
+                return run(answering, *args)  # type: ignore[arg-type]
+            finally:
+                self.in_c += self.loop.counters.num_dispatches - before
+
+        monkeypatch.setattr(Answering, "_run", counted)
+        self.links: list[RouterLink] = []
+
+    def link(self, *, num_credits: int = 8, max_rows: int = 512) -> RouterLink:
+        link_id = len(self.links) + 1
+        secret, until = secrets.token_bytes(SECRET_BYTES), time.monotonic() + FAR_S
+        self.port.expect(
+            ExpectedLink(
+                link_id=link_id,
+                secret=secret,
+                router_id=f"router-{link_id}",
+                dtype=torch.float32,
+                reply_dtype=torch.float32,
+                d_model=MANIFEST.d_model,
+                max_rows=max_rows,
+                num_credits=num_credits,
+                expires_s=until,
+            )
+        )
+        self.links.append(
+            connect(
+                self.transport,
+                dict(self.port.addresses)[self.transport],
+                link_id=link_id,
+                secret=secret,
+                dtype=torch.float32,
+                d_model=MANIFEST.d_model,
+                deadline_s=until,
+            )
+        )
+        return self.links[-1]
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+        self.loop.stop()
+        self.buffer.close()
+
+
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    workers: list[Worker] = []
+
+    def make(**options: object) -> Worker:
+        workers.append(Worker(monkeypatch, **options))  # type: ignore[arg-type]
+        workers[-1].loop.start()
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
+
+
+def dispatch_of(seq: int, layer: int, num_rows: int, *, seed: int = 0, **changed: object) -> Dispatch:
+    """Rows that chose three experts each."""
+    draw = np.random.default_rng(seed)
+    chosen = np.array([draw.permutation(NUM_EXPERTS)[:3] for _ in range(num_rows)])
+    order = np.argsort(chosen.ravel(), kind="stable")
+    experts, counts = np.unique(chosen, return_counts=True)
+    fields: dict[str, object] = {
+        "seq": seq,
+        "layer": layer,
+        "deadline_s": time.monotonic() + FAR_S,
+        "experts": experts.astype(np.uint16),
+        "counts": counts.astype(np.uint16),
+        "pair_rows": (order // 3).astype(np.uint32),
+        "pair_weights": draw.random(len(order), dtype=np.float32),
+        "x": torch.from_numpy(draw.standard_normal((num_rows, MANIFEST.d_model), dtype=np.float32)),
+    }
+    return Dispatch(**(fields | changed))  # type: ignore[arg-type]
+
+
+def expected_of(dispatch: Dispatch) -> torch.Tensor:
+    experts = [PackedExpert(weights_of((dispatch.layer, int(expert)))) for expert in dispatch.experts]
+    pair_rows = dispatch.pair_rows.astype(np.int64)
+    return run_experts(dispatch.x, experts, dispatch.counts.tolist(), pair_rows, dispatch.pair_weights, MANIFEST.form)
+
+
+def ask(link: RouterLink, dispatches: Sequence[Dispatch]) -> list[Reply]:
+    for dispatch in dispatches:
+        link.send(dispatch)
+    return [link.receive(dispatch.seq, time.monotonic() + FAR_S) for dispatch in dispatches]
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.parametrize("num_slots", [None, NUM_LAYERS * NUM_EXPERTS])
+def test_dispatches_of_a_lone_router_are_answered_without_the_interpreter_and_alike(
+    num_slots: int | None, transport: str, start: Start
+) -> None:
+    worker = start(num_slots=num_slots, transport=transport)
+    worker.buffer.warm(ALL)
+    link = worker.link()
+    for seq, num_rows in enumerate((1, 2, 16, 200), 1):
+        dispatch = dispatch_of(seq, seq % NUM_LAYERS, num_rows, seed=seq)
+        (reply,) = ask(link, [dispatch])
+        assert reply.status is Status.OK and reply.num_misses == 0
+        assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+    several = [dispatch_of(10 + n, n % NUM_LAYERS, 3, seed=n) for n in range(8)]
+    for dispatch, reply in zip(several, ask(link, several), strict=True):
+        assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+    worker.loop.stop()
+    counters = worker.loop.counters
+    assert counters.num_dispatches == counters.num_batches == 12
+    # the first may have been read by the poll that met the link, and several may have been joined
+    assert worker.in_c >= 10
+    assert counters.num_rows == 219 + 24
+    assert counters.num_pairs == 3 * counters.num_rows
+    assert worker.buffer.totals.hits == counters.num_expert_calls
+    assert link.stats.rows_back == counters.num_rows
+
+
+def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm([expert_id for expert_id in ALL if expert_id[0] != 2])
+    link = worker.link()
+    ask(link, [dispatch_of(1, 0, 2)])  # the only one that the call may have answered
+    traced = dispatch_of(2, 1, 2, traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
+    late = dispatch_of(3, 1, 2, deadline_s=time.monotonic() - 1)
+    beyond = dispatch_of(4, NUM_LAYERS, 2)
+    unknown = dispatch_of(5, 1, 1, experts=np.array([0, 1, NUM_EXPERTS + 3], np.uint16))
+    absent = dispatch_of(6, 2, 2)
+    statuses = [reply.status for one in (traced, late, beyond, unknown, absent) for reply in ask(link, [one])]
+    assert statuses == [Status.OK, Status.EXPIRED, Status.BAD_FRAME, Status.BAD_FRAME, Status.OK]
+    assert worker.in_c <= 1
+    assert worker.buffer.totals.misses
+    link.hint(Hint(layer=1, experts=np.array([1], np.uint16), counts=np.array([1], np.uint16)))
+    plain = dispatch_of(7, 2, 2)  # its experts are there now
+    (reply,) = ask(link, [plain])
+    assert reply.y is not None and torch.equal(reply.y, expected_of(plain))
+    with pytest.raises(FrameError, match="counts add up"):  # a link refuses to send what the call would refuse to take
+        link.send(dispatch_of(8, 1, 2, counts=np.array([9, 1], np.uint16), experts=np.array([1, 2], np.uint16)))
+
+
+def test_two_routers_are_served_the_long_way_and_the_last_one_is_not(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm(ALL)
+    first, second = worker.link(), worker.link()
+    ask(first, [dispatch_of(1, 0, 2)])
+    ask(second, [dispatch_of(1, 1, 2)])
+    before = worker.in_c
+    ask(first, [dispatch_of(2, 0, 2)])
+    assert worker.in_c == before
+    second.close()
+    until = time.monotonic() + FAR_S
+    while worker.in_c == before and time.monotonic() < until:  # it takes a poll to see that the other has gone
+        ask(first, [dispatch_of(3, 0, 2)])
+    assert worker.in_c > before
+
+
+def test_a_reply_that_the_socket_does_not_take_whole_goes_out_when_the_router_reads(start: Start) -> None:
+    worker = start(transport="tcp")
+    worker.buffer.warm(ALL)
+    link = worker.link(num_credits=256)
+    ask(link, [dispatch_of(1, 0, 1)])
+    several = [dispatch_of(10 + n, n % NUM_LAYERS, 512, seed=n) for n in range(200)]  # 6.5 MB that nobody reads
+    sender = threading.Thread(target=lambda: [link.send(one) for one in several])
+    sender.start()
+    sender.join(FAR_S)
+    replies = [link.receive(one.seq, time.monotonic() + FAR_S) for one in several]
+    for dispatch, reply in zip(several, replies, strict=True):
+        assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+
+
+def test_experts_are_let_go_of_only_when_nobody_computes_from_them(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm(ALL)
+    link = worker.link()
+    is_over = threading.Event()
+    released: list[int] = []
+
+    def churn() -> None:
+        while not is_over.is_set():
+            released.append(worker.buffer.release_others([(0, 0)]))
+            worker.buffer.warm(ALL)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for seq in range(1, 150):
+            dispatch = dispatch_of(seq, seq % NUM_LAYERS, 4, seed=seq)
+            (reply,) = ask(link, [dispatch])
+            assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+    finally:
+        is_over.set()
+        thread.join()
+    assert sum(released) > 0
+
+
+def test_a_loop_that_is_busy_in_the_call_can_be_stopped_and_its_port_closed(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm(ALL)
+    link = worker.link()
+    ask(link, [dispatch_of(1, 0, 2)])
+    began_s = time.monotonic()
+    worker.loop.stop()
+    assert not worker.loop.is_alive
+    assert time.monotonic() - began_s < FAR_S
+    assert Outcome.OTHER == 0  # as in exchange.c
