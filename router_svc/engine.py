@@ -136,7 +136,10 @@ class Engine:
         self._unsafe_routing = unsafe_routing
         self._micro_batching = MicroBatching(num_micro_batches)
         calls.shared = model.shared_experts()
-        model.set_expert_call(calls.compute if unsafe_routing is None else unsafe_routing.played(calls.compute))
+        if unsafe_routing is None:
+            model.set_expert_call(calls.compute, calls.compute_step)
+        else:
+            model.set_expert_call(unsafe_routing.played(calls.compute))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- from any thread ---

@@ -18,8 +18,9 @@ from torch import Tensor
 from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
+from collegium.model.native.step import DecodeStep
 from collegium.model.placement import NO_PLACEMENT, Placement
-from router_svc.exchange import WholeExchange, whole_exchange
+from router_svc.exchange import Disturbed, WholeExchange, whole_exchange
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
 from router_svc.load_counts import LoadCounts
@@ -102,11 +103,15 @@ class ExpertCalls:
         self._placement = NO_PLACEMENT
         self._version = 0
         self._routed_version = -1
-        self._whole: WholeExchange | None = None  # what computes plain layers in one call, while links stay as they are
+        self._exchanges: WholeExchange | None = (
+            None  # what computes plain layers in one call, while links stay as they are
+        )
         self._whole_version = -1
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
         self._table: list[LayerRoute] = []
+        self._has_replicas = False
+        self._worker_of = np.zeros(num_layers, np.int64)  # addresses of the table's rows
         self._seq = 0
         self._closed = LinkStats()
         self.totals = CallTotals()
@@ -216,35 +221,76 @@ class ExpertCalls:
         While the rows are away, the layer's shared experts are computed and other parts of the step have their turns.
         Blocks until every row is back. Raises ExpertsUnavailableError or ExpertFailedError.
         """
-        part, route = self._part, self._route(layer)
+        route = self._route(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
         host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
         workers, is_counted = None, bool(route.replicas)
         if is_counted:
-            counts = self.loads.note(layer, host_ids, part.num_decode_rows)
+            counts = self.loads.note(layer, host_ids, self._part.num_decode_rows)
             workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
-        num_tokens = len(host_ids)
-        missed: list[NDArray[np.uint16]] = []
-        answers: list[tuple[WorkerShare, Tensor]] = []
-        begun: list[_Sent] = []
-        lost: list[WorkerShare] = []
         whole = self._whole_for(layer, host_x, host_ids, host_weights)
-        if whole is None:
-            pending = plan_dispatch(host_ids, host_weights, route.worker_of, workers).shares
-        else:
+        found: Disturbed | None = None
+        if whole is not None:
             y = self._exchange(whole, layer, route, host_x, host_ids, host_weights, workers)
             if y is not None:
                 return y.to(x.device)
             is_counted, found = True, whole.disturbed
-            answers += found.done
-            pending = tuple(found.unsent)
-            begun = [
-                _Sent(share=share, worker_id=self._live[share.worker][0], link=self._live[share.worker][1], seq=seq)
-                for share, seq in found.sent
-            ]
-            for share, error in found.lost:
-                self._lose(*self._live[share.worker], error)
-                lost.append(share)
+        else:
+            shares = plan_dispatch(host_ids, host_weights, route.worker_of, workers).shares
+            found = Disturbed(unsent=list(shares))
+        return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+
+    def compute_step(self, step: DecodeStep) -> bool:
+        """Compute a step's layers, attention and experts, for as long as nothing needs the interpreter between them.
+
+        True where the rows for the head are ready; else step.layer says with which layer the caller goes on. Raises as
+        `compute` does.
+        """
+        while step.layer < step.num_layers:
+            self._refresh()
+            whole = self._whole(step.top_k) if self._live and not self._has_replicas and not self.shared else None
+            if whole is None or not whole.takes_step(step):
+                return False
+            seq = (self._seq + 1) & 0xFFFFFFFF
+            self._seq = (self._seq + len(self._live) * (step.num_layers - step.layer)) & 0xFFFFFFFF
+            done = whole.run_step(
+                step, self._worker_of, seq=seq, timeout_s=self._timeout_s, epoch=self.epoch, number=self._step
+            )
+            if done is None:
+                return False
+            away_s, blocked_s = step.waited_s
+            self.totals.away_s += away_s
+            self.totals.blocked_s += blocked_s
+            if done:
+                return True
+            x = step.work.x
+            step.add(self._go_on(step.layer, x, x, step.ids, step.weights, whole.disturbed, is_counted=True))
+        return False
+
+    def _go_on(
+        self,
+        layer: int,
+        x: Tensor,
+        host_x: Tensor,
+        host_ids: NDArray[np.int64],
+        host_weights: NDArray[np.float32],
+        found: Disturbed,
+        *,
+        is_counted: bool,
+    ) -> Tensor:
+        """Have a layer computed that has come as far as `found` says."""
+        part, num_tokens = self._part, len(host_ids)
+        missed: list[NDArray[np.uint16]] = []
+        answers: list[tuple[WorkerShare, Tensor]] = list(found.done)
+        pending: tuple[WorkerShare, ...] = tuple(found.unsent)
+        begun = [
+            _Sent(share=share, worker_id=self._live[share.worker][0], link=self._live[share.worker][1], seq=seq)
+            for share, seq in found.sent
+        ]
+        lost: list[WorkerShare] = []
+        for share, error in found.lost:
+            self._lose(*self._live[share.worker], error)
+            lost.append(share)
         is_first = True
         while pending or begun or lost:
             deadline_s = time.monotonic() + self._timeout_s
@@ -273,9 +319,11 @@ class ExpertCalls:
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
-                route = self._route(layer)
+                worker_of = self._route(layer).worker_of
+                pending = tuple(new for share in failed for new in replan(share, worker_of, num_tokens))
+            else:
+                pending = ()
             answers += done
-            pending = tuple(new for share in failed for new in replan(share, route.worker_of, num_tokens))
         if self.on_layer is not None:
             self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
         return combine(answers, num_tokens, x.shape[1], x.dtype).to(x.device)
@@ -284,17 +332,21 @@ class ExpertCalls:
         self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> WholeExchange | None:
         """Say whether a layer can be computed in one call, and by what."""
-        is_plain = not (self.traceparent or self._wanting or self.on_layer is not None or layer in self.shared)
-        if not is_plain or len(self._parts) != 1:
+        whole = self._whole(ids.shape[1]) if layer not in self.shared else None
+        return whole if whole is not None and whole.takes(x, ids, weights) else None
+
+    def _whole(self, top_k: int) -> WholeExchange | None:
+        """Give what exchanges in one call; None where somebody listens or there is more than one part."""
+        if self.traceparent or self._wanting or self.on_layer is not None or len(self._parts) != 1:
             return None
         if self._whole_version != self._routed_version:
             with self._lock:
                 self._fold()
-                self._whole = whole_exchange(
-                    self._live, num_experts=self._num_experts, top_k=ids.shape[1], loads=self.loads
+                self._exchanges = whole_exchange(
+                    self._live, num_experts=self._num_experts, top_k=top_k, loads=self.loads
                 )
                 self._whole_version = self._routed_version
-        return self._whole if self._whole is not None and self._whole.takes(x, ids, weights) else None
+        return self._exchanges
 
     def _exchange(
         self,
@@ -330,8 +382,8 @@ class ExpertCalls:
 
     def _fold(self) -> None:
         """Take over what the exchange has counted; under the lock."""
-        if self._whole is not None:
-            self.totals.needed_bytes += self._whole.fold()
+        if self._exchanges is not None:
+            self.totals.needed_bytes += self._exchanges.fold()
 
     def _send(
         self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float
@@ -425,6 +477,8 @@ class ExpertCalls:
                 self._table = route(
                     placement, [worker_id for worker_id, _ in self._live], self._num_layers, self._num_experts
                 )
+                self._has_replicas = any(route.replicas for route in self._table)
+                self._worker_of = np.array([route.worker_of.ctypes.data for route in self._table], np.int64)
             self._routed_version = version
 
     def _lose(self, worker_id: str, link: RouterLink, error: Exception) -> None:

@@ -1,12 +1,14 @@
 """The forward pass of the commonest family of models in few calls: what the modelling classes do, without their cost.
 
 Owns LeanModel. Profiled at one row of 12 layers, modelling classes took two thirds of a router's time, nearly all of it
-interpreter and torch's calls on small tensors; here a layer is three calls of the C kernels. Weights, embedding, rotary
+interpreter and torch's calls on small tensors; here a layer is three calls of the C kernels, and a decode step that
+nothing disturbs is one for all layers, experts included. Weights, embedding, rotary
 tables and the head are taken from the model of transformers, which is asked for everything else; a model that is not of
 the family runs on the modelling classes as before.
 T rows, D model, H query heads, G key-value heads, W head width, K top-k, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,11 +19,16 @@ from transformers import PreTrainedModel
 from collegium.model import native
 from collegium.model.kernels import Kernel, kernel_for
 from collegium.model.native.attention import AttentionBlock, Workspace, norm
+from collegium.model.native.step import DecodeStep, StepWeights
 from router_svc import family
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.paged_attention import CacheShape, PagedCache, StepIndex
 
 _WIDTH_STEP = 16  # head widths are a multiple of the widest vector
+_FEWEST_ROTATIONS, _MOST_ROTATIONS = 2048, 65_536  # positions of the table of rotations; beyond, steps go by layer
+_MOST_STEPS = 32
+
+StepCall = Callable[[DecodeStep], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,17 @@ class LeanModel:
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 setattr(layer.self_attn, name, None)
         self._bound: PagedCache | None = None
+        self._blocks = [layer.block for layer in self.layers]
+        self._step_weights = StepWeights(
+            embedding=inner.embed_tokens.weight.detach(),
+            final_norm=self._final,
+            eps=self._final_eps,
+            head_width=self.cache_shapes[0].key[1],
+        )
+        self._steps: dict[int, DecodeStep] = {}  # idle ones, by number of rows
+        self._rotated = torch.empty(0, 0), torch.empty(0, 0)
+        # Computes decode steps, experts included, as far as it can: ExpertCalls.compute_step; None: layer by layer.
+        self.compute_step: StepCall | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
         """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V]."""
@@ -58,10 +76,48 @@ class LeanModel:
                 layer.block.bind(*cache.pools(idx))
             self._bound = cache
         index, num_threads = cache.index, torch.get_num_threads()
+        step = self._step_for(input_ids, index) if self.compute_step is not None else None
+        if step is not None:
+            assert self.compute_step is not None
+            rotation = self._rotations(int(index.decode_tables.lengths.max()))
+            step.begin(input_ids, positions, rotation, index.slots, index.decode_tables, num_threads)
+            try:
+                if self.compute_step(step):
+                    rows = step.work.x if len(keep) == step.num_rows else step.work.x.index_select(0, keep)
+                    return cast(Tensor, self._head.lm_head(rows))
+                if step.layer:  # something came between: on from there
+                    return self._by_layer(step.layer, step.work, step.cos, step.sin, cache, keep, num_threads)
+            finally:
+                self._steps[step.num_rows] = step
         work = Workspace(self.layers[0].block, input_ids.shape[1])
         work.h.copy_(self._embed(input_ids)[0])
         cos, sin = (table[0].contiguous() for table in self._rotary(work.h[None], positions))  # [T, W] float32
-        for idx, layer in enumerate(self.layers):
+        return self._by_layer(0, work, cos, sin, cache, keep, num_threads)
+
+    def _step_for(self, input_ids: Tensor, index: StepIndex) -> DecodeStep | None:
+        """Give the memory of a step of decode rows; None where prompts are among them or positions are far out."""
+        if index.chunks or int(index.decode_tables.lengths.max()) > _MOST_ROTATIONS:
+            return None
+        num_rows = input_ids.shape[1]
+        while len(self._steps) > _MOST_STEPS:
+            del self._steps[next(iter(self._steps))]
+        return self._steps.pop(num_rows, None) or DecodeStep(self._blocks, self._step_weights, num_rows)
+
+    def _rotations(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first positions, at least so many: two [positions, W] float32."""
+        if num_positions > self._rotated[0].shape[0]:
+            size = max(_FEWEST_ROTATIONS, 1 << (num_positions - 1).bit_length())
+            like = torch.empty(1, 1, 1)
+            cos, sin = self._rotary(like, torch.arange(size)[None])
+            self._rotated = cos[0].contiguous(), sin[0].contiguous()
+        return self._rotated
+
+    def _by_layer(
+        self, first: int, work: Workspace, cos: Tensor, sin: Tensor, cache: PagedCache, keep: Tensor, num_threads: int
+    ) -> Tensor:
+        """Compute the layers from `first` on, and score the rows in `keep`."""
+        index = cache.index
+        for idx, layer in enumerate(self.layers[first:], first):
             block = layer.block
             block.project(work, cos, sin, index.slots, num_threads)
             if index.num_decodes:

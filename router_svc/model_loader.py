@@ -28,7 +28,7 @@ from collegium.model.architectures import (
 from collegium.model.kernels import pack_linears
 from router_svc import family, lean, shared_experts
 from router_svc.device_model import DeviceModel
-from router_svc.lean import LeanModel
+from router_svc.lean import LeanModel, StepCall
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
 from router_svc.shared_experts import SharedExperts
 
@@ -80,8 +80,10 @@ class RouterModel:
     moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
     lean: LeanModel | DeviceModel | None = None  # computes the forward pass where it can
 
-    def set_expert_call(self, call: ExpertCall) -> None:
-        """Say who computes the experts."""
+    def set_expert_call(self, call: ExpertCall, compute_step: StepCall | None = None) -> None:
+        """Say who computes the experts, layer by layer, or of all layers of a step where that can be done."""
+        if isinstance(self.lean, LeanModel):
+            self.lean.compute_step = compute_step
         for module in self.model.modules():
             if isinstance(module, RemoteExperts):
                 module.call = call

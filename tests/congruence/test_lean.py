@@ -10,7 +10,9 @@ import optparse
 import pickletools
 import random
 import statistics
+import threading
 import unittest
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from benchmarks.one_process import OneProcess, Request
 from collegium.model import native
 from collegium.model.architectures import ARCHITECTURES
 from router_svc.device_model import DeviceModel
+from router_svc.exchange import WholeExchange
 from router_svc.model_loader import load_router_model
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
@@ -55,6 +58,52 @@ def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant
         for reference, (answer,) in zip(references, answers, strict=True):
             assert answer.token_ids == reference.token_ids
             assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("is_disturbed", [False, True])
+@pytest.mark.parametrize("variant", [Variant.BASE, Variant.OTHER])
+@pytest.mark.parametrize("arch", FAMILY)
+def test_steps_in_one_call_answer_the_same_whatever_comes_between(
+    arch: str, variant: Variant, is_disturbed: bool, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = oracle.checkpoint(arch, variant)
+    references = oracle.choose_prompts(checkpoint, 5, 24)
+    requests = [Request(prompt_ids=one.prompt_ids, max_tokens=24, num_logprobs=0) for one in references]
+    ends: Counter[bool | None] = Counter()
+    run_step = WholeExchange.run_step
+
+    def counted(self: WholeExchange, *args: object, **others: object) -> bool | None:
+        done = run_step(self, *args, **others)  # type: ignore[arg-type]
+        ends[done] += 1
+        return done
+
+    monkeypatch.setattr(WholeExchange, "run_step", counted)
+    is_over = threading.Event()
+    with OneProcess(checkpoint, num_workers=2, transport="unix", max_batch_tokens=16, num_micro_batches=1) as running:
+
+        def release() -> None:  # an expert that has to be loaded again makes a reply that the call does not take
+            while not is_over.wait(0.002):
+                for buffer in running.buffers:
+                    later = {(layer, e) for layer, experts in buffer.residency().items() if layer for e in experts}
+                    buffer.release_others(later)
+
+        thread = threading.Thread(target=release)
+        if is_disturbed:
+            thread.start()
+        try:
+            answers = running.run(requests)
+        finally:
+            is_over.set()
+            if is_disturbed:
+                thread.join()
+        decoded = int(running.calls.loads.decode.sum())
+    for reference, (answer,) in zip(references, answers, strict=True):
+        assert answer.token_ids == reference.token_ids
+        assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
+    assert ends[True] > 0
+    assert bool(ends[False]) == is_disturbed
+    top_k, num_layers = running.model.top_k, len(running.model.moe_layers)
+    assert decoded == num_layers * top_k * sum(len(answer.token_ids) - 1 for (answer,) in answers)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])

@@ -169,7 +169,7 @@ def test_one_call_gives_what_the_long_way_gives_and_counts_alike(dtype: torch.dt
             assert torch.equal(
                 fast.compute(ids, x, num_decode_rows=decoding), slow.compute(ids, x, num_decode_rows=decoding)
             )
-        assert fast.calls._whole is not None and fast.calls._whole._exchange.totals[:, 0].any()  # it was taken
+        assert fast.calls._exchanges is not None and fast.calls._exchanges._exchange.totals[:, 0].any()  # it was taken
         stats = [{name: asdict(s) for name, s in one.calls.link_stats().items()} for one in (fast, slow)]
         assert stats[0] == stats[1]
         assert fast.calls.totals.needed_bytes == slow.calls.totals.needed_bytes > 0
@@ -243,7 +243,7 @@ def test_rows_that_would_not_fit_a_socket_go_the_long_way() -> None:
     ids, x = drawn(64, 6)
     with workers() as made:
         made.compute(ids[:2], x[:2])
-        whole = made.calls._whole
+        whole = made.calls._exchanges
         assert whole is not None
         whole._max_rows = 63
         made.compute(ids[:63], x[:63])

@@ -91,7 +91,7 @@ class Demanding(nn.Module):
 
 
 def model_of(gate: nn.Module | None) -> RouterModel:
-    return cast(RouterModel, SimpleNamespace(model=nn.ModuleList([Block(gate)]), top_k=2))
+    return cast(RouterModel, SimpleNamespace(model=nn.ModuleList([Block(gate)]), top_k=2, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("gate", [None, Demanding()])

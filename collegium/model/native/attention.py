@@ -131,6 +131,11 @@ class AttentionBlock:
         )
         self._at = ctypes.addressof(self._struct)
 
+    @property
+    def address(self) -> int:
+        """Where the C struct lies."""
+        return self._at
+
     def bind(self, keys: Tensor, values: Tensor) -> None:
         """Say where keys and values are kept: pools [slots, G * W] in the model's type, which must outlive this."""
         self._struct.keys, self._struct.values = keys.data_ptr(), values.data_ptr()

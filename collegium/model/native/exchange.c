@@ -303,6 +303,79 @@ int collegium_exchange(struct exchange *e)
     return 0;
 }
 
+/* --- a whole step --- */
+
+void collegium_qkv(const void *attention, const float *h, const float *cos, const float *sin, const int64_t *slots,
+                   int64_t T, float *q, float *scratch, int num_threads);
+void collegium_attend(const void *attention, const float *q, const int64_t *blocks, const int64_t *first_block,
+                      const int64_t *lengths, int64_t B, float *attended, int num_threads);
+void collegium_output(const void *attention, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
+                      float *weights, float *scratch, int num_threads);
+void collegium_add(float *h, const void *y, int64_t n, int is_bf16);
+void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t T, int64_t D, int is_bf16);
+void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
+                         float *scratch);
+
+struct step {
+    struct exchange *exchange;           /* its rows, ids, weights and sums are this step's; what is set by layer is not */
+    const void *const *layers;           /* [L] struct attention */
+    const int64_t *const *worker_of;     /* [L] -> [E] */
+    int64_t L, timeout_us;
+    int64_t *decode, *prefill, *activations; /* [L, E], counted up */
+    const void *embedding;               /* [V, D] */
+    const float *cos_table, *sin_table;  /* [positions, W] */
+    const int64_t *tokens, *positions;   /* [T] */
+    const float *final_norm;             /* [D] */
+    float *h;                            /* [T, D] */
+    float *cos, *sin;                    /* [T, W] */
+    const int64_t *slots, *blocks, *first_block, *lengths;
+    float *q, *attended, *scratch;
+    int64_t layer; /* in: the first; out: the one that was disturbed, or L */
+    int64_t blocked_ns, away_ns; /* of this call */
+    int64_t num_threads, W;
+    double eps;
+};
+
+/* Compute a step of decode rows from its tokens to the rows for the head, e->x, experts included. 0: all is done. Else what
+ * collegium_exchange said of `layer`, whose exchange tells the rest: nothing of its sums has been added to h. */
+int collegium_step(struct step *s)
+{
+    struct exchange *e = s->exchange;
+    int num_threads = (int)s->num_threads;
+    int is_bf16 = e->item_bytes == 2;
+    s->blocked_ns = s->away_ns = 0;
+    if (!s->layer) {
+        collegium_embed(s->h, s->embedding, s->tokens, e->T, e->D, is_bf16);
+        for (int64_t t = 0; t < e->T; t++) {
+            memcpy(s->cos + t * s->W, s->cos_table + s->positions[t] * s->W, s->W * sizeof *s->cos);
+            memcpy(s->sin + t * s->W, s->sin_table + s->positions[t] * s->W, s->W * sizeof *s->sin);
+        }
+    }
+    for (uint64_t seq = e->seq; s->layer < s->L; s->layer++, seq += (uint64_t)e->W) {
+        const void *layer = s->layers[s->layer];
+        collegium_qkv(layer, s->h, s->cos, s->sin, s->slots, e->T, s->q, s->scratch, num_threads);
+        collegium_attend(layer, s->q, s->blocks, s->first_block, s->lengths, e->T, s->attended, num_threads);
+        collegium_output(layer, s->attended, s->h, e->T, (void *)e->x, (int64_t *)e->ids, (float *)e->weights, s->scratch,
+                         num_threads);
+        int64_t offset = s->layer * e->E;
+        e->decode = s->decode + offset;
+        e->prefill = s->prefill + offset;
+        e->activations = s->activations + offset;
+        e->worker_of = s->worker_of[s->layer];
+        e->seq = seq & 0xffffffff;
+        e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
+        e->layer = (uint16_t)s->layer;
+        int found = collegium_exchange(e);
+        s->blocked_ns += e->blocked_ns;
+        s->away_ns += e->away_ns;
+        if (found)
+            return found;
+        collegium_add(s->h, e->out, e->T * e->D, is_bf16);
+    }
+    collegium_norm_rows((void *)e->x, s->h, s->final_norm, e->T, e->D, (float)s->eps, is_bf16, s->scratch);
+    return 0;
+}
+
 /* --- a worker's end --- */
 
 #define MOST_BODY (256 << 10) /* of a dispatch that is waited for here; sockets hold little more */

@@ -113,7 +113,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 4;
+    return 5;
 }
 
 /* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
@@ -514,6 +514,26 @@ void collegium_norm(float *out, const float *h, const float *weight, int64_t T, 
 {
     for (int64_t t = 0; t < T; t++)
         isa->norm(out + t * D, h + t * D, weight, D, eps);
+}
+
+/* x [T, D], in the model's type, = h normed by `weight`; scratch [D] */
+void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
+                         float *scratch)
+{
+    for (int64_t t = 0; t < T; t++) {
+        isa->norm(scratch, h + t * D, weight, D, eps);
+        isa->narrow(x, t * D, scratch, D, is_bf16);
+    }
+}
+
+/* h [T, D] = the rows of `table`, which is in the model's type, that `tokens` name */
+void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t T, int64_t D, int is_bf16)
+{
+    for (int64_t t = 0; t < T; t++)
+        if (is_bf16)
+            collegium_widen(h + t * D, (const uint16_t *)table + tokens[t] * D, D);
+        else
+            memcpy(h + t * D, (const float *)table + tokens[t] * D, D * sizeof *h);
 }
 
 /* h [n] += y [n], which is in the model's type */

@@ -1,0 +1,147 @@
+"""Binding to the C loop over a step's layers: attention and gate, exchange with the workers, and on, in one call.
+
+Owns what the loop is told of a model's layers; the exchange is the caller's.
+L layers, T tokens, K top-k, E experts, D model, V vocabulary, W head width.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collegium.model import native
+from collegium.model.native.attention import AttentionBlock, DecodeTables, Workspace
+from collegium.model.native.exchange import Exchange
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("exchange", "layers", "worker_of")),
+        *((name, c_int64) for name in ("L", "timeout_us")),
+        *((name, c_void_p) for name in ("decode", "prefill", "activations")),
+        *((name, c_void_p) for name in ("embedding", "cos_table", "sin_table", "tokens", "positions", "final_norm")),
+        *((name, c_void_p) for name in ("h", "cos", "sin")),
+        *((name, c_void_p) for name in ("slots", "blocks", "first_block", "lengths", "q", "attended", "scratch")),
+        *((name, c_int64) for name in ("layer", "blocked_ns", "away_ns", "num_threads", "W")),
+        ("eps", c_double),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWeights:
+    """What a step needs of a model beside its layers: embedding [V, D] in the model's type, final_norm [D] float32."""
+
+    embedding: Tensor
+    final_norm: Tensor
+    eps: float
+    head_width: int
+
+
+class DecodeStep:
+    """Steps of so many decode rows, one after another, on their way through the layers.
+
+    `layer` is the next one that is to be computed. Memory is kept from step to step.
+    """
+
+    def __init__(self, blocks: Sequence[AttentionBlock], weights: StepWeights, num_rows: int):
+        """Take memory for `num_rows` rows."""
+        self.work = work = Workspace(blocks[0], num_rows)
+        self.num_layers, self.num_rows, self.top_k = len(blocks), num_rows, blocks[0].top_k
+        self.cos, self.sin = torch.empty(2, num_rows, weights.head_width)
+        self.ids = np.empty((num_rows, self.top_k), np.int64)
+        self.weights = np.empty((num_rows, self.top_k), np.float32)
+        self._y = torch.empty_like(work.x)
+        self._layers = np.array([block.address for block in blocks], np.int64)
+        self._told = (work.x.data_ptr(), self._y.data_ptr(), self.ids.ctypes.data, self.weights.ctypes.data)
+        self._kept: tuple[object, ...] = ()
+        self._blocks, self._weights = blocks, weights
+        self._call = _Step(
+            layers=self._layers.ctypes.data,
+            L=len(blocks),
+            embedding=weights.embedding.data_ptr(),
+            final_norm=weights.final_norm.data_ptr(),
+            eps=weights.eps,
+            W=weights.head_width,
+            h=work.h.data_ptr(),
+            cos=self.cos.data_ptr(),
+            sin=self.sin.data_ptr(),
+            q=work.q.data_ptr(),
+            attended=work.attended.data_ptr(),
+            scratch=work.scratch.data_ptr(),
+        )
+
+    def begin(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        slots: Tensor,
+        tables: DecodeTables,
+        num_threads: int,
+    ) -> None:
+        """Open a step of tokens [T] at positions [T], both int64; rotation: cosines and sines [positions, W] float32.
+
+        slots, tables: as AttentionBlock.project and attend take them.
+        """
+        call = self._call
+        self._kept = (tokens, positions, rotation, slots, tables)
+        call.layer, call.num_threads = 0, num_threads
+        call.tokens, call.positions, call.slots = tokens.data_ptr(), positions.data_ptr(), slots.data_ptr()
+        call.cos_table, call.sin_table = rotation[0].data_ptr(), rotation[1].data_ptr()
+        call.blocks, call.first_block = tables.blocks.ctypes.data, tables.first_block.ctypes.data
+        call.lengths = tables.lengths.ctypes.data
+
+    @property
+    def layer(self) -> int:
+        """The next layer to be computed, or after a call that was disturbed the one whose experts are missing."""
+        return self._call.layer
+
+    def add(self, y: Tensor) -> None:
+        """Add the sums [T, D] of the layer whose experts were missing, and go on behind it."""
+        self._blocks[self.layer].add(self.work, y)
+        self._call.layer += 1
+
+    def run(
+        self,
+        exchange: Exchange,
+        worker_of: NDArray[np.int64],
+        counts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+        timeout_s: float,
+    ) -> bool:
+        """Compute layers until all are done, and work.x holds the rows for the head (True), or until an exchange is
+        disturbed: `layer` and `exchange` say how.
+
+        worker_of: [L] addresses of each layer's [E] workers. counts: choices by layer and expert, [L, E] of decode rows
+        and of prompts' and the times an expert was read: counted up. The exchange is set but for what a layer sets.
+        Lets go of the interpreter's lock. IndexError where a choice is out of range.
+        """
+        call, told = self._call, exchange.call
+        told.T, told.num_decode, told.workers = self.num_rows, self.num_rows, None
+        told.x, told.out, told.ids, told.weights = self._told
+        call.exchange, call.worker_of = ctypes.addressof(told), worker_of.ctypes.data
+        call.decode, call.prefill, call.activations = (one.ctypes.data for one in counts)
+        call.timeout_us = int(timeout_s * 1e6)
+        done = _function()(ctypes.addressof(call))
+        if done < 0:
+            raise IndexError(f"a choice names an expert or a worker that is not among {told.E} and {told.W}")
+        return done == 0
+
+    @property
+    def waited_s(self) -> tuple[float, float]:
+        """Of the last call: time that rows were away, and of that the time that went by waiting."""
+        return self._call.away_ns * 1e-9, self._call.blocked_ns * 1e-9
+
+
+@functools.cache
+def _function() -> "native.Function":
+    library = native.library()
+    assert library is not None
+    native.declare(library.raw, "collegium_step", c_int, [c_void_p])
+    function: native.Function = library.raw.collegium_step
+    return function
