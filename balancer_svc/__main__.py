@@ -51,7 +51,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
     telemetry.expose(balancer.counters)
-    metrics_url = telemetry.serve_metrics(options.metrics_bind)
+    metrics_url = telemetry.serve_metrics(options.metrics_bind, advertise=options.advertise)
     try:
         address = await server.start(options.bind)
         _log.info("listening", address=address, metrics=metrics_url)
@@ -85,7 +85,7 @@ def main() -> int:
     async def serve_with(stop: lifecycle.Stop) -> None:
         await serve(options, stop)
 
-    return lifecycle.run(serve_with, name="balancer_svc")
+    return lifecycle.run(serve_with, name="balancer_svc", health_bind=options.health_bind)
 
 
 if __name__ == "__main__":

@@ -22,4 +22,4 @@ async def serve(config: Settings, stop: lifecycle.Stop) -> None:
 if __name__ == "__main__":
     parsed = settings.parse(Settings, None, prog="expert_svc")
     logs.configure(level=parsed.log_level, form=parsed.log_format, service="worker")
-    sys.exit(lifecycle.run(lambda stop: serve(parsed, stop), name="expert_svc"))
+    sys.exit(lifecycle.run(lambda stop: serve(parsed, stop), name="expert_svc", health_bind=parsed.health_bind))

@@ -156,7 +156,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     server = rpc.Server("worker", services=("collegium.v1.Expert",))
     expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind)
+    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise)
     metrics.expose(counters.read)
     membership = Membership(
         config.balancer,

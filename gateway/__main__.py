@@ -11,7 +11,9 @@ from gateway.settings import GatewaySettings
 
 async def serve(options: GatewaySettings, stop: lifecycle.Stop) -> None:
     """Serve until asked to stop, then let running requests end."""
-    async with open_gateway(options, telemetry.serve_metrics(options.metrics_bind)) as gateway:
+    async with open_gateway(
+        options, telemetry.serve_metrics(options.metrics_bind, advertise=options.advertise)
+    ) as gateway:
         await stop.wait()
         await gateway.drain(options.drain_s)
 
@@ -26,7 +28,7 @@ def main() -> int:
         await serve(options, stop)
 
     try:
-        return lifecycle.run(serve_with, name="gateway")
+        return lifecycle.run(serve_with, name="gateway", health_bind=options.health_bind)
     finally:
         telemetry.shutdown_tracing()
 

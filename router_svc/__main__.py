@@ -16,4 +16,4 @@ async def serve(config: Settings, stop: lifecycle.Stop) -> None:
 if __name__ == "__main__":
     parsed = settings.parse(Settings, None, prog="router_svc")
     logs.configure(level=parsed.log_level, form=parsed.log_format, service="router")
-    sys.exit(lifecycle.run(lambda stop: serve(parsed, stop), name="router_svc"))
+    sys.exit(lifecycle.run(lambda stop: serve(parsed, stop), name="router_svc", health_bind=parsed.health_bind))

@@ -136,7 +136,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     service = RouterService(outboxes)
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind)
+    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise)
     model, manifest = await asyncio.to_thread(load, config)
     num_blocks, max_model_len = plan_memory(config, model)
     unsafe_routing = read_unsafe_routing(config, model)

@@ -16,7 +16,7 @@ from typing import cast
 
 import uvloop
 
-from collegium.fabric import logs, metrics, tracing
+from collegium.fabric import logs, metrics, probes, tracing
 from collegium.fabric.errors import Cancelled, CollegiumError, SettingsError
 
 SUPERVISED_ENV = "COLLEGIUM_SUPERVISED"
@@ -62,14 +62,14 @@ def is_supervised() -> bool:
     return os.environ.get(SUPERVISED_ENV) == "1"
 
 
-def run(main: Callable[[Stop], Awaitable[None]], *, name: str) -> int:
-    """Run a service until its main returns, and give the exit status of the process.
+def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str = "") -> int:
+    """Run a service until its main returns, and give the exit status of the process. `health_bind`: see probes.
 
     SIGTERM sets Stop; so does SIGINT unless the process is supervised; a second one cancels main. A CollegiumError or
     SettingsError that main raises becomes one line on stderr and status 1 or 2. A supervised process ends here: the
     interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
     """
-    status = _run(main, name)
+    status = _run(main, name, health_bind)
     tracing.shutdown_tracing()
     if is_supervised():
         sys.stdout.flush()
@@ -78,10 +78,10 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str) -> int:
     return status
 
 
-def _run(main: Callable[[Stop], Awaitable[None]], name: str) -> int:
+def _run(main: Callable[[Stop], Awaitable[None]], name: str, health_bind: str) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_supervise(main))
+            return runner.run(_probed(main, health_bind))
     except SettingsError as error:
         return _complain(name, error, 2)
     except CollegiumError as error:
@@ -103,6 +103,13 @@ def first_known(group: BaseExceptionGroup[BaseException]) -> CollegiumError | Se
             return None
         known = known or found
     return known
+
+
+async def _probed(main: Callable[[Stop], Awaitable[None]], health_bind: str) -> int:
+    async with probes.listening(health_bind) as bound:
+        if bound:
+            _log.info("probes", address=bound)
+        return await _supervise(main)
 
 
 async def _supervise(main: Callable[[Stop], Awaitable[None]]) -> int:

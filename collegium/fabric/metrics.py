@@ -7,6 +7,7 @@ only distributions are recorded here directly. Names follow vLLM's where it has 
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -234,8 +235,10 @@ def expose(counters: Counters) -> Callable[[], None]:
     return registry().expose(counters)
 
 
-def serve_metrics(bind: str, *, setting: str = "--metrics-bind") -> str:
+def serve_metrics(bind: str, *, advertise: str = "", setting: str = "--metrics-bind") -> str:
     """Serve this process's page from a daemon thread and give its URL; an empty bind serves nothing and gives "".
+
+    The URL has the bound host, or where that is any, the host of `advertise` or else this one's name.
 
     Raises FailedPrecondition where the address is in use, SettingsError where it is none.
     """
@@ -254,6 +257,8 @@ def serve_metrics(bind: str, *, setting: str = "--metrics-bind") -> str:
             remedy="choose another port, or 0 for any free one",
         ) from error
     _pages.append((server, thread))
+    if host in ("0.0.0.0", "[::]", "::"):
+        host = advertise.rpartition(":")[0] or socket.gethostname()
     return f"http://{host}:{server.server_port}/metrics"
 
 

@@ -17,6 +17,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from collegium.fabric import probes
 from collegium.fabric.channels import (
     MAX_MESSAGE_BYTES,
     MESSAGE_LIMITS,
@@ -43,6 +44,8 @@ __all__ = [
     "channel",
     "channel_credentials",
     "channel_options",
+    "listen",
+    "plain_server",
     "split_address",
     "wait_until_serving",
 ]
@@ -100,26 +103,10 @@ class Server:
 
         Raises FailedPrecondition, naming the setting and the address, where the address is in use.
         """
-        host, port = split_address(bind, setting)
-        why_not = _why_not(host, port)
-        try:
-            if why_not:
-                bound = 0
-            elif self._tls is None:
-                bound = self.grpc.add_insecure_port(bind)
-            else:
-                bound = self.grpc.add_secure_port(bind, _server_credentials(self._tls))
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
-            raise FailedPrecondition(
-                f"{setting}={bind} cannot be listened on: {why_not or 'gRPC refused it'}",
-                reason="ADDRESS_IN_USE",
-                field=setting,
-                remedy="choose another port, or 0 for any free one",
-            )
+        bound = listen(self.grpc, bind, setting, None if self._tls is None else _server_credentials(self._tls))
         await self.grpc.start()
-        return f"{host}:{bound}"
+        probes.follow(self.health)
+        return bound
 
     def set_serving(self, is_serving: bool, service: str = "") -> None:
         """Say whether the process can do its work; one name, or all with ""."""
@@ -139,6 +126,34 @@ class _Late:
 
     def add_registered_method_handlers(self, service: str, handlers: object) -> None:
         """Nothing to add."""
+
+
+def plain_server() -> aio.Server:
+    """Make a bare gRPC server that maps our errors to statuses: for what is no service of its own."""
+    return aio.server(interceptors=[StatusInterceptor(())], options=_SERVER_OPTIONS)
+
+
+def listen(server: aio.Server, bind: str, setting: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Give a server its port before it starts; returns the bound HOST:PORT.
+
+    Raises FailedPrecondition, naming the setting and the address, where it cannot be listened on.
+    """
+    host, port = split_address(bind, setting)
+    why_not = _why_not(host, port)
+    bound = 0
+    if not why_not:
+        try:
+            bound = server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
+        except RuntimeError:
+            bound = 0
+    if bound == 0:
+        raise FailedPrecondition(
+            f"{setting}={bind} cannot be listened on: {why_not or 'gRPC refused it'}",
+            reason="ADDRESS_IN_USE",
+            field=setting,
+            remedy="choose another port, or 0 for any free one",
+        )
+    return f"{host}:{bound}"
 
 
 def advertised(bound: str, advertise: str) -> str:

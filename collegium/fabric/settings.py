@@ -89,6 +89,9 @@ class ServiceSettings:
     bind: str = setting("address to listen on, HOST:PORT; port 0 chooses one", default="127.0.0.1:0")
     advertise: str = setting("address that others reach this process at; empty: the bound one", default="")
     balancer: str = setting("address of the balancer, HOST:PORT; empty: none", default="")
+    health_bind: str = setting(
+        "address for probes, HOST:PORT: plaintext grpc.health.v1, `live` and readiness; empty: none", default=""
+    )
     metrics_bind: str = setting("address of the metrics page, HOST:PORT; empty: none", default="127.0.0.1:0")
     log_level: str = setting(
         "least level that is logged", default="info", choices=("debug", "info", "warning", "error")

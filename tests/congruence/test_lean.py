@@ -60,9 +60,15 @@ def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant
             assert [p.chosen for p in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("is_disturbed", [False, True])
-@pytest.mark.parametrize("variant", [Variant.BASE, Variant.OTHER])
-@pytest.mark.parametrize("arch", FAMILY)
+@pytest.mark.parametrize(
+    ("arch", "variant", "is_disturbed"),
+    [
+        ("mixtral", Variant.BASE, True),
+        ("mixtral", Variant.OTHER, False),
+        ("olmoe", Variant.OTHER, True),
+        ("qwen3_moe", Variant.BASE, False),
+    ],
+)
 def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     arch: str, variant: Variant, is_disturbed: bool, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,9 +112,14 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     assert decoded == num_layers * top_k * sum(len(answer.token_ids) - 1 for (answer,) in answers)
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
-@pytest.mark.parametrize("variant", [Variant.BASE, Variant.OTHER])
-@pytest.mark.parametrize("arch", FAMILY)
+@pytest.mark.parametrize(
+    ("arch", "variant", "num_micro_batches"),
+    [
+        ("mixtral", Variant.OTHER, 1),
+        ("olmoe", Variant.OTHER, 1),
+        ("qwen3_moe", Variant.BASE, 2),
+    ],
+)
 def test_the_pass_for_a_gpu_answers_the_same(
     arch: str, variant: Variant, num_micro_batches: int, oracle: Oracle
 ) -> None:
