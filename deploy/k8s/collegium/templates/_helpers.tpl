@@ -295,6 +295,7 @@ apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
   name: {{ include "collegium.roleName" . }}
+  namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "collegium.labels" . | nindent 4 }}
 spec:
@@ -313,6 +314,7 @@ apiVersion: v1
 kind: ServiceAccount
 metadata:
   name: {{ include "collegium.serviceAccountName" . }}
+  namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "collegium.labels" . | nindent 4 }}
   {{- with $account.annotations }}
@@ -330,6 +332,7 @@ apiVersion: v1
 kind: Service
 metadata:
   name: {{ include "collegium.roleName" . }}
+  namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "collegium.labels" . | nindent 4 }}
 spec:

@@ -16,7 +16,7 @@
     readOnly: true
 {{- else if eq .Values.model.source "objectStore" }}
 - name: model
-  {{- toYaml .Values.model.objectStore.volume | nindent 2 }}
+  {{- toYaml (.Values.model.objectStore.volume | default (dict "emptyDir" dict)) | nindent 2 }}
 {{- end }}
 {{- end }}
 
