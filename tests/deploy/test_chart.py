@@ -25,7 +25,9 @@ from tests.deploy.helm import (
     ROOT,
     VALUES,
     chart,
+    in_order,
     notes,
+    read_objects,
     render,
     render_values,
     values_of,
@@ -39,6 +41,7 @@ OF_OTHERS = {
     ("monitoring.coreos.com/v1", "PrometheusRule"),
     ("keda.sh/v1alpha1", "ScaledObject"),
 }
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 every_values_file = pytest.mark.parametrize("name", VALUES)
 
 
@@ -65,10 +68,7 @@ def test_helm_itself_lints_it_and_renders_the_same(name: str) -> None:
         timeout=60,
     )
     assert rendered.returncode == 0, rendered.stderr
-    objects = sorted(
-        filter(None, yaml.safe_load_all(rendered.stdout)), key=lambda one: (one["kind"], one["metadata"]["name"])
-    )
-    assert objects == render(name)
+    assert in_order(read_objects(rendered.stdout)) == render(name)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_field_that_kubernetes_does_not_know_would_be_found() -> None:
 
 @pytest.mark.parametrize("name", [name for name in VALUES if name != "everything"])
 def test_what_is_rendered_is_what_was_agreed_on(name: str) -> None:
-    rendered = "".join(f"---\n{yaml.safe_dump(one, width=120)}" for one in render(name))
+    rendered = "".join(f"---\n{yaml.dump(one, Dumper=_Dumper, width=120)}" for one in render(name))
     golden = GOLDEN / f"{name}.yaml"
     if RENEW:
         golden.write_text(rendered)
