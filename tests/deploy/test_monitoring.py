@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from collegium.fabric.metrics import METRICS
-from tests.deploy.helm import CHART, ROOT, find, of_kind, pods, render, selects
+from tests.deploy.helm import CHART, NAMESPACE, ROOT, find, of_kind, pods, render, selects
 
 DASHBOARD = CHART / "files" / "dashboards" / "collegium.json"
 # What Prometheus and the scraping add to a metric's own labels.
@@ -48,6 +51,114 @@ def test_alerts_ask_for_what_exists() -> None:
         check(alert["expr"])
         assert alert["labels"]["severity"] in ("warning", "critical")
         assert alert["annotations"].keys() == {"summary", "description"}
+
+
+# Alert, how many of it fire after 50 minutes, and what is scraped every minute: metric, pod, values, further labels.
+SCENES: list[tuple[str, int, list[tuple[str, str, str, dict[str, str]]]]] = [
+    (
+        "CollegiumRequestsLost",
+        1,
+        [("collegium_request_failure_total", "gateway-a", "_x48 1x9", {"code": "UNAVAILABLE"})],
+    ),
+    (
+        "CollegiumRequestsLost",
+        1,
+        [("collegium_request_failure_total", "gateway-a", "7x47 8x9", {"code": "INTERNAL"})],
+    ),
+    (
+        "CollegiumRequestsLost",
+        0,
+        [
+            ("collegium_request_failure_total", "gateway-a", "0+5x60", {"code": "CANCELLED"}),
+            ("collegium_request_failure_total", "gateway-a", "3x60", {"code": "INTERNAL"}),
+        ],
+    ),
+    ("CollegiumRequestsShed", 1, [("collegium_requests_shed_total", "gateway-a", "0+5x60", {})]),
+    ("CollegiumNoRouter", 1, [("collegium_routers_attached", "gateway-a", "0x60", {})]),
+    ("CollegiumBalancerStale", 1, [("collegium_view_age_seconds", "router-0", "0+60x60", {})]),
+    ("CollegiumBalancerStale", 0, [("collegium_view_age_seconds", "router-0", "1x60", {})]),
+    (
+        "CollegiumBalancersWithoutLeader",
+        0,
+        [("collegium_balancer_is_leader", f"balancer-{pod}", f"{leads}x60", {}) for pod, leads in (("a", 1), ("b", 0))],
+    ),
+    (
+        "CollegiumBalancersWithoutLeader",
+        1,
+        [("collegium_balancer_is_leader", f"balancer-{pod}", "0x60", {}) for pod in ("a", "b")],
+    ),
+    ("CollegiumBalancerWithoutMemory", 1, [("collegium_balancer_has_memory", "balancer-a", "0x60", {})]),
+    (
+        "CollegiumRouterWithoutWorkers",
+        1,
+        [("collegium_links", pod, "0x60", {}) for pod in ("router-0", "worker-0")],
+    ),
+    (
+        "CollegiumRouterMissesWorkers",
+        1,
+        [
+            ("collegium_links", "router-0", "1x60", {}),
+            ("collegium_links", "router-1", "2x60", {}),
+            *(("collegium_members", f"balancer-{pod}", "2x60", {"role": "worker"}) for pod in ("a", "b")),
+        ],
+    ),
+    ("CollegiumWorkersMissing", 1, [("collegium_members", "balancer-a", "1x60", {"role": "worker"})]),
+    (
+        "CollegiumUnbalanced",
+        1,
+        [("collegium_expert_balancedness", "balancer-a", "0.3x60", {"phase": "decode", "statistic": "mean"})],
+    ),
+    (
+        "CollegiumUnbalanced",
+        0,
+        [("collegium_expert_balancedness", "balancer-a", "0.9x60", {"phase": "decode", "statistic": "mean"})],
+    ),
+    (
+        "CollegiumEventLoopLate",
+        1,
+        [
+            ("collegium_event_loop_lag_seconds_bucket", "router-0", values, {"le": bound})
+            for bound, values in (("0.5", "0x60"), ("1.0", "0+10x60"), ("+Inf", "0+10x60"))
+        ],
+    ),
+]
+
+
+def test_every_alert_has_a_scene_in_which_it_fires() -> None:
+    assert {alert["alert"] for alert in alerts()} == {alert for alert, fires, _ in SCENES if fires}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool on PATH")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    def series(metric: str, pod: str, labels: dict[str, str]) -> str:
+        named = {"namespace": NAMESPACE, "pod": f"moe-all-{pod}", **labels}
+        return f"{metric}{{{','.join(f'{key}={json.dumps(value)}' for key, value in named.items())}}}"
+
+    scenes = [
+        {
+            "interval": "1m",
+            "name": alert,
+            "input_series": [
+                {"series": series(metric, pod, labels), "values": values} for metric, pod, values, labels in scraped
+            ],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)',
+                    "eval_time": "50m",
+                    "exp_samples": [{"value": fires}],
+                }
+            ],
+        }
+        for alert, fires, scraped in SCENES
+    ]
+    (rule,) = of_kind(render("everything"), "PrometheusRule")
+    (tmp_path / "rules.yaml").write_text(json.dumps({"groups": rule["spec"]["groups"]}))
+    tests = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": scenes}
+    (tmp_path / "scenes.yaml").write_text(json.dumps(tests))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "scenes.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_alert_is_explained_and_no_other() -> None:
