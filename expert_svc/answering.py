@@ -1,8 +1,8 @@
-"""A lone router's plain dispatches, read, computed and answered by one C call that goes on until anything else happens.
+"""Routers' plain dispatches, read, joined, computed and answered by one C call that goes on until anything else comes.
 
-Owns when that may be: where nothing is ever evicted and one link is all there is. What the call does not know (hints,
-traces, other routers, experts that are not there yet, a frame that is not whole) it leaves unread for the port's poll.
-A batch in the interpreter costs a quarter of a millisecond, on caches that the weights have just emptied.
+Owns when that may be: where nothing is ever evicted, and every link is a plain socket that is amid nothing. What the
+call does not know (hints, traces, experts that are not there yet, a frame that is not whole) it leaves unread for the
+port's poll. A batch in the interpreter costs a quarter of a millisecond, on caches that the weights have just emptied.
 """
 
 import time
@@ -12,22 +12,33 @@ from collegium.link.frame import DTYPE_CODES, MAGIC, VERSION
 from collegium.link.port_link import PortLink
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import ExpertForm
-from collegium.model.native.answer import Answer, Outcome
+from collegium.model.native.answer import Answer, GuestState, Outcome
 from expert_svc.buffer import ExpertBuffer
+from expert_svc.join_wait import JoinWait
 
 if TYPE_CHECKING:
     from expert_svc.compute import Counters
 
-_CALL_S = 0.1  # counters are as old as that at most
+_CALL_S = 0.1  # counters, and the choice whether rows wait for company, are as old as that at most
+_MOST_LINKS = 16
 
 
 class Answering:
     """Owned by the worker's computing thread."""
 
-    def __init__(self, port: TcpPort, buffer: ExpertBuffer, form: ExpertForm, *, num_threads: int):
-        """Serve `port` from `buffer`."""
+    def __init__(
+        self,
+        port: TcpPort,
+        buffer: ExpertBuffer,
+        form: ExpertForm,
+        *,
+        num_threads: int,
+        join_wait: JoinWait | None = None,
+    ):
+        """Serve `port` from `buffer`. `join_wait` hears of every dispatch once there are several routers."""
         self._port, self._buffer, self._form, self._num_threads = port, buffer, form, num_threads
-        self._link: PortLink | None = None
+        self._join_wait = join_wait
+        self._links: list[PortLink] = []
         self._answer: Answer | None = None
 
     def run(self, counters: "Counters") -> bool:
@@ -35,62 +46,74 @@ class Answering:
         if not self._buffer.lend():
             return False
         try:
-            link = self._port.lend()
-            if link is None:
+            links = self._port.lend()
+            if not links:
                 return False
             try:
-                if link is not self._link:
-                    self._link, self._answer = link, self._answer_for(link)
-                if self._answer is None:
-                    return False
-                return self._run(link, self._answer, counters)
+                if links != self._links:
+                    self._links, self._answer = links, self._answer_for(links)
+                return self._answer is not None and self._run(links, self._answer, counters)
             finally:
-                self._port.take_back(link)
+                self._port.take_back(links)
         finally:
             self._buffer.take_back()
 
-    def _answer_for(self, link: PortLink) -> Answer | None:
-        residents, shape = self._buffer.residents, link.shape
+    def _answer_for(self, links: list[PortLink]) -> Answer | None:
+        residents, shapes = self._buffer.residents, [link.shape for link in links]
         layout = residents.layout
-        if layout is None or shape.dtype != layout.dtype or shape.reply_dtype != layout.dtype:
+        if layout is None or len(links) > _MOST_LINKS:
             return None
-        if shape.d_model != layout.d_model:
+        if {(s.dtype, s.reply_dtype, s.d_model) for s in shapes} != {(layout.dtype, layout.dtype, layout.d_model)}:
             return None
         return Answer(
             residents.table,
             layout,
             self._form,
-            max_rows=shape.max_rows,
-            max_pairs=shape.max_pairs,
-            max_groups=shape.max_groups,
+            num_guests=len(links),
+            max_rows=min(shape.max_rows for shape in shapes),
+            max_pairs=min(shape.max_pairs for shape in shapes),
+            max_groups=min(shape.max_groups for shape in shapes),
             num_threads=self._num_threads,
             frames=(MAGIC, VERSION, DTYPE_CODES[layout.dtype]),
         )
 
-    def _run(self, link: PortLink, answer: Answer, counters: "Counters") -> bool:
-        call = answer.call
-        call.fd, call.epoll_fd = link.fd, self._port.epoll_fd
-        call.offset_us = link.clock_offset_us
-        call.until_ns = time.monotonic_ns() + int(_CALL_S * 1e9)
-        outcome = answer.run()
-        if call.batches:
-            counters.num_batches += call.batches
-            counters.num_dispatches += call.batches
-            counters.num_rows += call.rows
-            counters.num_pairs += call.pairs
-            counters.num_expert_calls += call.groups
-            counters.compute_us += call.compute_ns // 1000
-            counters.wait_us += call.wait_ns // 1000
-            self._buffer.totals.hits += call.groups
-            link.adopt(
-                num_dispatches=call.batches,
-                num_rows=call.rows,
-                num_pairs=call.pairs,
-                bytes_out=call.bytes_out,
-                bytes_back=call.bytes_back,
-                heard=(call.least_sent_us, call.least_received_us),
-                rest=answer.rest() if outcome is Outcome.UNSENT_REST else b"",
-            )
-        if outcome is Outcome.USELESS:
-            link.end_reason = link.end_reason or "the router's connection broke within a frame"
+    def _run(self, links: list[PortLink], answer: Answer, counters: "Counters") -> bool:
+        call, join_wait = answer.call, self._join_wait if len(links) > 1 else None
+        call.epoll_fd = self._port.epoll_fd
+        for link, guest in zip(links, answer.guests, strict=True):
+            guest.fd, guest.offset_us = link.fd, link.clock_offset_us
+            if join_wait is not None:
+                guest.last_layer, guest.last_ns, guest.layer_ns = join_wait.met(link.router_id)
+        outcome = answer.run(
+            until_ns=time.monotonic_ns() + int(_CALL_S * 1e9),
+            is_logged=join_wait is not None,
+            is_waiting=join_wait is not None and join_wait.is_on,
+        )
+        for link, guest in zip(links, answer.guests, strict=True):
+            if guest.dispatches:
+                link.adopt(
+                    num_dispatches=guest.dispatches,
+                    num_rows=guest.total_rows,
+                    num_pairs=guest.total_pairs,
+                    bytes_out=guest.bytes_out,
+                    bytes_back=guest.bytes_back,
+                    heard=(guest.least_sent_us, guest.least_received_us),
+                    rest=guest.rest(answer.row_bytes) if guest.state == GuestState.OWES else b"",
+                )
+            if guest.state == GuestState.BROKE:
+                link.end_reason = link.end_reason or "the router's connection broke within a frame"
+            counters.num_dispatches += guest.dispatches
+            counters.num_rows += guest.total_rows
+            counters.num_pairs += guest.total_pairs
+        counters.num_batches += call.batches
+        counters.num_joined_batches += call.joined_batches
+        counters.num_joined_dispatches += call.joined_dispatches
+        counters.num_expert_calls += call.groups
+        counters.compute_us += call.compute_ns // 1000
+        counters.wait_us += call.wait_ns // 1000
+        counters.join_wait_us += call.join_wait_ns // 1000
+        self._buffer.totals.hits += call.groups
+        if join_wait is not None:
+            for guest_idx, layer, num_decode_rows, received_ns in answer.log[: call.num_log].tolist():
+                join_wait.note(links[guest_idx].router_id, layer, num_decode_rows, received_ns * 1e-9)
         return outcome is Outcome.IDLE

@@ -67,6 +67,13 @@ class JoinWait:
             active = [one for one, state in self._routers.items() if at_s - state.at_s < _ACTIVE * state.layer_s]
             self.is_on = self._trial.note(router_id, active, num_decode_rows, at_s)
 
+    def met(self, router_id: str) -> tuple[int, int, int]:
+        """Where a router was met last: layer, when in ns, and ns from layer to layer; (-1, 0, 0): never."""
+        router = self._routers.get(router_id)
+        if router is None:
+            return -1, 0, 0
+        return router.layer, int(router.at_s * 1e9), int(router.layer_s * 1e9)
+
     def until(self, layer: int, here: Collection[str], arrived_s: float) -> float:
         """Say until when a dispatch that arrived at `arrived_s` waits; a time that has passed: no longer.
 

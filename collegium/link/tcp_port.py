@@ -201,22 +201,24 @@ class TcpPort:
         """What shows whether a poll would find anything; for the borrower of a link."""
         return self._epoll.fileno()
 
-    def lend(self) -> PortLink | None:
-        """Hand the one link over to what reads and answers whole frames by itself, until `take_back`.
+    def lend(self) -> list[PortLink]:
+        """Hand all links over to what reads and answers whole frames by itself, until `take_back`.
 
-        None where there is another link, a caller or a hint, or where the link is amid a frame or is no plain socket.
+        None of them, and then there is no loan, where there is a caller or a hint, or where a link is amid a frame, or
+        is no plain socket.
         """
         self._owner.acquire()
-        if not (self._is_closing or self._callers or self._ready or self._hints or len(self._by_id) != 1):
-            link = next(iter(self._by_id.values()))
-            if link.is_idle:
-                return link
+        if not (self._is_closing or self._callers or self._ready or self._hints):
+            links = list(self._by_id.values())
+            if links and all(link.is_idle for link in links):
+                return links
         self._owner.release()
-        return None
+        return []
 
-    def take_back(self, link: PortLink) -> None:
+    def take_back(self, links: Sequence[PortLink]) -> None:
         """End a loan."""
-        self._settle(link)
+        for link in links:
+            self._settle(link)
         self._owner.release()
 
     def _serve(self, link: PortLink, mask: int, arrivals: list[Arrival]) -> None:

@@ -1,4 +1,4 @@
-"""A lone router's dispatches in one C call: it answers as the long way does, and leaves to it what it does not know."""
+"""Dispatches answered in one C call: as the long way answers them, and what the call does not know is left to it."""
 
 import secrets
 import threading
@@ -22,6 +22,7 @@ from collegium.model.weights import ExpertWeights
 from expert_svc.answering import Answering
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
+from expert_svc.join_wait import JoinWait
 from expert_svc.loading import Loads
 from expert_svc.slots import Slots
 from expert_svc.tiers import Tier
@@ -50,7 +51,14 @@ class Source:
 class Worker:
     """A data loop over a unix socket, whose C calls are counted by outcome."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_slots: int | None = None, transport: str = "unix"):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        num_slots: int | None = None,
+        transport: str = "unix",
+        join_wait: JoinWait | None = None,
+    ):
         self.port = TcpPort(worker_id="worker", bind="127.0.0.1:0", unix="@")
         self.transport = transport
         self.buffer = ExpertBuffer(
@@ -62,7 +70,12 @@ class Worker:
         )
         self.buffer.on_load(self.port.wake)
         self.loop = ComputeLoop(
-            self.port, self.buffer, MANIFEST.form, num_experts=[NUM_EXPERTS] * NUM_LAYERS, num_threads=1
+            self.port,
+            self.buffer,
+            MANIFEST.form,
+            num_experts=[NUM_EXPERTS] * NUM_LAYERS,
+            num_threads=1,
+            join_wait=join_wait,
         )
         self.in_c = 0
         run = Answering._run
@@ -210,20 +223,51 @@ def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> N
         link.send(dispatch_of(8, 1, 2, counts=np.array([9, 1], np.uint16), experts=np.array([1, 2], np.uint16)))
 
 
-def test_two_routers_are_served_the_long_way_and_the_last_one_is_not(start: Start) -> None:
-    worker = start()
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_own_rows(
+    is_waiting: bool, start: Start
+) -> None:
+    join_wait = JoinWait(NUM_LAYERS, is_on=is_waiting, is_fixed=True)
+    worker = start(join_wait=join_wait)
     worker.buffer.warm(ALL)
+    links = [worker.link(num_credits=4) for _ in range(3)]
+    for turn in range(60):
+        layer = turn % NUM_LAYERS
+        sent = [dispatch_of(2 * turn + 1, layer, 1 + turn % 5, seed=3 * turn + n) for n in range(3)]
+        for link, dispatch in zip(links, sent, strict=True):
+            link.send(dispatch)
+        if turn % 7 == 0:  # one router is ahead of the others
+            sent.append(dispatch_of(2 * turn + 2, (layer + 1) % NUM_LAYERS, 2, seed=turn))
+            links[0].send(sent[3])
+        for link, dispatch in zip([*links, links[0]], sent, strict=False):
+            reply = link.receive(dispatch.seq, time.monotonic() + FAR_S)
+            assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+    worker.loop.stop()
+    counters = worker.loop.counters
+    assert counters.num_dispatches == 3 * 60 + 9
+    assert worker.in_c > 100
+    assert 0 < counters.num_joined_batches < counters.num_batches < counters.num_dispatches
+    assert counters.num_joined_dispatches > counters.num_joined_batches
+    assert worker.buffer.totals.hits == counters.num_expert_calls
+    assert join_wait.has_company
+    assert {join_wait.met(f"router-{n}")[0] for n in (1, 2, 3)} <= set(range(NUM_LAYERS))
+
+
+def test_what_one_router_sends_that_is_unusual_keeps_nobody_waiting(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm([expert_id for expert_id in ALL if expert_id[0] != 2])
     first, second = worker.link(), worker.link()
-    ask(first, [dispatch_of(1, 0, 2)])
-    ask(second, [dispatch_of(1, 1, 2)])
-    before = worker.in_c
-    ask(first, [dispatch_of(2, 0, 2)])
-    assert worker.in_c == before
+    for seq in range(1, 60, 2):
+        plain, absent = dispatch_of(seq, 1, 2, seed=seq), dispatch_of(seq, 2, 2, seed=seq)
+        first.send(absent)
+        second.send(plain)
+        for link, dispatch in ((second, plain), (first, absent)):
+            reply = link.receive(seq, time.monotonic() + FAR_S)
+            assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+        worker.buffer.release_others([expert_id for expert_id in ALL if expert_id[0] != 2])
     second.close()
-    until = time.monotonic() + FAR_S
-    while worker.in_c == before and time.monotonic() < until:  # it takes a poll to see that the other has gone
-        ask(first, [dispatch_of(3, 0, 2)])
-    assert worker.in_c > before
+    (reply,) = ask(first, [dispatch_of(99, 0, 3)])
+    assert reply.status is Status.OK
 
 
 def test_a_reply_that_the_socket_does_not_take_whole_goes_out_when_the_router_reads(start: Start) -> None:

@@ -1,4 +1,4 @@
-"""Binding to the C loop of a worker: dispatches of one link in, replies out, until there is anything else to do.
+"""Binding to the C loop of a worker: dispatches of some links in, replies out, until there is anything else to do.
 
 Owns the memory that the loop works in; knows descriptors and no connection. Constants of the frames are handed in.
 L layers, E experts, D model.
@@ -6,6 +6,7 @@ L layers, E experts, D model.
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from ctypes import c_int, c_int32, c_int64, c_uint8, c_uint16, c_void_p
 from enum import IntEnum
 
@@ -18,15 +19,49 @@ from collegium.model.architectures import ExpertForm
 from collegium.model.native import ExpertLayout
 
 _HEADER_BYTES = 64
+_MAX_LOG = 4096
 
 
 class Outcome(IntEnum):
     """Why the loop has ended."""
 
-    OTHER = 0  # what is there is for the caller; nothing of it was taken
+    OTHER = 0  # there is, or may be, something for the caller
     IDLE = 1  # the time was over
-    UNSENT_REST = 2  # the last reply did not go out whole
-    USELESS = 3  # the connection has broken, or holds half a frame
+
+
+class GuestState(IntEnum):
+    """What is to be done about a link after a call."""
+
+    IDLE = 0
+    HOLDS = 1  # never after a call
+    LEFT = 2  # what it has sent was not taken
+    OWES = 3  # the last reply did not go out whole
+    BROKE = 4  # the connection has broken, or holds half a frame
+
+
+class Guest(ctypes.Structure):
+    """One link, as exchange.c has it."""
+
+    _fields_ = (
+        ("front", c_void_p),
+        ("x", c_void_p),
+        ("weights", c_void_p),
+        *((name, c_int64) for name in ("offset_us", "last_layer", "last_ns", "layer_ns")),
+        *((name, c_int64) for name in ("rows", "pairs", "groups", "layer", "received_ns")),
+        *(
+            (name, c_int64)
+            for name in ("least_sent_us", "least_received_us", "dispatches", "total_rows", "total_pairs")
+        ),
+        *((name, c_int64) for name in ("bytes_out", "bytes_back", "sent_bytes")),
+        ("fd", c_int32),
+        ("state", c_int32),
+        ("head", c_uint8 * _HEADER_BYTES),
+    )
+
+    def rest(self, row_bytes: int) -> bytes:
+        """Return what the socket did not take of the last reply."""
+        rows = ctypes.string_at(self.x, self.rows * row_bytes)
+        return (bytes(self.head) + rows)[self.sent_bytes :]
 
 
 class _Answer(ctypes.Structure):
@@ -35,21 +70,25 @@ class _Answer(ctypes.Structure):
         ("weights", c_void_p),
         *((name, c_int64) for name in ("L", "E", "D", "item_bytes", "max_rows", "max_pairs", "max_groups")),
         ("until_ns", c_int64),
-        ("offset_us", c_int64),
-        *((name, c_void_p) for name in ("front", "x", "out", "pair_rows", "counts", "chosen")),
-        *((name, c_int32) for name in ("fd", "epoll_fd", "num_threads")),
+        ("guests", c_void_p),
+        ("num_guests", c_int64),
+        *(
+            (name, c_void_p)
+            for name in ("x", "out", "pair_rows", "counts", "at", "pair_weights", "chosen", "found", "log")
+        ),
+        ("max_log", c_int64),
+        ("num_log", c_int64),
+        *((name, c_int32) for name in ("epoll_fd", "num_threads", "is_waiting", "unused")),
         ("magic", c_uint16),
         ("version", c_uint8),
         ("dtype", c_uint8),
-        ("head", c_uint8 * _HEADER_BYTES),
-        *((name, c_int64) for name in ("reply_bytes", "sent_bytes", "least_sent_us", "least_received_us")),
-        *((name, c_int64) for name in ("batches", "rows", "pairs", "groups", "bytes_out", "bytes_back")),
-        *((name, c_int64) for name in ("compute_ns", "wait_ns")),
+        *((name, c_int64) for name in ("batches", "joined_batches", "joined_dispatches", "groups")),
+        *((name, c_int64) for name in ("compute_ns", "wait_ns", "join_wait_ns")),
     )
 
 
 class Answer:
-    """The loop for one link. `call` holds what it is told and what it says; see exchange.c."""
+    """The loop for some links of one shape. `call` and `guests`: what it is told and what it says; see exchange.c."""
 
     def __init__(
         self,
@@ -57,6 +96,7 @@ class Answer:
         layout: ExpertLayout,
         form: ExpertForm,
         *,
+        num_guests: int,
         max_rows: int,
         max_pairs: int,
         max_groups: int,
@@ -68,6 +108,8 @@ class Answer:
         `frames`: magic, version and the code of the rows' type, which is the layout's.
         """
         width, dtype = layout.d_model, layout.dtype
+        self.guests = (Guest * num_guests)()
+        self.row_bytes = width * dtype.itemsize
         self.call = _Answer(
             shape=layout.shape_of(form),
             weights=table.ctypes.data,
@@ -79,34 +121,47 @@ class Answer:
             max_pairs=max_pairs,
             max_groups=max_groups,
             num_threads=num_threads,
+            guests=ctypes.addressof(self.guests),
+            num_guests=num_guests,
         )
         self.call.magic, self.call.version, self.call.dtype = frames
-        self._front = torch.empty(_HEADER_BYTES + 4 * max_groups + 8 * max_pairs, dtype=torch.uint8)
-        self._rows = torch.empty(2, max_rows, width, dtype=dtype)
-        self._wide = torch.empty(max_pairs + 2 * max_groups, dtype=torch.int64)
-        self.call.front = self._front.data_ptr()
-        self.call.x, self.call.out = self._rows[0].data_ptr(), self._rows[1].data_ptr()
-        self.call.pair_rows = self._wide.data_ptr()
-        self.call.counts = self.call.pair_rows + 8 * max_pairs
-        self.call.chosen = self.call.counts + 8 * max_groups
-        self._kept = (table, layout)
+        fronts = torch.empty(num_guests, _HEADER_BYTES + 4 * max_groups + 8 * max_pairs, dtype=torch.uint8)
+        own, joined = torch.empty(num_guests, max_rows, width, dtype=dtype), max_rows * num_guests
+        together = torch.empty(2, joined, width, dtype=dtype)
+        num_experts = table.shape[1]
+        wide = torch.empty((max_pairs + max_groups) * num_guests + 4 * num_experts, dtype=torch.int64)
+        weights = torch.empty(max_pairs * num_guests)
+        self.log = np.zeros((_MAX_LOG, 4), np.int64)
+        for idx, guest in enumerate(self.guests):
+            guest.front, guest.x = fronts[idx].data_ptr(), own[idx].data_ptr()
+        self.call.x, self.call.out = together[0].data_ptr(), together[1].data_ptr()
+        self.call.pair_rows, self.call.pair_weights = wide.data_ptr(), weights.data_ptr()
+        at = self.call.pair_rows + 8 * max_pairs * num_guests
+        for guest in self.guests:
+            guest.weights, at = at, at + 8 * max_groups
+        self.call.counts, self.call.at, self.call.chosen, self.call.found = (
+            at + 8 * num_experts * part for part in range(4)
+        )
+        self.call.log = self.log.ctypes.data
+        self._kept: Sequence[object] = (table, layout, fronts, own, together, wide, weights)
         self._address = ctypes.addressof(self.call)
 
-    def run(self) -> Outcome:
-        """Answer dispatches until `call.until_ns`, or until there is anything else to do.
+    def run(self, *, until_ns: int, is_logged: bool, is_waiting: bool) -> Outcome:
+        """Answer dispatches until a time of the monotonic clock, or until there is anything else to do.
 
-        Lets go of the interpreter's lock.
+        is_logged: note every dispatch in `log`; is_waiting: hold rows back for those of other routers. Both are for
+        several routers. Lets go of the interpreter's lock.
         """
         call = self.call
-        call.least_sent_us = call.least_received_us = 0
-        call.batches = call.rows = call.pairs = call.groups = call.bytes_out = call.bytes_back = 0
-        call.compute_ns = call.wait_ns = 0
+        call.until_ns, call.is_waiting = until_ns, is_waiting and is_logged
+        call.max_log, call.num_log = _MAX_LOG if is_logged else 0, 0
+        call.batches = call.joined_batches = call.joined_dispatches = call.groups = 0
+        call.compute_ns = call.wait_ns = call.join_wait_ns = 0
+        for guest in self.guests:
+            guest.state = GuestState.IDLE
+            guest.least_sent_us = guest.least_received_us = guest.dispatches = 0
+            guest.total_rows = guest.total_pairs = guest.bytes_out = guest.bytes_back = 0
         return Outcome(_function()(self._address))
-
-    def rest(self) -> bytes:
-        """Return what the socket did not take of the last reply."""
-        rows = ctypes.string_at(self.call.out, self.call.reply_bytes - _HEADER_BYTES)
-        return (bytes(self.call.head) + rows)[self.call.sent_bytes :]
 
 
 @functools.cache

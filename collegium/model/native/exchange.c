@@ -383,43 +383,65 @@ int collegium_step(struct step *s)
 int collegium_serve(const void *shape, const void *x, int64_t R, const int64_t *pair_rows, const float *pair_weights,
                     int64_t P, const int64_t *counts, const void *const *weights, int64_t G, void *out, int num_threads);
 
-enum outcome { OTHER, IDLE, UNSENT_REST, USELESS };
+enum outcome { OTHER, IDLE };
+enum guest_state { IS_IDLE, HOLDS, LEFT, OWES, BROKE }; /* the last three: for the caller to see to */
+
+#define WAITS 0.5   /* of the time that a router takes from layer to layer; these as in expert_svc/join_wait.py */
+#define LATE 1.25   /* an expected dispatch may take so much longer than usual */
+#define ACTIVE 6.0  /* a router that has not been heard of for so many of its layers is idle */
+
+struct guest { /* one link */
+    /* memory: the part of a frame before its rows, the rows, its experts' weights as they were when it was read */
+    uint8_t *front, *x;
+    const void **weights; /* [max_groups] */
+    int64_t offset_us;                    /* our clock minus the router's */
+    int64_t last_layer, last_ns, layer_ns; /* where its router was met last, and how long it takes from layer to layer */
+    /* the dispatch that it holds */
+    int64_t rows, pairs, groups, layer, received_ns;
+    /* what is said: the stamps of the frame that travelled least, totals, and of a reply that it owes the bytes sent */
+    int64_t least_sent_us, least_received_us, dispatches, total_rows, total_pairs, bytes_out, bytes_back, sent_bytes;
+    int32_t fd, state;
+    uint8_t head[HEADER_BYTES];
+};
 
 struct answer {
     const void *shape;          /* of an expert */
     const void *const *weights; /* [L, E] packed experts; NULL: not there. Others may write it */
     int64_t L, E, D, item_bytes, max_rows, max_pairs, max_groups;
-    int64_t until_ns, offset_us; /* our clock minus the router's */
-    /* memory: the part of a frame before its rows, the rows, the sums; what the kernels want wider than frames have it */
-    uint8_t *front, *x, *out;
-    int64_t *pair_rows, *counts;
-    const void **chosen; /* [G] */
-    int32_t fd, epoll_fd, num_threads;
+    int64_t until_ns;
+    struct guest *guests;
+    int64_t num_guests;
+    /* memory for all guests' dispatches together: rows, sums, and what the kernels want wider than frames have it */
+    uint8_t *x, *out;
+    int64_t *pair_rows, *counts, *at; /* at [E] */
+    float *pair_weights;
+    const void **chosen, **found; /* [E] */
+    int64_t *log, max_log, num_log; /* [max_log, 4] guest, layer, decoding rows, when received: where max_log is not 0 */
+    int32_t epoll_fd, num_threads, is_waiting, unused;
     uint16_t magic;
     uint8_t version, dtype;
-    /* what is said: the reply that was not sent whole, the stamps of the frame that travelled least, and totals */
-    uint8_t head[HEADER_BYTES];
-    int64_t reply_bytes, sent_bytes, least_sent_us, least_received_us;
-    int64_t batches, rows, pairs, groups, bytes_out, bytes_back, compute_ns, wait_ns;
+    int64_t batches, joined_batches, joined_dispatches, groups, compute_ns, wait_ns, join_wait_ns;
 };
 
-/* Read one dispatch and answer it. IDLE: done; OTHER: nothing was taken. */
-static enum outcome answer_one(struct answer *a, int64_t received_ns)
+/* Read one dispatch of a guest into its memory: it HOLDS it then. Else it is LEFT, and nothing was taken, or BROKE. */
+static void take_dispatch(struct answer *a, struct guest *guest, int64_t received_ns)
 {
     int64_t rows = 0, pairs = 0, groups = 0, body = 0, front = 0;
     const int64_t most = HEADER_BYTES + 4 * a->max_groups + 8 * a->max_pairs;
     int is_here = 0;
+    guest->state = LEFT;
     for (int spin = 0; spin < SPINS && !is_here; spin++) {
-        ssize_t seen = recv(a->fd, a->front, (size_t)(front ? front : most < 4096 ? most : 4096), MSG_PEEK | MSG_DONTWAIT);
+        size_t wanted = (size_t)(front ? front : most < 4096 ? most : 4096);
+        ssize_t seen = recv(guest->fd, guest->front, wanted, MSG_PEEK | MSG_DONTWAIT);
         if (seen < 0 && errno == EINTR)
             continue;
         if (seen <= 0)
-            return OTHER;
+            return;
         if (seen < HEADER_BYTES) {
             sched_yield();
             continue;
         }
-        const uint8_t *head = a->front;
+        const uint8_t *head = guest->front;
         rows = (int64_t)get(head + 44, 4), pairs = (int64_t)get(head + 48, 4), groups = (int64_t)get(head + 52, 2);
         body = (int64_t)get(head + 16, 4);
         front = HEADER_BYTES + 4 * groups + 8 * pairs;
@@ -427,103 +449,254 @@ static enum outcome answer_one(struct answer *a, int64_t received_ns)
             get(head + 20, 2) || rows < 1 || rows > a->max_rows || pairs < 1 || pairs > a->max_pairs || groups < 1 ||
             groups > a->max_groups || (int64_t)get(head + 22, 2) >= a->L || body > MOST_BODY ||
             body != front - HEADER_BYTES + rows * a->D * a->item_bytes ||
-            (int64_t)get(head + 24, 8) + a->offset_us <= received_ns / 1000 || get(head + 54, 2) > (uint64_t)rows)
-            return OTHER;
+            (int64_t)get(head + 24, 8) + guest->offset_us <= received_ns / 1000 || get(head + 54, 2) > (uint64_t)rows)
+            return;
         int here = 0;
-        if (ioctl(a->fd, FIONREAD, &here) < 0)
-            return OTHER;
+        if (ioctl(guest->fd, FIONREAD, &here) < 0)
+            return;
         is_here = here >= HEADER_BYTES + body && seen >= front;
         if (!is_here)
             sched_yield();
     }
     if (!is_here)
-        return OTHER;
-    const uint16_t *experts = (const uint16_t *)(a->front + HEADER_BYTES), *counts = experts + groups;
+        return;
+    const uint16_t *experts = (const uint16_t *)(guest->front + HEADER_BYTES), *counts = experts + groups;
     const uint32_t *pair_rows = (const uint32_t *)(counts + groups);
-    const float *pair_weights = (const float *)(pair_rows + pairs);
-    const void *const *weights = a->weights + get(a->front + 22, 2) * a->E;
-    int64_t total = 0;
+    int64_t layer = (int64_t)get(guest->front + 22, 2), total = 0;
+    const void *const *weights = a->weights + layer * a->E;
     for (int64_t g = 0; g < groups; g++) {
-        a->chosen[g] = experts[g] < a->E ? __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE) : NULL;
-        a->counts[g] = counts[g];
         total += counts[g];
-        if (!a->chosen[g] || !counts[g])
-            return OTHER;
+        if (experts[g] >= a->E || !counts[g])
+            return;
+        guest->weights[g] = __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE);
+        if (!guest->weights[g])
+            return;
     }
     if (total != pairs)
-        return OTHER;
-    for (int64_t p = 0; p < pairs; p++) {
-        a->pair_rows[p] = pair_rows[p];
+        return;
+    for (int64_t p = 0; p < pairs; p++)
         if (pair_rows[p] >= rows)
-            return OTHER;
-    }
-    uint64_t seq = get(a->front + 8, 8);
-    int64_t sent_us = (int64_t)get(a->front + 56, 8), received_us = received_ns / 1000;
-    int64_t back = rows * a->D * a->item_bytes;
-    struct iovec parts[2] = {{a->front, (size_t)front}, {a->x, (size_t)back}};
+            return;
+    int64_t sent_us = (int64_t)get(guest->front + 56, 8), received_us = received_ns / 1000;
+    struct iovec parts[2] = {{guest->front, (size_t)front}, {guest->x, (size_t)(rows * a->D * a->item_bytes)}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-    if (recvmsg(a->fd, &message, MSG_WAITALL) != front + back)
-        return USELESS;
-    if (!a->least_received_us || received_us - sent_us < a->least_received_us - a->least_sent_us) {
-        a->least_sent_us = sent_us;
-        a->least_received_us = received_us;
+    guest->state = BROKE;
+    if (recvmsg(guest->fd, &message, MSG_WAITALL) != HEADER_BYTES + body)
+        return;
+    if (!guest->least_received_us || received_us - sent_us < guest->least_received_us - guest->least_sent_us) {
+        guest->least_sent_us = sent_us;
+        guest->least_received_us = received_us;
     }
-    int64_t began = now_ns();
-    if (collegium_serve(a->shape, a->x, rows, a->pair_rows, pair_weights, pairs, a->counts, a->chosen, groups, a->out,
-                        a->num_threads))
-        return USELESS;
-    int64_t ended = now_ns();
-    a->batches++;
-    a->rows += rows;
-    a->pairs += pairs;
-    a->groups += groups;
-    a->bytes_out += HEADER_BYTES + body;
-    a->bytes_back += HEADER_BYTES + back;
-    a->compute_ns += ended - began;
-    a->wait_ns += began - received_ns;
-    memset(a->head, 0, sizeof a->head);
-    put(a->head, a->magic, 2);
-    a->head[2] = a->version;
-    a->head[3] = REPLY;
-    a->head[5] = a->dtype;
-    put(a->head + 8, seq, 8);
-    put(a->head + 16, (uint64_t)back, 4);
-    put(a->head + 24, (uint64_t)((ended - began) / 1000), 4);
-    put(a->head + 28, (uint64_t)((began - received_ns) / 1000), 4);
-    put(a->head + 36, (uint64_t)rows, 4);
-    put(a->head + 56, (uint64_t)(ended / 1000), 8);
-    struct iovec reply[2] = {{a->head, HEADER_BYTES}, {a->out, (size_t)back}};
-    struct msghdr out = {.msg_iov = reply, .msg_iovlen = 2};
-    ssize_t sent;
-    do
-        sent = sendmsg(a->fd, &out, MSG_DONTWAIT | MSG_NOSIGNAL);
-    while (sent < 0 && errno == EINTR);
-    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
-        return USELESS;
-    a->reply_bytes = HEADER_BYTES + back;
-    a->sent_bytes = sent < 0 ? 0 : sent;
-    return a->sent_bytes == a->reply_bytes ? IDLE : UNSENT_REST;
+    guest->rows = rows;
+    guest->pairs = pairs;
+    guest->groups = groups;
+    guest->layer = layer;
+    guest->received_ns = received_ns;
+    guest->dispatches++;
+    guest->total_rows += rows;
+    guest->total_pairs += pairs;
+    guest->bytes_out += HEADER_BYTES + body;
+    guest->state = HOLDS;
+    if (!a->max_log)
+        return;
+    int64_t *entry = a->log + 4 * a->num_log++;
+    entry[0] = guest - a->guests;
+    entry[1] = layer;
+    entry[2] = rows - (int64_t)get(guest->front + 54, 2);
+    entry[3] = received_ns;
+    if (guest->last_layer >= 0 && layer == (guest->last_layer + 1) % a->L) {
+        int64_t gap = received_ns - guest->last_ns, usual = guest->layer_ns ? guest->layer_ns : gap;
+        int64_t found = (4 * usual + gap) / 5;
+        guest->layer_ns = found < 2 * usual ? found : 2 * usual; /* one long pause is no habit */
+    }
+    guest->last_layer = layer;
+    guest->last_ns = received_ns;
 }
 
-/* Answer the dispatches of one link until `until_ns`, or until there is anything else to do. IDLE: the time is over; OTHER:
- * what is there is for the caller, and nothing of it was taken; UNSENT_REST: the last reply did not go out whole; USELESS:
- * the connection has half a frame in one direction or the other, or has broken. */
+/* Until when a layer's rows wait for those of other routers; the past: no longer. */
+static int64_t wait_until(const struct answer *a, int64_t layer, int64_t arrived_ns)
+{
+    int64_t layer_ns = 0, until = 0;
+    for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+        if (one->state == HOLDS && one->layer == layer && one->layer_ns > layer_ns)
+            layer_ns = one->layer_ns;
+    int64_t longest = arrived_ns + (int64_t)(WAITS * layer_ns);
+    for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+        if ((one->state == HOLDS && one->layer == layer) || !one->layer_ns)
+            continue;
+        int64_t behind = ((layer - one->last_layer) % a->L + a->L) % a->L;
+        if (behind < 1 || behind > a->L / 2 || arrived_ns - one->last_ns >= (int64_t)(ACTIVE * one->layer_ns))
+            continue;
+        int64_t expected = one->last_ns + (int64_t)(behind * LATE * one->layer_ns);
+        expected = expected < longest ? expected : longest;
+        until = expected > until ? expected : until;
+    }
+    return until;
+}
+
+static void reply_to(struct answer *a, struct guest *guest, const uint8_t *y, int64_t began, int64_t ended)
+{
+    int64_t back = guest->rows * a->D * a->item_bytes;
+    uint64_t seq = get(guest->front + 8, 8);
+    memset(guest->head, 0, sizeof guest->head);
+    put(guest->head, a->magic, 2);
+    guest->head[2] = a->version;
+    guest->head[3] = REPLY;
+    guest->head[5] = a->dtype;
+    put(guest->head + 8, seq, 8);
+    put(guest->head + 16, (uint64_t)back, 4);
+    put(guest->head + 24, (uint64_t)((ended - began) / 1000), 4);
+    put(guest->head + 28, (uint64_t)((began - guest->received_ns) / 1000), 4);
+    put(guest->head + 36, (uint64_t)guest->rows, 4);
+    put(guest->head + 56, (uint64_t)(now_ns() / 1000), 8);
+    struct iovec parts[2] = {{guest->head, HEADER_BYTES}, {(void *)y, (size_t)back}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t sent;
+    do
+        sent = sendmsg(guest->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    guest->bytes_back += HEADER_BYTES + back;
+    a->wait_ns += began - guest->received_ns;
+    guest->state = IS_IDLE;
+    if (sent == HEADER_BYTES + back)
+        return;
+    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        guest->state = BROKE;
+        return;
+    }
+    guest->state = OWES;
+    guest->sent_bytes = sent < 0 ? 0 : sent;
+    memcpy(guest->x, y, back); /* the sums' memory is for the next batch */
+}
+
+/* Compute and answer what guests hold of a layer, together: each expert is read once for all of them. */
+static void serve_layer(struct answer *a, int64_t layer)
+{
+    int64_t rows = 0, pairs = 0, groups = 0, row_bytes = a->D * a->item_bytes, num = 0;
+    const uint8_t *x = a->x;
+    memset(a->at, 0, a->E * sizeof *a->at);
+    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+        if (one->state != HOLDS || one->layer != layer)
+            continue;
+        const uint16_t *experts = (const uint16_t *)(one->front + HEADER_BYTES), *counts = experts + one->groups;
+        for (int64_t g = 0; g < one->groups; g++) {
+            a->at[experts[g]] += counts[g];
+            a->found[experts[g]] = one->weights[g];
+        }
+        num++;
+        rows += one->rows;
+        x = one->x;
+    }
+    if (num > 1) {
+        int64_t at = 0;
+        for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+            if (one->state == HOLDS && one->layer == layer) {
+                memcpy(a->x + at * row_bytes, one->x, one->rows * row_bytes);
+                at += one->rows;
+            }
+        x = a->x;
+    }
+    for (int64_t e = 0; e < a->E; e++) { /* counts become where each expert's pairs begin */
+        int64_t count = a->at[e];
+        a->at[e] = pairs;
+        if (!count)
+            continue;
+        a->counts[groups] = count;
+        a->chosen[groups++] = a->found[e];
+        pairs += count;
+    }
+    int64_t first_row = 0;
+    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+        if (one->state != HOLDS || one->layer != layer)
+            continue;
+        const uint16_t *experts = (const uint16_t *)(one->front + HEADER_BYTES), *counts = experts + one->groups;
+        const uint32_t *pair_rows = (const uint32_t *)(counts + one->groups);
+        const float *pair_weights = (const float *)(pair_rows + one->pairs);
+        for (int64_t g = 0, p = 0; g < one->groups; g++)
+            for (int64_t c = 0; c < counts[g]; c++, p++) {
+                int64_t at = a->at[experts[g]]++;
+                a->pair_rows[at] = pair_rows[p] + first_row;
+                a->pair_weights[at] = pair_weights[p];
+            }
+        first_row += one->rows;
+    }
+    int64_t began = now_ns();
+    int failed = collegium_serve(a->shape, x, rows, a->pair_rows, a->pair_weights, pairs, a->counts, a->chosen, groups,
+                                 a->out, a->num_threads);
+    int64_t ended = now_ns(), at = 0;
+    a->batches++;
+    a->groups += groups;
+    a->compute_ns += ended - began;
+    if (num > 1) {
+        a->joined_batches++;
+        a->joined_dispatches += num;
+    }
+    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+        if (one->state == HOLDS && one->layer == layer) {
+            const uint8_t *y = a->out + at * row_bytes;
+            at += one->rows;
+            if (failed)
+                one->state = BROKE;
+            else
+                reply_to(a, one, y, began, ended);
+        }
+}
+
+/* Answer the dispatches of some links until `until_ns`, or until there is anything else to do: IDLE or OTHER. Afterwards no
+ * guest holds a dispatch, and the state of each says whether there is something to see to. */
 int collegium_answer(struct answer *a)
 {
+    int is_other = 0;
     for (;;) {
-        int64_t left_ns = a->until_ns - now_ns();
-        if (left_ns <= 0)
-            return IDLE;
-        struct epoll_event events[2];
-        int num = epoll_wait(a->epoll_fd, events, 2, (int)((left_ns + 999999) / 1000000));
-        if (num < 0 && errno == EINTR)
+        int64_t now = now_ns(), soonest = a->until_ns, layer = -1, num_held = 0;
+        int is_full = a->max_log && a->num_log + a->num_guests > a->max_log;
+        int is_leaving = is_other || is_full || now >= a->until_ns;
+        for (int64_t done_ns = -1;;) { /* layers that are waited for, oldest dispatch first */
+            const struct guest *oldest = NULL;
+            for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+                if (one->state == HOLDS && one->received_ns > done_ns && (!oldest || one->received_ns < oldest->received_ns))
+                    oldest = one;
+            if (!oldest)
+                break;
+            num_held++;
+            done_ns = oldest->received_ns;
+            int64_t until = is_leaving || !a->is_waiting ? 0 : wait_until(a, oldest->layer, oldest->received_ns);
+            if (until <= now) {
+                layer = oldest->layer;
+                break;
+            }
+            soonest = until < soonest ? until : soonest;
+        }
+        if (is_leaving && layer < 0)
+            return is_other ? OTHER : IDLE;
+        struct epoll_event events[16];
+        int num = 0;
+        if (!is_leaving && (layer < 0 || num_held < a->num_guests)) {
+            int64_t left_ns = layer < 0 ? soonest - now : 0;
+            num = epoll_wait(a->epoll_fd, events, 16, (int)((left_ns + 999999) / 1000000));
+            int64_t after = now_ns();
+            if (num_held && layer < 0)
+                a->join_wait_ns += after - now;
+            if (num < 0 && errno != EINTR)
+                is_other = 1;
+            for (int i = 0; i < num; i++) {
+                struct guest *found = NULL;
+                for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+                    if (one->fd == events[i].data.fd)
+                        found = one;
+                if (!found || events[i].events != EPOLLIN || (found->state != IS_IDLE && found->state != HOLDS))
+                    is_other = 1;
+                else if (found->state == IS_IDLE) {
+                    take_dispatch(a, found, after + i); /* no two arrive at the same time */
+                    is_other |= found->state != HOLDS;
+                } else if (layer < 0)
+                    layer = found->layer; /* it has sent another one: nothing is gained by waiting */
+            }
+        }
+        if (layer < 0)
             continue;
-        if (num == 0)
-            return IDLE;
-        if (num != 1 || events[0].data.fd != a->fd || events[0].events != EPOLLIN)
-            return OTHER;
-        enum outcome outcome = answer_one(a, now_ns());
-        if (outcome != IDLE)
-            return outcome;
+        serve_layer(a, layer);
+        for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+            is_other |= one->state != IS_IDLE && one->state != HOLDS;
     }
 }
