@@ -98,6 +98,7 @@ class ExpertBuffer:
         self._num_apart = 0  # of max_resident, slots that are kept free for prefetches
         self.residents = self._resident = Residents(list(num_experts))
         self._loan = threading.Lock()  # held while someone computes by the residents' table
+        self._num_wanting = 0  # threads that wait for the end of a loan: the next one would come before them
         self._num_by_layer = [0] * len(num_experts)
         self._staged: dict[ExpertId, PackedExpert] = {}  # prefetched, landed, not used yet
         self._under_way: dict[ExpertId, Load] = {}
@@ -170,9 +171,10 @@ class ExpertBuffer:
     def lend(self) -> bool:
         """Let the data thread compute by the table of residents alone, without visits, until `take_back`.
 
-        False where that cannot be: experts are evicted here, or their weights are not in host memory.
+        False where that cannot be: experts are evicted here, their weights are not in host memory, or someone waits to
+        let go of some.
         """
-        if not (self.is_roomy and self.slab is None):
+        if not self.is_roomy or self.slab is not None or self._num_wanting:
             return False
         self._loan.acquire()
         return True
@@ -292,10 +294,12 @@ class ExpertBuffer:
             slots = [self._resident[expert_id] for expert_id in gone]  # held until nobody computes from them
             for expert_id in gone:
                 self._remove(expert_id)
-        if slots:
-            self._loads.on_landed()  # wakes the borrower, who does not find them any more
-            with self._loan:
-                del slots
+            self._num_wanting += 1
+        self._loads.on_landed()  # wakes the borrower, who does not find them any more
+        with self._loan:
+            slots.clear()
+        with self._lock:
+            self._num_wanting -= 1
         return len(gone)
 
     @property

@@ -51,7 +51,7 @@ class HomeKeeper:
             await self._warm(current, placement.epoch)
             if self._buffer.holds_others(current):
                 await self._seen_by_routers(placement.epoch)
-                gone = self._buffer.release_others(current)
+                gone = await asyncio.to_thread(self._buffer.release_others, current)  # waits for a batch
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)
         self._on_ready()
 
