@@ -12,7 +12,7 @@ from collegium.link.frame import DTYPE_CODES, MAGIC, VERSION
 from collegium.link.port_link import PortLink
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import ExpertForm
-from collegium.model.native.answer import Answer, GuestState, Outcome
+from collegium.model.native.answer import Answer, LinkState, Outcome
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.join_wait import JoinWait
 
@@ -50,7 +50,7 @@ class Answering:
             if not links:
                 return False
             try:
-                if links != self._links:
+                if self._answer is None or links != self._links:  # none: no expert may have been there yet
                     self._links, self._answer = links, self._answer_for(links)
                 return self._answer is not None and self._run(links, self._answer, counters)
             finally:
@@ -69,7 +69,7 @@ class Answering:
             residents.table,
             layout,
             self._form,
-            num_guests=len(links),
+            num_links=len(links),
             max_rows=min(shape.max_rows for shape in shapes),
             max_pairs=min(shape.max_pairs for shape in shapes),
             max_groups=min(shape.max_groups for shape in shapes),
@@ -80,31 +80,31 @@ class Answering:
     def _run(self, links: list[PortLink], answer: Answer, counters: "Counters") -> bool:
         call, join_wait = answer.call, self._join_wait if len(links) > 1 else None
         call.epoll_fd = self._port.epoll_fd
-        for link, guest in zip(links, answer.guests, strict=True):
-            guest.fd, guest.offset_us = link.fd, link.clock_offset_us
+        for link, lent in zip(links, answer.links, strict=True):
+            lent.fd, lent.offset_us = link.fd, link.clock_offset_us
             if join_wait is not None:
-                guest.last_layer, guest.last_ns, guest.layer_ns = join_wait.met(link.router_id)
+                lent.last_layer, lent.last_ns, lent.layer_ns = join_wait.met(link.router_id)
         outcome = answer.run(
             until_ns=time.monotonic_ns() + int(_CALL_S * 1e9),
             is_logged=join_wait is not None,
             is_waiting=join_wait is not None and join_wait.is_on,
         )
-        for link, guest in zip(links, answer.guests, strict=True):
-            if guest.dispatches:
+        for link, lent in zip(links, answer.links, strict=True):
+            if lent.dispatches:
                 link.adopt(
-                    num_dispatches=guest.dispatches,
-                    num_rows=guest.total_rows,
-                    num_pairs=guest.total_pairs,
-                    bytes_out=guest.bytes_out,
-                    bytes_back=guest.bytes_back,
-                    heard=(guest.least_sent_us, guest.least_received_us),
-                    rest=guest.rest(answer.row_bytes) if guest.state == GuestState.OWES else b"",
+                    num_dispatches=lent.dispatches,
+                    num_rows=lent.total_rows,
+                    num_pairs=lent.total_pairs,
+                    bytes_out=lent.bytes_out,
+                    bytes_back=lent.bytes_back,
+                    heard=(lent.least_sent_us, lent.least_received_us),
+                    rest=lent.rest(answer.row_bytes) if lent.state == LinkState.OWES else b"",
                 )
-            if guest.state == GuestState.BROKE:
+            if lent.state == LinkState.BROKE:
                 link.end_reason = link.end_reason or "the router's connection broke within a frame"
-            counters.num_dispatches += guest.dispatches
-            counters.num_rows += guest.total_rows
-            counters.num_pairs += guest.total_pairs
+            counters.num_dispatches += lent.dispatches
+            counters.num_rows += lent.total_rows
+            counters.num_pairs += lent.total_pairs
         counters.num_batches += call.batches
         counters.num_joined_batches += call.joined_batches
         counters.num_joined_dispatches += call.joined_dispatches
@@ -114,6 +114,6 @@ class Answering:
         counters.join_wait_us += call.join_wait_ns // 1000
         self._buffer.totals.hits += call.groups
         if join_wait is not None:
-            for guest_idx, layer, num_decode_rows, received_ns in answer.log[: call.num_log].tolist():
-                join_wait.note(links[guest_idx].router_id, layer, num_decode_rows, received_ns * 1e-9)
+            for idx, layer, num_decode_rows, received_ns in answer.log[: call.num_log].tolist():
+                join_wait.note(links[idx].router_id, layer, num_decode_rows, received_ns * 1e-9)
         return outcome is Outcome.IDLE

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +102,5 @@ def test_a_service_that_waits_for_others_is_alive_and_not_ready(module: str, fla
         assert process.poll() is None
         process.terminate()
         process.wait(LIMIT_S)
-        began_s = time.monotonic()
         with pytest.raises(grpc.FutureTimeoutError), grpc.insecure_channel(address) as channel:
             grpc.channel_ready_future(channel).result(0.2)
-        assert time.monotonic() - began_s < LIMIT_S

@@ -17,7 +17,6 @@ from collegium.link.frame import SECRET_BYTES, Dispatch, FrameError, Hint, Reply
 from collegium.link.tcp_port import TcpPort
 from collegium.model import native
 from collegium.model.experts import PackedExpert, run_experts
-from collegium.model.native.answer import Outcome
 from collegium.model.weights import ExpertWeights
 from expert_svc.answering import Answering
 from expert_svc.buffer import ExpertBuffer
@@ -201,6 +200,18 @@ def test_dispatches_of_a_lone_router_are_answered_without_the_interpreter_and_al
     assert link.stats.rows_back == counters.num_rows
 
 
+def test_links_that_were_there_before_any_expert_are_served_in_the_call_once_there_are_some(start: Start) -> None:
+    worker = start()
+    link = worker.link()
+    ask(link, [dispatch_of(1, 0, 2)])  # loads what it asks for
+    worker.buffer.warm(ALL)
+    seq, until = 1, time.monotonic() + FAR_S
+    while not worker.in_c and time.monotonic() < until:
+        seq += 1
+        ask(link, [dispatch_of(seq, seq % NUM_LAYERS, 2)])
+    assert worker.in_c
+
+
 def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> None:
     worker = start()
     worker.buffer.warm([expert_id for expert_id in ALL if expert_id[0] != 2])
@@ -320,4 +331,3 @@ def test_a_loop_that_is_busy_in_the_call_can_be_stopped_and_its_port_closed(star
     worker.loop.stop()
     assert not worker.loop.is_alive
     assert time.monotonic() - began_s < FAR_S
-    assert Outcome.OTHER == 0  # as in exchange.c

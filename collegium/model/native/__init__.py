@@ -297,5 +297,15 @@ def declare(lib: ctypes.CDLL, name: str, result: type | None, arguments: Sequenc
     function.restype, function.argtypes = result, arguments
 
 
+@functools.cache
+def struct_function(name: str) -> Function:
+    """Return a function of the library that takes the address of one struct and returns an int."""
+    found = library()
+    assert found is not None
+    declare(found.raw, name, c_int, [c_void_p])
+    function: Function = getattr(found.raw, name)
+    return function
+
+
 def _is_bf16(dtype: torch.dtype) -> int:
     return int(dtype == torch.bfloat16)

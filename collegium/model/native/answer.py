@@ -5,9 +5,8 @@ L layers, E experts, D model.
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from ctypes import c_int, c_int32, c_int64, c_uint8, c_uint16, c_void_p
+from ctypes import c_int32, c_int64, c_uint8, c_uint16, c_void_p
 from enum import IntEnum
 
 import numpy as np
@@ -29,7 +28,7 @@ class Outcome(IntEnum):
     IDLE = 1  # the time was over
 
 
-class GuestState(IntEnum):
+class LinkState(IntEnum):
     """What is to be done about a link after a call."""
 
     IDLE = 0
@@ -39,7 +38,7 @@ class GuestState(IntEnum):
     BROKE = 4  # the connection has broken, or holds half a frame
 
 
-class Guest(ctypes.Structure):
+class LentLink(ctypes.Structure):
     """One link, as exchange.c has it."""
 
     _fields_ = (
@@ -70,8 +69,8 @@ class _Answer(ctypes.Structure):
         ("weights", c_void_p),
         *((name, c_int64) for name in ("L", "E", "D", "item_bytes", "max_rows", "max_pairs", "max_groups")),
         ("until_ns", c_int64),
-        ("guests", c_void_p),
-        ("num_guests", c_int64),
+        ("links", c_void_p),
+        ("num_links", c_int64),
         *(
             (name, c_void_p)
             for name in ("x", "out", "pair_rows", "counts", "at", "pair_weights", "chosen", "found", "log")
@@ -88,7 +87,7 @@ class _Answer(ctypes.Structure):
 
 
 class Answer:
-    """The loop for some links of one shape. `call` and `guests`: what it is told and what it says; see exchange.c."""
+    """The loop for some links of one shape. `call` and `links`: what it is told and what it says; see exchange.c."""
 
     def __init__(
         self,
@@ -96,7 +95,7 @@ class Answer:
         layout: ExpertLayout,
         form: ExpertForm,
         *,
-        num_guests: int,
+        num_links: int,
         max_rows: int,
         max_pairs: int,
         max_groups: int,
@@ -108,7 +107,7 @@ class Answer:
         `frames`: magic, version and the code of the rows' type, which is the layout's.
         """
         width, dtype = layout.d_model, layout.dtype
-        self.guests = (Guest * num_guests)()
+        self.links = (LentLink * num_links)()
         self.row_bytes = width * dtype.itemsize
         self.call = _Answer(
             shape=layout.shape_of(form),
@@ -121,24 +120,24 @@ class Answer:
             max_pairs=max_pairs,
             max_groups=max_groups,
             num_threads=num_threads,
-            guests=ctypes.addressof(self.guests),
-            num_guests=num_guests,
+            links=ctypes.addressof(self.links),
+            num_links=num_links,
         )
         self.call.magic, self.call.version, self.call.dtype = frames
-        fronts = torch.empty(num_guests, _HEADER_BYTES + 4 * max_groups + 8 * max_pairs, dtype=torch.uint8)
-        own, joined = torch.empty(num_guests, max_rows, width, dtype=dtype), max_rows * num_guests
+        fronts = torch.empty(num_links, _HEADER_BYTES + 4 * max_groups + 8 * max_pairs, dtype=torch.uint8)
+        own, joined = torch.empty(num_links, max_rows, width, dtype=dtype), max_rows * num_links
         together = torch.empty(2, joined, width, dtype=dtype)
         num_experts = table.shape[1]
-        wide = torch.empty((max_pairs + max_groups) * num_guests + 4 * num_experts, dtype=torch.int64)
-        weights = torch.empty(max_pairs * num_guests)
+        wide = torch.empty((max_pairs + max_groups) * num_links + 4 * num_experts, dtype=torch.int64)
+        weights = torch.empty(max_pairs * num_links)
         self.log = np.zeros((_MAX_LOG, 4), np.int64)
-        for idx, guest in enumerate(self.guests):
-            guest.front, guest.x = fronts[idx].data_ptr(), own[idx].data_ptr()
+        for idx, link in enumerate(self.links):
+            link.front, link.x = fronts[idx].data_ptr(), own[idx].data_ptr()
         self.call.x, self.call.out = together[0].data_ptr(), together[1].data_ptr()
         self.call.pair_rows, self.call.pair_weights = wide.data_ptr(), weights.data_ptr()
-        at = self.call.pair_rows + 8 * max_pairs * num_guests
-        for guest in self.guests:
-            guest.weights, at = at, at + 8 * max_groups
+        at = self.call.pair_rows + 8 * max_pairs * num_links
+        for link in self.links:
+            link.weights, at = at, at + 8 * max_groups
         self.call.counts, self.call.at, self.call.chosen, self.call.found = (
             at + 8 * num_experts * part for part in range(4)
         )
@@ -157,17 +156,8 @@ class Answer:
         call.max_log, call.num_log = _MAX_LOG if is_logged else 0, 0
         call.batches = call.joined_batches = call.joined_dispatches = call.groups = 0
         call.compute_ns = call.wait_ns = call.join_wait_ns = 0
-        for guest in self.guests:
-            guest.state = GuestState.IDLE
-            guest.least_sent_us = guest.least_received_us = guest.dispatches = 0
-            guest.total_rows = guest.total_pairs = guest.bytes_out = guest.bytes_back = 0
-        return Outcome(_function()(self._address))
-
-
-@functools.cache
-def _function() -> "native.Function":
-    library = native.library()
-    assert library is not None
-    native.declare(library.raw, "collegium_answer", c_int, [c_void_p])
-    function: native.Function = library.raw.collegium_answer
-    return function
+        for link in self.links:
+            link.state = LinkState.IDLE
+            link.least_sent_us = link.least_received_us = link.dispatches = 0
+            link.total_rows = link.total_pairs = link.bytes_out = link.bytes_back = 0
+        return Outcome(native.struct_function("collegium_answer")(self._address))

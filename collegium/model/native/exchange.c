@@ -384,13 +384,13 @@ int collegium_serve(const void *shape, const void *x, int64_t R, const int64_t *
                     int64_t P, const int64_t *counts, const void *const *weights, int64_t G, void *out, int num_threads);
 
 enum outcome { OTHER, IDLE };
-enum guest_state { IS_IDLE, HOLDS, LEFT, OWES, BROKE }; /* the last three: for the caller to see to */
+enum link_state { IS_IDLE, HOLDS, LEFT, OWES, BROKE }; /* the last three: for the caller to see to */
 
 #define WAITS 0.5   /* of the time that a router takes from layer to layer; these as in expert_svc/join_wait.py */
 #define LATE 1.25   /* an expected dispatch may take so much longer than usual */
 #define ACTIVE 6.0  /* a router that has not been heard of for so many of its layers is idle */
 
-struct guest { /* one link */
+struct lent_link { /* one link */
     /* memory: the part of a frame before its rows, the rows, its experts' weights as they were when it was read */
     uint8_t *front, *x;
     const void **weights; /* [max_groups] */
@@ -409,30 +409,30 @@ struct answer {
     const void *const *weights; /* [L, E] packed experts; NULL: not there. Others may write it */
     int64_t L, E, D, item_bytes, max_rows, max_pairs, max_groups;
     int64_t until_ns;
-    struct guest *guests;
-    int64_t num_guests;
-    /* memory for all guests' dispatches together: rows, sums, and what the kernels want wider than frames have it */
+    struct lent_link *links;
+    int64_t num_links;
+    /* memory for all links' dispatches together: rows, sums, and what the kernels want wider than frames have it */
     uint8_t *x, *out;
     int64_t *pair_rows, *counts, *at; /* at [E] */
     float *pair_weights;
     const void **chosen, **found; /* [E] */
-    int64_t *log, max_log, num_log; /* [max_log, 4] guest, layer, decoding rows, when received: where max_log is not 0 */
+    int64_t *log, max_log, num_log; /* [max_log, 4] link, layer, decoding rows, when received: where max_log is not 0 */
     int32_t epoll_fd, num_threads, is_waiting, unused;
     uint16_t magic;
     uint8_t version, dtype;
     int64_t batches, joined_batches, joined_dispatches, groups, compute_ns, wait_ns, join_wait_ns;
 };
 
-/* Read one dispatch of a guest into its memory: it HOLDS it then. Else it is LEFT, and nothing was taken, or BROKE. */
-static void take_dispatch(struct answer *a, struct guest *guest, int64_t received_ns)
+/* Read one dispatch of a link into its memory: it HOLDS it then. Else it is LEFT, and nothing was taken, or BROKE. */
+static void take_dispatch(struct answer *a, struct lent_link *link, int64_t received_ns)
 {
     int64_t rows = 0, pairs = 0, groups = 0, body = 0, front = 0;
     const int64_t most = HEADER_BYTES + 4 * a->max_groups + 8 * a->max_pairs;
     int is_here = 0;
-    guest->state = LEFT;
+    link->state = LEFT;
     for (int spin = 0; spin < SPINS && !is_here; spin++) {
         size_t wanted = (size_t)(front ? front : most < 4096 ? most : 4096);
-        ssize_t seen = recv(guest->fd, guest->front, wanted, MSG_PEEK | MSG_DONTWAIT);
+        ssize_t seen = recv(link->fd, link->front, wanted, MSG_PEEK | MSG_DONTWAIT);
         if (seen < 0 && errno == EINTR)
             continue;
         if (seen <= 0)
@@ -441,7 +441,7 @@ static void take_dispatch(struct answer *a, struct guest *guest, int64_t receive
             sched_yield();
             continue;
         }
-        const uint8_t *head = guest->front;
+        const uint8_t *head = link->front;
         rows = (int64_t)get(head + 44, 4), pairs = (int64_t)get(head + 48, 4), groups = (int64_t)get(head + 52, 2);
         body = (int64_t)get(head + 16, 4);
         front = HEADER_BYTES + 4 * groups + 8 * pairs;
@@ -449,10 +449,10 @@ static void take_dispatch(struct answer *a, struct guest *guest, int64_t receive
             get(head + 20, 2) || rows < 1 || rows > a->max_rows || pairs < 1 || pairs > a->max_pairs || groups < 1 ||
             groups > a->max_groups || (int64_t)get(head + 22, 2) >= a->L || body > MOST_BODY ||
             body != front - HEADER_BYTES + rows * a->D * a->item_bytes ||
-            (int64_t)get(head + 24, 8) + guest->offset_us <= received_ns / 1000 || get(head + 54, 2) > (uint64_t)rows)
+            (int64_t)get(head + 24, 8) + link->offset_us <= received_ns / 1000 || get(head + 54, 2) > (uint64_t)rows)
             return;
         int here = 0;
-        if (ioctl(guest->fd, FIONREAD, &here) < 0)
+        if (ioctl(link->fd, FIONREAD, &here) < 0)
             return;
         is_here = here >= HEADER_BYTES + body && seen >= front;
         if (!is_here)
@@ -460,16 +460,16 @@ static void take_dispatch(struct answer *a, struct guest *guest, int64_t receive
     }
     if (!is_here)
         return;
-    const uint16_t *experts = (const uint16_t *)(guest->front + HEADER_BYTES), *counts = experts + groups;
+    const uint16_t *experts = (const uint16_t *)(link->front + HEADER_BYTES), *counts = experts + groups;
     const uint32_t *pair_rows = (const uint32_t *)(counts + groups);
-    int64_t layer = (int64_t)get(guest->front + 22, 2), total = 0;
+    int64_t layer = (int64_t)get(link->front + 22, 2), total = 0;
     const void *const *weights = a->weights + layer * a->E;
     for (int64_t g = 0; g < groups; g++) {
         total += counts[g];
         if (experts[g] >= a->E || !counts[g])
             return;
-        guest->weights[g] = __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE);
-        if (!guest->weights[g])
+        link->weights[g] = __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE);
+        if (!link->weights[g])
             return;
     }
     if (total != pairs)
@@ -477,51 +477,51 @@ static void take_dispatch(struct answer *a, struct guest *guest, int64_t receive
     for (int64_t p = 0; p < pairs; p++)
         if (pair_rows[p] >= rows)
             return;
-    int64_t sent_us = (int64_t)get(guest->front + 56, 8), received_us = received_ns / 1000;
-    struct iovec parts[2] = {{guest->front, (size_t)front}, {guest->x, (size_t)(rows * a->D * a->item_bytes)}};
+    int64_t sent_us = (int64_t)get(link->front + 56, 8), received_us = received_ns / 1000;
+    struct iovec parts[2] = {{link->front, (size_t)front}, {link->x, (size_t)(rows * a->D * a->item_bytes)}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
-    guest->state = BROKE;
-    if (recvmsg(guest->fd, &message, MSG_WAITALL) != HEADER_BYTES + body)
+    link->state = BROKE;
+    if (recvmsg(link->fd, &message, MSG_WAITALL) != HEADER_BYTES + body)
         return;
-    if (!guest->least_received_us || received_us - sent_us < guest->least_received_us - guest->least_sent_us) {
-        guest->least_sent_us = sent_us;
-        guest->least_received_us = received_us;
+    if (!link->least_received_us || received_us - sent_us < link->least_received_us - link->least_sent_us) {
+        link->least_sent_us = sent_us;
+        link->least_received_us = received_us;
     }
-    guest->rows = rows;
-    guest->pairs = pairs;
-    guest->groups = groups;
-    guest->layer = layer;
-    guest->received_ns = received_ns;
-    guest->dispatches++;
-    guest->total_rows += rows;
-    guest->total_pairs += pairs;
-    guest->bytes_out += HEADER_BYTES + body;
-    guest->state = HOLDS;
+    link->rows = rows;
+    link->pairs = pairs;
+    link->groups = groups;
+    link->layer = layer;
+    link->received_ns = received_ns;
+    link->dispatches++;
+    link->total_rows += rows;
+    link->total_pairs += pairs;
+    link->bytes_out += HEADER_BYTES + body;
+    link->state = HOLDS;
     if (!a->max_log)
         return;
     int64_t *entry = a->log + 4 * a->num_log++;
-    entry[0] = guest - a->guests;
+    entry[0] = link - a->links;
     entry[1] = layer;
-    entry[2] = rows - (int64_t)get(guest->front + 54, 2);
+    entry[2] = rows - (int64_t)get(link->front + 54, 2);
     entry[3] = received_ns;
-    if (guest->last_layer >= 0 && layer == (guest->last_layer + 1) % a->L) {
-        int64_t gap = received_ns - guest->last_ns, usual = guest->layer_ns ? guest->layer_ns : gap;
+    if (link->last_layer >= 0 && layer == (link->last_layer + 1) % a->L) {
+        int64_t gap = received_ns - link->last_ns, usual = link->layer_ns ? link->layer_ns : gap;
         int64_t found = (4 * usual + gap) / 5;
-        guest->layer_ns = found < 2 * usual ? found : 2 * usual; /* one long pause is no habit */
+        link->layer_ns = found < 2 * usual ? found : 2 * usual; /* one long pause is no habit */
     }
-    guest->last_layer = layer;
-    guest->last_ns = received_ns;
+    link->last_layer = layer;
+    link->last_ns = received_ns;
 }
 
 /* Until when a layer's rows wait for those of other routers; the past: no longer. */
 static int64_t wait_until(const struct answer *a, int64_t layer, int64_t arrived_ns)
 {
     int64_t layer_ns = 0, until = 0;
-    for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+    for (const struct lent_link *one = a->links; one < a->links + a->num_links; one++)
         if (one->state == HOLDS && one->layer == layer && one->layer_ns > layer_ns)
             layer_ns = one->layer_ns;
     int64_t longest = arrived_ns + (int64_t)(WAITS * layer_ns);
-    for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+    for (const struct lent_link *one = a->links; one < a->links + a->num_links; one++) {
         if ((one->state == HOLDS && one->layer == layer) || !one->layer_ns)
             continue;
         int64_t behind = ((layer - one->last_layer) % a->L + a->L) % a->L;
@@ -534,48 +534,48 @@ static int64_t wait_until(const struct answer *a, int64_t layer, int64_t arrived
     return until;
 }
 
-static void reply_to(struct answer *a, struct guest *guest, const uint8_t *y, int64_t began, int64_t ended)
+static void reply_to(struct answer *a, struct lent_link *link, const uint8_t *y, int64_t began, int64_t ended)
 {
-    int64_t back = guest->rows * a->D * a->item_bytes;
-    uint64_t seq = get(guest->front + 8, 8);
-    memset(guest->head, 0, sizeof guest->head);
-    put(guest->head, a->magic, 2);
-    guest->head[2] = a->version;
-    guest->head[3] = REPLY;
-    guest->head[5] = a->dtype;
-    put(guest->head + 8, seq, 8);
-    put(guest->head + 16, (uint64_t)back, 4);
-    put(guest->head + 24, (uint64_t)((ended - began) / 1000), 4);
-    put(guest->head + 28, (uint64_t)((began - guest->received_ns) / 1000), 4);
-    put(guest->head + 36, (uint64_t)guest->rows, 4);
-    put(guest->head + 56, (uint64_t)(now_ns() / 1000), 8);
-    struct iovec parts[2] = {{guest->head, HEADER_BYTES}, {(void *)y, (size_t)back}};
+    int64_t back = link->rows * a->D * a->item_bytes;
+    uint64_t seq = get(link->front + 8, 8);
+    memset(link->head, 0, sizeof link->head);
+    put(link->head, a->magic, 2);
+    link->head[2] = a->version;
+    link->head[3] = REPLY;
+    link->head[5] = a->dtype;
+    put(link->head + 8, seq, 8);
+    put(link->head + 16, (uint64_t)back, 4);
+    put(link->head + 24, (uint64_t)((ended - began) / 1000), 4);
+    put(link->head + 28, (uint64_t)((began - link->received_ns) / 1000), 4);
+    put(link->head + 36, (uint64_t)link->rows, 4);
+    put(link->head + 56, (uint64_t)(now_ns() / 1000), 8);
+    struct iovec parts[2] = {{link->head, HEADER_BYTES}, {(void *)y, (size_t)back}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
     ssize_t sent;
     do
-        sent = sendmsg(guest->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        sent = sendmsg(link->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
-    guest->bytes_back += HEADER_BYTES + back;
-    a->wait_ns += began - guest->received_ns;
-    guest->state = IS_IDLE;
+    link->bytes_back += HEADER_BYTES + back;
+    a->wait_ns += began - link->received_ns;
+    link->state = IS_IDLE;
     if (sent == HEADER_BYTES + back)
         return;
     if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
-        guest->state = BROKE;
+        link->state = BROKE;
         return;
     }
-    guest->state = OWES;
-    guest->sent_bytes = sent < 0 ? 0 : sent;
-    memcpy(guest->x, y, back); /* the sums' memory is for the next batch */
+    link->state = OWES;
+    link->sent_bytes = sent < 0 ? 0 : sent;
+    memcpy(link->x, y, back); /* the sums' memory is for the next batch */
 }
 
-/* Compute and answer what guests hold of a layer, together: each expert is read once for all of them. */
+/* Compute and answer what links hold of a layer, together: each expert is read once for all of them. */
 static void serve_layer(struct answer *a, int64_t layer)
 {
     int64_t rows = 0, pairs = 0, groups = 0, row_bytes = a->D * a->item_bytes, num = 0;
     const uint8_t *x = a->x;
     memset(a->at, 0, a->E * sizeof *a->at);
-    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+    for (struct lent_link *one = a->links; one < a->links + a->num_links; one++) {
         if (one->state != HOLDS || one->layer != layer)
             continue;
         const uint16_t *experts = (const uint16_t *)(one->front + HEADER_BYTES), *counts = experts + one->groups;
@@ -589,7 +589,7 @@ static void serve_layer(struct answer *a, int64_t layer)
     }
     if (num > 1) {
         int64_t at = 0;
-        for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+        for (struct lent_link *one = a->links; one < a->links + a->num_links; one++)
             if (one->state == HOLDS && one->layer == layer) {
                 memcpy(a->x + at * row_bytes, one->x, one->rows * row_bytes);
                 at += one->rows;
@@ -606,7 +606,7 @@ static void serve_layer(struct answer *a, int64_t layer)
         pairs += count;
     }
     int64_t first_row = 0;
-    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++) {
+    for (struct lent_link *one = a->links; one < a->links + a->num_links; one++) {
         if (one->state != HOLDS || one->layer != layer)
             continue;
         const uint16_t *experts = (const uint16_t *)(one->front + HEADER_BYTES), *counts = experts + one->groups;
@@ -631,7 +631,7 @@ static void serve_layer(struct answer *a, int64_t layer)
         a->joined_batches++;
         a->joined_dispatches += num;
     }
-    for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+    for (struct lent_link *one = a->links; one < a->links + a->num_links; one++)
         if (one->state == HOLDS && one->layer == layer) {
             const uint8_t *y = a->out + at * row_bytes;
             at += one->rows;
@@ -643,17 +643,17 @@ static void serve_layer(struct answer *a, int64_t layer)
 }
 
 /* Answer the dispatches of some links until `until_ns`, or until there is anything else to do: IDLE or OTHER. Afterwards no
- * guest holds a dispatch, and the state of each says whether there is something to see to. */
+ * link holds a dispatch, and the state of each says whether there is something to see to. */
 int collegium_answer(struct answer *a)
 {
     int is_other = 0;
     for (;;) {
         int64_t now = now_ns(), soonest = a->until_ns, layer = -1, num_held = 0;
-        int is_full = a->max_log && a->num_log + a->num_guests > a->max_log;
+        int is_full = a->max_log && a->num_log + a->num_links > a->max_log;
         int is_leaving = is_other || is_full || now >= a->until_ns;
         for (int64_t done_ns = -1;;) { /* layers that are waited for, oldest dispatch first */
-            const struct guest *oldest = NULL;
-            for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+            const struct lent_link *oldest = NULL;
+            for (const struct lent_link *one = a->links; one < a->links + a->num_links; one++)
                 if (one->state == HOLDS && one->received_ns > done_ns && (!oldest || one->received_ns < oldest->received_ns))
                     oldest = one;
             if (!oldest)
@@ -671,7 +671,7 @@ int collegium_answer(struct answer *a)
             return is_other ? OTHER : IDLE;
         struct epoll_event events[16];
         int num = 0;
-        if (!is_leaving && (layer < 0 || num_held < a->num_guests)) {
+        if (!is_leaving && (layer < 0 || num_held < a->num_links)) {
             int64_t left_ns = layer < 0 ? soonest - now : 0;
             num = epoll_wait(a->epoll_fd, events, 16, (int)((left_ns + 999999) / 1000000));
             int64_t after = now_ns();
@@ -680,8 +680,8 @@ int collegium_answer(struct answer *a)
             if (num < 0 && errno != EINTR)
                 is_other = 1;
             for (int i = 0; i < num; i++) {
-                struct guest *found = NULL;
-                for (struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+                struct lent_link *found = NULL;
+                for (struct lent_link *one = a->links; one < a->links + a->num_links; one++)
                     if (one->fd == events[i].data.fd)
                         found = one;
                 if (!found || events[i].events != EPOLLIN || (found->state != IS_IDLE && found->state != HOLDS))
@@ -696,7 +696,7 @@ int collegium_answer(struct answer *a)
         if (layer < 0)
             continue;
         serve_layer(a, layer);
-        for (const struct guest *one = a->guests; one < a->guests + a->num_guests; one++)
+        for (const struct lent_link *one = a->links; one < a->links + a->num_links; one++)
             is_other |= one->state != IS_IDLE && one->state != HOLDS;
     }
 }

@@ -5,9 +5,8 @@ T tokens, K top-k, E experts, W workers, D model, P (row, expert) pairs.
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from ctypes import c_int, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
 
 import numpy as np
@@ -100,7 +99,7 @@ class Exchange:
 
         Lets go of the interpreter's lock. IndexError where an id or a worker is out of range.
         """
-        done = _function()(self._address)
+        done = native.struct_function("collegium_exchange")(self._address)
         if done < 0:
             raise IndexError(f"a choice names an expert or a worker that is not among {self.call.E} and {self.call.W}")
         return done == 0
@@ -111,15 +110,6 @@ class Exchange:
         counts: Sequence[int] = self.planned.sizes[::3].tolist()
         begin = sum(counts[:worker])
         return self.replies[begin : begin + counts[worker]]
-
-
-@functools.cache
-def _function() -> "native.Function":
-    library = native.library()
-    assert library is not None
-    native.declare(library.raw, "collegium_exchange", c_int, [c_void_p])
-    function: native.Function = library.raw.collegium_exchange
-    return function
 
 
 __all__ = ["MAX_PAIRS", "Exchange", "State"]

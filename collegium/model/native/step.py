@@ -5,9 +5,8 @@ L layers, T tokens, K top-k, E experts, D model, V vocabulary, W head width.
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,7 +126,7 @@ class DecodeStep:
         call.exchange, call.worker_of = ctypes.addressof(told), worker_of.ctypes.data
         call.decode, call.prefill, call.activations = (one.ctypes.data for one in counts)
         call.timeout_us = int(timeout_s * 1e6)
-        done = _function()(ctypes.addressof(call))
+        done = native.struct_function("collegium_step")(ctypes.addressof(call))
         if done < 0:
             raise IndexError(f"a choice names an expert or a worker that is not among {told.E} and {told.W}")
         return done == 0
@@ -136,12 +135,3 @@ class DecodeStep:
     def waited_s(self) -> tuple[float, float]:
         """Of the last call: time that rows were away, and of that the time that went by waiting."""
         return self._call.away_ns * 1e-9, self._call.blocked_ns * 1e-9
-
-
-@functools.cache
-def _function() -> "native.Function":
-    library = native.library()
-    assert library is not None
-    native.declare(library.raw, "collegium_step", c_int, [c_void_p])
-    function: native.Function = library.raw.collegium_step
-    return function
