@@ -66,6 +66,9 @@ class LeanModel:
         )
         self._steps: dict[int, DecodeStep] = {}  # idle ones, by number of rows
         self._rotated = torch.empty(0, 0), torch.empty(0, 0)
+        # Of "longrope" the rotation of a position depends on how many are asked for: there is no table of it.
+        rope: dict[str, object] = getattr(inner.config, "rope_parameters", None) or {}
+        self._most_rotations = 0 if rope.get("rope_type") == "longrope" else _MOST_ROTATIONS
         # Computes decode steps, experts included, as far as it can: ExpertCalls.compute_step; None: layer by layer.
         self.compute_step: StepCall | None = None
 
@@ -95,8 +98,8 @@ class LeanModel:
         return self._by_layer(0, work, cos, sin, cache, keep, num_threads)
 
     def _step_for(self, input_ids: Tensor, index: StepIndex) -> DecodeStep | None:
-        """Give the memory of a step of decode rows; None where prompts are among them or positions are far out."""
-        if index.chunks or int(index.decode_tables.lengths.max()) > _MOST_ROTATIONS:
+        """Give the memory of a step of decode rows; None where there are prompts, or no table of their positions."""
+        if index.chunks or int(index.decode_tables.lengths.max()) > self._most_rotations:
             return None
         num_rows = input_ids.shape[1]
         while len(self._steps) > _MOST_STEPS:

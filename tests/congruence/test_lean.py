@@ -5,10 +5,12 @@ import csv
 import decimal
 import difflib
 import heapq
+import json
 import math
 import optparse
 import pickletools
 import random
+import shutil
 import statistics
 import unittest
 from collections import Counter
@@ -98,6 +100,30 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     assert bool(ends[False]) == is_disturbed
     top_k, num_layers = running.model.top_k, len(running.model.moe_layers)
     assert decoded == num_layers * top_k * sum(len(answer.token_ids) - 1 for (answer,) in answers)
+
+
+def test_rotations_that_depend_on_the_length_come_from_no_table(oracle: Oracle, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "longrope"
+    shutil.copytree(oracle.checkpoint("qwen3_moe"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    half = load_router_model(checkpoint, torch.float32, CPU).cache_shapes[0].key[1] // 2
+    config["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "factor": 4.0,
+        "original_max_position_embeddings": 48,  # a table of the first 2,048 positions would be made of long factors
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    requests = [Request(prompt_ids=[5 + n, 9, 11, 40 + n], max_tokens=20) for n in range(3)]
+    answers: list[list[int]] = []
+    for modelling in ("transformers", "auto"):
+        model = load_router_model(checkpoint, torch.float32, CPU, modelling)
+        assert model.max_positions == 48
+        with OneProcess(checkpoint, model=model, transport="unix") as running:
+            answers += [[token for (answer,) in running.run(requests) for token in answer.token_ids]]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
