@@ -242,7 +242,9 @@ def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_
     worker = start(join_wait=join_wait)
     worker.buffer.warm(ALL)
     links = [worker.link(num_credits=4) for _ in range(3)]
-    for turn in range(60):
+    turn, num_sent, until = 0, 0, time.monotonic() + FAR_S
+    # Who comes together is the scheduler's choice: it goes on until some did.
+    while turn < 60 or (not worker.loop.counters.num_joined_batches and time.monotonic() < until):
         layer = turn % NUM_LAYERS
         sent = [dispatch_of(2 * turn + 1, layer, 1 + turn % 5, seed=3 * turn + n) for n in range(3)]
         for link, dispatch in zip(links, sent, strict=True):
@@ -253,12 +255,13 @@ def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_
         for link, dispatch in zip([*links, links[0]], sent, strict=False):
             reply = link.receive(dispatch.seq, time.monotonic() + FAR_S)
             assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+        turn, num_sent = turn + 1, num_sent + len(sent)
     worker.loop.stop()
     counters = worker.loop.counters
-    assert counters.num_dispatches == 3 * 60 + 9
+    assert counters.num_dispatches == num_sent
     assert worker.in_c > 100
     assert 0 < counters.num_joined_batches < counters.num_batches < counters.num_dispatches
-    assert counters.num_joined_dispatches > counters.num_joined_batches
+    assert counters.num_joined_dispatches >= 2 * counters.num_joined_batches
     assert worker.buffer.totals.hits == counters.num_expert_calls
     assert join_wait.has_company
     assert {join_wait.met(f"router-{n}")[0] for n in (1, 2, 3)} <= set(range(NUM_LAYERS))
