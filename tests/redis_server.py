@@ -15,10 +15,11 @@ from collegium.cli.embedded import find_server, server_argv, server_url, socket_
 class RedisServer:
     """Start, stop, kill and start again; what it held survives unless wiped."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, password: str = "") -> None:
         self._directory = directory
-        self.url = server_url(directory)
-        argv = server_argv(find_server(os.environ), directory)
+        url = server_url(directory)
+        self.url = url.replace("unix://", f"unix://:{password}@") if password else url
+        argv = (*server_argv(find_server(os.environ), directory), *(("--requirepass", password) if password else ()))
         self._child = Child(Command(name="redis", argv=argv, env=dict(os.environ)), lambda name, line: None)
 
     def start(self) -> None:
@@ -48,6 +49,6 @@ class RedisServer:
             try:
                 client.connect(str(socket_path(self._directory)))
                 client.sendall(b"PING\r\n")
-                return client.recv(16).startswith(b"+PONG")
+                return client.recv(16).startswith((b"+PONG", b"-NOAUTH"))
             except OSError:
                 return False

@@ -13,8 +13,10 @@ def check_redis_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise SettingsError(f"REDIS_URL is malformed: {error}; {remedy}") from None
+    except ValueError:  # its message may be a piece of the password
+        raise SettingsError(
+            f"REDIS_URL is malformed: its host and port cannot be told; {remedy}, with %XX for /, @ and : in a password"
+        ) from None
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise SettingsError(f"REDIS_URL is malformed: its scheme is {parts.scheme!r}; {remedy}")
     if parts.scheme == "unix" and not parts.path:
