@@ -20,7 +20,7 @@ STAMP := $(VENV)/.setup-done
 pinned = $(shell sed -n 's/^$(1)==/$(1)==/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format typecheck protos bench soak lock
+.PHONY: help setup run test lint format typecheck protos docs bench soak lock
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -59,6 +59,9 @@ lint: setup ## style, types, import contracts, protos
 format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: setup ## write docs/telemetry.md from the registries of names
+	@$(BIN)/python -m collegium.fabric.telemetry_page > docs/telemetry.md
 
 protos: setup ## write the stubs in collegium/v1 anew
 	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/collegium/v1/*.proto

@@ -12,7 +12,7 @@ from balancer_svc.roster import Roster
 from balancer_svc.service import Balancer
 from balancer_svc.settings import BalancerSettings
 from balancer_svc.store import StoreError
-from collegium.fabric import lifecycle, logs, rpc, settings, telemetry
+from collegium.fabric import lifecycle, logs, metrics, rpc, settings, telemetry
 from collegium.fabric.errors import Unavailable
 from collegium.fabric.redis_url import check_redis_url
 from collegium.v1 import balancer_pb2_grpc
@@ -50,8 +50,10 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
     )
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
-    telemetry.expose(balancer.counters)
-    metrics_url = telemetry.serve_metrics(options.metrics_bind, advertise=options.advertise)
+    metrics.expose(balancer.counters)
+    metrics_url = metrics.serve_metrics(
+        options.metrics_bind, advertise=options.advertise, prefix=options.metrics_prefix
+    )
     try:
         address = await server.start(options.bind)
         _log.info("listening", address=address, metrics=metrics_url)
@@ -80,7 +82,7 @@ def main() -> int:
     """Read the settings and run."""
     options = settings.parse(BalancerSettings, None, prog="balancer_svc")
     logs.configure(level=options.log_level, form=options.log_format, service="balancer")
-    telemetry.setup_tracing("collegium-balancer", options.otlp_endpoint, options.trace_ratio)
+    telemetry.setup("balancer", options)
 
     async def serve_with(stop: lifecycle.Stop) -> None:
         await serve(options, stop)

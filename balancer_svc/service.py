@@ -25,6 +25,7 @@ from balancer_svc.planner import NO_LOAD, Load, Model, Planner, Wish
 from balancer_svc.rebalancing import has_even_layers
 from balancer_svc.roster import Member, Roster
 from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
+from balancer_svc.worker_totals import WorkerTotals
 from collegium.fabric import logs
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from collegium.model.placement import Placement
@@ -67,6 +68,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
         self._costs = CostModel()
         self._account = Account(clock())
+        self._worker_totals = WorkerTotals()
         self._balancer_id = secrets.token_hex(5)
         self._token = NO_TOKEN
         self._is_loaded = False
@@ -98,7 +100,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         return (
             counts
             | {
-                "collegium_placement_epoch": float(self._planner.in_force.epoch),
+                "collegium_published_epoch": float(self._planner.in_force.epoch),
                 "collegium_lease_expiries_total": float(self._num_expiries),
                 "collegium_plans_total": float(self._num_plans),
                 "collegium_store_failures_total": float(self._num_store_failures),
@@ -106,6 +108,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 "collegium_balancer_has_memory": float(not self._is_store_lost),
             }
             | self._account.counters(self._clock())
+            # Of several balancers one adds workers up: who sums over pages must not count them twice.
+            | (self._worker_totals.counters() if self.is_leader else {})
         )
 
     async def load(self) -> None:
@@ -167,6 +171,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._step_down(str(error))
         if now_s - self._counters_s >= _COUNTERS_EVERY_S:
             self._counters_s = now_s
+            self._worker_totals.note(((w.member_id, w.counters) for w in self._roster.members(pb.ROLE_WORKER)), now_s)
             self._show()
         await self._remember()
 

@@ -108,7 +108,7 @@ class Running:
         return Burst(
             tokens_per_s=len(prompts) * (max_tokens - 1) / decoded_s,
             steps=sum(value for name, value in seen.items() if name.startswith("collegium_steps_total")),
-            dispatches=seen["worker/collegium_dispatches_total"],
+            dispatches=seen["worker/collegium_worker_dispatches_total"],
             calls=seen["worker/collegium_expert_calls_total"],
             pairs=seen["worker/collegium_worker_rows_total"],
             router_s=seen["router"],

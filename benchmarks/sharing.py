@@ -125,7 +125,8 @@ def measure(args: argparse.Namespace) -> list[Result]:
             for way in running:
                 calls = [c["collegium_worker_rows_total"] / c["collegium_expert_calls_total"] for c in counted[way]]
                 joined = [
-                    c["collegium_joined_dispatches_total"] / c["collegium_dispatches_total"] for c in counted[way]
+                    c["collegium_joined_dispatches_total"] / c["collegium_worker_dispatches_total"]
+                    for c in counted[way]
                 ]
                 gaps = sorted(between[way])
                 ratios = [a / b for a, b in zip(seconds[args.ways[-1]], seconds[way], strict=True)]

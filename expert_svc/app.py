@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Sequence
 
 import torch
 
-from collegium.fabric import lifecycle, logs, metrics, rpc, tracing
+from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
 from collegium.link.base import Arrival
@@ -39,7 +40,8 @@ def shape_of(manifest: Manifest, dtype: torch.dtype) -> balancer_pb2.ModelShape:
 
 
 def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> None:
-    """Record one span per sampled dispatch of a batch."""
+    """Record one span per sampled dispatch of a batch, from when it was begun; the times are time.time_ns()."""
+    began_s = time.monotonic() - (time.time_ns() - began_ns) / 1e9
     for arrival in arrivals:
         dispatch = arrival.dispatch
         attributes = {
@@ -47,6 +49,7 @@ def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> N
             "collegium.rows": len(dispatch.pair_rows),
             "collegium.experts": len(dispatch.experts),
             "collegium.joined": len(arrivals),
+            "collegium.wait_us": max(0, round((began_s - arrival.received_s) * 1e6)),
         }
         tracing.span_from_traceparent("worker.batch", dispatch.traceparent, began_ns, ended_ns, attributes)
 
@@ -88,7 +91,7 @@ def choose_device(config: Settings) -> torch.device | None:
 
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
-    tracing.setup_tracing("collegium-worker", config.otlp_endpoint, config.trace_ratio)
+    telemetry.setup("worker", config)
     try:
         manifest = load_manifest(config.manifest)
     except CheckpointError as error:
@@ -156,7 +159,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     server = rpc.Server("worker", services=("collegium.v1.Expert",))
     expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise)
+    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
     metrics.expose(counters.read)
     membership = Membership(
         config.balancer,
@@ -193,7 +196,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             await server.stop(0.5)
             await asyncio.to_thread(loop.stop)
             await asyncio.to_thread(buffer.close)
-            tracing.shutdown_tracing()
     failed = loop.error or (None if isinstance(ended, asyncio.CancelledError) else ended)
     if failed is not None:
         raise failed

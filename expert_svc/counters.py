@@ -30,7 +30,7 @@ class WorkerCounters:
             self._open = is_open
             links = [*is_open.values(), replace(self._closed)]
         return {
-            series("collegium_dispatches_total"): counters.num_dispatches,
+            series("collegium_worker_dispatches_total"): counters.num_dispatches,
             series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,
             series("collegium_join_wait_seconds_total"): counters.join_wait_us / 1e6,
             series("collegium_expert_calls_total"): counters.num_expert_calls,
@@ -58,14 +58,13 @@ class WorkerCounters:
             **self._regret(),
             series("collegium_busy_seconds_total"): counters.compute_us / 1e6,
             series("collegium_expired_dispatches_total"): sum(link.expired for link in links),
-            series("collegium_link_rows_total", direction="out"): sum(link.rows_out for link in links),
-            series("collegium_link_rows_total", direction="back"): sum(link.rows_back for link in links),
-            series("collegium_link_pairs_total", direction="out"): sum(link.pairs_out for link in links),
-            series("collegium_link_bytes_total", direction="out"): sum(link.bytes_out for link in links),
-            series("collegium_link_bytes_total", direction="back"): sum(link.bytes_back for link in links),
+            series("collegium_worker_link_rows_total", direction="out"): sum(link.rows_out for link in links),
+            series("collegium_worker_link_rows_total", direction="back"): sum(link.rows_back for link in links),
+            series("collegium_worker_link_bytes_total", direction="out"): sum(link.bytes_out for link in links),
+            series("collegium_worker_link_bytes_total", direction="back"): sum(link.bytes_back for link in links),
             series("collegium_resident_bytes"): buffer.resident_bytes,
             series("collegium_resident_experts"): buffer.num_resident,
-            series("collegium_links"): len(is_open),
+            series("collegium_worker_links"): len(is_open),
         }
 
     def _regret(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from collegium.fabric import logs, rpc, telemetry
+from collegium.fabric import logs, metrics, rpc
 from collegium.fabric.leases import Membership
 from collegium.v1 import balancer_pb2, inference_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
@@ -104,7 +104,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         pool = await stack.enter_async_context(
             RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set)
         )
-        stack.callback(telemetry.expose(lambda: _series(counts, admission, pool)))
+        stack.callback(metrics.expose(lambda: _series(counts, admission, pool)))
         balancer_channel = None
         if options.balancer:
             balancer_channel = await stack.enter_async_context(rpc.channel(options.balancer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from collegium.fabric import telemetry
+from collegium.fabric import metrics
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Counts:
             "collegium_requests_replayed_total": self.replays,
         }
         for reason, count in self.successes.items():
-            totals[telemetry.series("collegium_request_success_total", finish_reason=reason)] = count
+            totals[metrics.series("collegium_request_success_total", finished_reason=reason)] = count
         for code, count in self.failures.items():
-            totals[telemetry.series("collegium_request_failure_total", code=code)] = count
+            totals[metrics.series("collegium_request_failure_total", code=code)] = count
         return totals

@@ -30,6 +30,7 @@ class Generation:
         self.lost: CollegiumError | None = None  # why the router cannot go on; another one may
         self.is_cancelled = False
         self.cached_prompt_tokens = 0
+        self.first_token_s: float | None = None  # when the caller was given one, on the loop's clock
         self._choices = {choice.index: choice for choice in choices}
         self._num_given = total_tokens(self._choices.values())  # of an earlier stream
         self._model = model

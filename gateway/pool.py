@@ -13,7 +13,7 @@ from types import TracebackType
 
 from grpc import aio
 
-from collegium.fabric import logs
+from collegium.fabric import logs, metrics
 from collegium.fabric.errors import Unavailable
 from collegium.v1 import inference_pb2 as pb
 from gateway.attachment import Attachment
@@ -57,6 +57,11 @@ class RouterPool:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
         self._attachments.clear()
+
+    @property
+    def model_name(self) -> str:
+        """The model's name; empty until the first router was attached."""
+        return "" if self._model is None else self._model.name
 
     @property
     def model(self) -> pb.Model:
@@ -134,6 +139,7 @@ class RouterPool:
         is_first = not any(attachment.is_attached for attachment in self._attachments.values())
         if is_first and model != self._model:
             self._model = model
+            metrics.registry().model_name = model.name
             _log.info("serving", model=model.name, architecture=model.architecture, max_model_len=model.max_model_len)
         return model == self._model
 

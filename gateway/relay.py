@@ -13,7 +13,7 @@ from typing import Protocol
 
 from grpc import aio
 
-from collegium.fabric import logs, telemetry
+from collegium.fabric import logs, metrics, tracing
 from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2 as pb
 from gateway.admission import Admission, Ticket
@@ -112,7 +112,7 @@ class Relay:
                 continue
             progress = end.progress
             deadline_ms = arrival.left_ms(asyncio.get_running_loop().time())
-            traceparent = telemetry.current_traceparent()
+            traceparent = tracing.current_traceparent()
             seat = router.seat(work, request_id, deadline_ms=deadline_ms, traceparent=traceparent)
             if await _sit_out(work, seat, end):
                 return
@@ -189,9 +189,10 @@ class _Delivery:
         now_s = asyncio.get_running_loop().time()
         if self._num_tokens == 0:
             self.on_first_token()
-            telemetry.histogram("collegium_time_to_first_token_seconds").observe(now_s - self._arrived_s)
+            self._generation.first_token_s = now_s
+            metrics.histogram("collegium_time_to_first_token_seconds").observe(now_s - self._arrived_s)
         else:
-            telemetry.histogram("collegium_inter_token_latency_seconds").observe((now_s - self._last_s) / num_tokens)
+            metrics.histogram("collegium_inter_token_latency_seconds").observe((now_s - self._last_s) / num_tokens)
         self._num_tokens += num_tokens
         self._last_s = now_s
 

@@ -1,7 +1,6 @@
 """collegium.v1.Inference: check, hand to the relay, write.
 
-Owns the register of running requests, which Cancel looks into, and the counting of how requests end. Everything else
-is in the parts that it is given.
+Owns the register of running requests, which Cancel looks into. Everything else is in the parts that it is given.
 """
 
 from __future__ import annotations
@@ -10,24 +9,22 @@ import asyncio
 import secrets
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from grpc import aio
-from opentelemetry import trace
 
-from collegium.fabric import telemetry
-from collegium.fabric.errors import CollegiumError, DeadlineExceeded, Internal, InvalidArgument
+from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
 from gateway import validation
+from gateway.account import SCORE, Account, Accounts
 from gateway.choice import Choice
 from gateway.cluster import ClusterView
 from gateway.counts import Counts
 from gateway.generation import Generation
 from gateway.pool import RouterPool
-from gateway.relay import Arrival, Relay, Write
+from gateway.relay import Relay, Write
 from gateway.restore import restore
 from gateway.scoring import Scoring
 from gateway.tokenizer import Tokenizer
@@ -49,6 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._tokenizer = tokenizer
         self._cluster = cluster
         self._counts = counts
+        self._accounts = Accounts(counts, lambda: pool.model_name)
         self._running: defaultdict[str, set[Generation]] = defaultdict(set)
 
     def running(self, request_id: str = "") -> list[Generation]:
@@ -59,11 +57,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream a new request."""
-        async with self._accounted(context) as arrival:
+        async with self._accounts.of(_operation(request), context.time_remaining()) as account:
             model = self._pool.model
             accepted = await self._check(request.ByteSize(), lambda: self._accept(request, model))
             choices = self._choices(accepted)
-            await self._stream(Generation(accepted, choices, model=model.name), context.write, arrival)
+            await self._stream(Generation(accepted, choices, model=model.name), context.write, account)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
         """Stream the rest of a request that began elsewhere."""
@@ -83,9 +81,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             restore(choices, validation.check_progress(request.progress, accepted, model), accepted, model)
             return Generation(accepted, choices, model=model.name)
 
-        async with self._accounted(context) as arrival:
+        async with self._accounts.of(_operation(request.request), context.time_remaining()) as account:
             model = self._pool.model
-            await self._stream(await self._check(request.ByteSize(), check), write, arrival)
+            await self._stream(await self._check(request.ByteSize(), check), write, account)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a running request: its stream ends well, with FINISH_REASON_CANCELLED."""
@@ -98,13 +96,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score a text in one answer."""
-        async with self._accounted(context) as arrival:
+        async with self._accounts.of(SCORE, context.time_remaining()) as account:
             model = self._pool.model
             token_ids = await self._check(
                 request.ByteSize(), lambda: validation.check_score(request, model=model, tokenizer=self._tokenizer)
             )
-            response = await self._relay.score(Scoring(token_ids), token_ids, arrival)
-            self._counts.successes["score"] += 1
+            response = await self._relay.score(Scoring(token_ids), token_ids, account.arrival)
+            self._counts.successes[SCORE] += 1
             return response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -150,69 +148,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _check(self, num_bytes: int, check: Callable[[], T]) -> T:
         return check() if num_bytes <= _SMALL_BYTES else await asyncio.to_thread(check)
 
-    async def _stream(self, generation: Generation, write: Write, arrival: Arrival) -> None:
+    async def _stream(self, generation: Generation, write: Write, account: Account) -> None:
         request_id = generation.accepted.request_id
-        _mark_span(generation, self._pool.model.name)
+        account.begin(generation, self._pool.model.name)
         self._running[request_id].add(generation)
         try:
-            await self._relay.generate(generation, write, arrival)
+            await self._relay.generate(generation, write, account.arrival)
         finally:
             self._running[request_id].discard(generation)
             if not self._running[request_id]:
                 del self._running[request_id]
-            _mark_span_end(generation)
         self._counts.successes.update(generation.finish_reasons)
 
-    @asynccontextmanager
-    async def _accounted(self, context: Context) -> AsyncGenerator[Arrival, None]:
-        """Give a request's arrival and deadline, and count how it ended."""
-        arrival = _arrival(context.time_remaining())
-        code = "CANCELLED"  # an exception of another kind is the caller's going away
-        try:
-            yield arrival
-            code = ""
-        except CollegiumError as error:
-            code = error.code.name
-            raise
-        except Exception:
-            code = Internal.code.name
-            raise
-        finally:
-            if code:
-                self._counts.failures[code] += 1
-            telemetry.histogram("collegium_e2e_request_latency_seconds").observe(
-                asyncio.get_running_loop().time() - arrival.arrived_s
-            )
 
-
-def _arrival(left_s: float | None) -> Arrival:
-    now_s = asyncio.get_running_loop().time()
-    if left_s is not None and left_s <= 0:
-        raise DeadlineExceeded("the deadline had passed before the request arrived", remedy="give more time")
-    return Arrival(arrived_s=now_s, deadline_s=None if left_s is None else now_s + left_s)
-
-
-def _mark_span(generation: Generation, model: str) -> None:
-    span = trace.get_current_span()
-    if not span.is_recording():
-        return
-    accepted = generation.accepted
-    span.set_attributes(
-        {
-            "gen_ai.operation.name": "text_completion",
-            "gen_ai.provider.name": "collegium",
-            "gen_ai.request.model": model,
-            "gen_ai.request.max_tokens": accepted.max_tokens,
-            "gen_ai.request.temperature": accepted.sampling.temperature,
-            "gen_ai.request.seed": str(accepted.sampling.seed),
-            "gen_ai.response.id": accepted.request_id,
-            "gen_ai.usage.input_tokens": len(accepted.prompt_ids),
-        }
-    )
-
-
-def _mark_span_end(generation: Generation) -> None:
-    span = trace.get_current_span()
-    if span.is_recording():
-        span.set_attribute("gen_ai.usage.output_tokens", generation.num_new_tokens)
-        span.set_attribute("gen_ai.response.finish_reasons", generation.finish_reasons)
+def _operation(request: pb.GenerateRequest) -> str:
+    return "chat" if request.HasField("chat") else "text_completion"

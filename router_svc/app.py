@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from collegium.fabric import lifecycle, logs, metrics, rpc, tracing
+from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
 from collegium.model.architectures import CheckpointError, UnsupportedModelError
@@ -128,7 +128,7 @@ def expert_bytes(manifest: Manifest, model: RouterModel) -> list[int]:
 
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
-    tracing.setup_tracing("collegium-router", config.otlp_endpoint, config.trace_ratio)
+    telemetry.setup("router", config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     server = rpc.Server("router", services=("collegium.v1.Router",))
     loop = asyncio.get_running_loop()
@@ -136,8 +136,9 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     service = RouterService(outboxes)
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise)
+    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
     model, manifest = await asyncio.to_thread(load, config)
+    metrics.registry().model_name = config.model_name or config.model.resolve().name
     num_blocks, max_model_len = plan_memory(config, model)
     unsafe_routing = read_unsafe_routing(config, model)
     keeper: LinkKeeper | None = None
@@ -220,7 +221,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             await server.stop(1.0)
             await asyncio.to_thread(engine.stop)
             await keeper.close()
-            tracing.shutdown_tracing()
     if failed := engine.error or _failure(ended[0]) or _failure(ended[1]):
         raise failed
 

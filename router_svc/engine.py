@@ -29,6 +29,7 @@ from router_svc.paged_attention import PagedCache, StepIndex
 from router_svc.recorder import Recorder
 from router_svc.scheduler import Scheduler, Step
 from router_svc.sequence import Finish, Sequence
+from router_svc.sequence_life import SequenceLife
 from router_svc.turns import by_turns
 from router_svc.unsafe_routing import UnsafeRouting
 
@@ -307,6 +308,8 @@ class Engine:
         self.recorder.commit(step, self.num_step)
         for row in step.rows:
             row.sequence.stalled_since_s = None
+            if row.sequence.life is not None:
+                row.sequence.life.begin(began_s)
         self.totals.steps[step.kind] += 1
         self.totals.prefilled_tokens += sum(row.num_rows for row in step.chunks)
         self._score(step, logits, spans)
@@ -358,6 +361,8 @@ class Engine:
 
     def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         sequence.append(token)
+        if sequence.life is not None:
+            sequence.life.token()
         if sequence in self._counts:
             self._counts[sequence].add(token)
         self.totals.generated_tokens += 1
@@ -397,20 +402,26 @@ class Engine:
         )
 
     def _trace(self, step: Step) -> "tracing.Span | None":
+        """Open the span of a step that sampled sequences have rows in: under the first one's, linked to the others'."""
         if not tracing.is_tracing():
             return None
-        for row in step.rows:
-            sequence = row.sequence
-            if sequence.traceparent and (not sequence.is_decoding or len(sequence.output_ids) % _TRACED_DECODES == 0):
-                attributes = {
-                    "collegium.step": self.num_step,
-                    "collegium.rows": step.num_rows,
-                    "collegium.kind": step.kind,
-                }
-                span = tracing.start_span("router.step", traceparent=sequence.traceparent, attributes=attributes)
-                self._calls.traceparent = tracing.traceparent_of(span)
-                return span
-        return None
+        sampled = [row.sequence for row in step.rows if row.sequence.life is not None and row.sequence.life.traceparent]
+        due = [one for one in sampled if not one.is_decoding or len(one.output_ids) % _TRACED_DECODES == 0]
+        if not due or due[0].life is None:
+            return None
+        span = tracing.start_span(
+            "router.step",
+            traceparent=due[0].life.traceparent,
+            attributes={
+                "collegium.step": self.num_step,
+                "collegium.rows": step.num_rows,
+                "collegium.sequences": len(step.rows),
+                "collegium.kind": step.kind,
+            },
+            links=[one.life.span for one in sampled if one is not due[0] and one.life and one.life.span],
+        )
+        self._calls.traceparent = tracing.traceparent_of(span)
+        return span
 
     # --- sequences ---
 
@@ -442,6 +453,13 @@ class Engine:
                 self._tell(sequence)
                 continue
             self._by_key[_key(sequence)] = sequence
+            sequence.life = SequenceLife(
+                sequence.traceparent,
+                sequence.request_id,
+                sequence.choice_index,
+                num_prompt=len(sequence.prompt_ids),
+                num_given=len(sequence.output_ids),
+            )
             self._is_idle.clear()
             if sequence.sampling.has_penalties:
                 self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids)
@@ -459,11 +477,31 @@ class Engine:
         self._tell(sequence).failure = failure
         if finish is not None:
             sequence.finish = sequence.finish or finish
-        self._forget(sequence)
+        if failure is not None:
+            trace_id = tracing.trace_id_of(sequence.traceparent)
+            say = _log.info if failure.code == "DEADLINE_EXCEEDED" else _log.warning
+            say(
+                "a sequence failed",
+                code=failure.code,
+                reason=failure.reason,
+                why=failure.message,
+                request_id=sequence.request_id,
+                **({"trace_id": trace_id} if trace_id else {}),
+            )
+        self._forget(sequence, failure)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence, failure: Failure | None = None) -> None:
         if sequence.finish is None:
             sequence.finish = Finish.CANCELLED
+        if sequence.life is not None:
+            sequence.life.end(
+                finish="" if failure else sequence.finish.name.lower(),
+                failure="" if failure is None else failure.reason,
+                num_output=len(sequence.output_ids),
+                num_cached=sequence.num_cached,
+                num_preemptions=sequence.num_preemptions,
+            )
+            sequence.life = None
         self._scheduler.end(sequence)
         self._counts.pop(sequence, None)
         self._by_key.pop(_key(sequence), None)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from opentelemetry.trace import StatusCode
 from torch import Tensor
 
+from collegium.fabric import tracing
 from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
@@ -33,6 +35,7 @@ from router_svc.turns import pause
 # Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
 OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
 
+_MAX_TRACED_DISPATCHES = 256  # of one step: a sampled request must not fill the exporter's queue
 _PARTS = range(MAX_MICRO_BATCHES)
 
 
@@ -248,7 +251,8 @@ class ExpertCalls:
         """
         while step.layer < step.num_layers:
             self._refresh()
-            whole = self._whole(step.top_k) if self._live and not self._has_replicas and not self.shared else None
+            can_run = self._live and not self._has_replicas and not self.shared and not self.traceparent
+            whole = self._whole(step.top_k) if can_run else None
             if whole is None or not whole.takes_step(step):
                 return False
             seq = (self._seq + 1) & 0xFFFFFFFF
@@ -278,7 +282,36 @@ class ExpertCalls:
         *,
         is_counted: bool,
     ) -> Tensor:
-        """Have a layer computed that has come as far as `found` says."""
+        """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced."""
+        if not self._is_traced(layer):
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+        attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids)}
+        span = tracing.start_span("router.experts", traceparent=self.traceparent, attributes=attributes)
+        num_retries = self.totals.retries
+        try:
+            traceparent = tracing.traceparent_of(span)
+            return self._finish(
+                layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, traceparent=traceparent
+            )
+        except BaseException:
+            span.set_status(StatusCode.ERROR)
+            raise
+        finally:
+            span.set_attribute("collegium.retries", self.totals.retries - num_retries)
+            span.end()
+
+    def _finish(
+        self,
+        layer: int,
+        x: Tensor,
+        host_x: Tensor,
+        host_ids: NDArray[np.int64],
+        host_weights: NDArray[np.float32],
+        found: Disturbed,
+        *,
+        is_counted: bool,
+        traceparent: str = "",
+    ) -> Tensor:
         part, num_tokens = self._part, len(host_ids)
         missed: list[NDArray[np.uint16]] = []
         answers: list[tuple[WorkerShare, Tensor]] = list(found.done)
@@ -294,7 +327,7 @@ class ExpertCalls:
         is_first = True
         while pending or begun or lost:
             deadline_s = time.monotonic() + self._timeout_s
-            sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s)
+            sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s, traceparent)
             sent, begun = begun + sent, []
             self._note_away()
             try:
@@ -332,12 +365,18 @@ class ExpertCalls:
         self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> WholeExchange | None:
         """Say whether a layer can be computed in one call, and by what."""
-        whole = self._whole(ids.shape[1]) if layer not in self.shared else None
+        is_long = layer in self.shared or self._is_traced(layer)
+        whole = None if is_long else self._whole(ids.shape[1])
         return whole if whole is not None and whole.takes(x, ids, weights) else None
+
+    def _is_traced(self, layer: int) -> bool:
+        """Whether a layer of this step gets spans: where layers times workers are many, some, others the next time."""
+        stride = -(-self._num_layers * len(self._live) // _MAX_TRACED_DISPATCHES)
+        return bool(self.traceparent) and (layer + self._step) % stride == 0
 
     def _whole(self, top_k: int) -> WholeExchange | None:
         """Give what exchanges in one call; None where somebody listens or there is more than one part."""
-        if self.traceparent or self._wanting or self.on_layer is not None or len(self._parts) != 1:
+        if self._wanting or self.on_layer is not None or len(self._parts) != 1:
             return None
         if self._whole_version != self._routed_version:
             with self._lock:
@@ -386,7 +425,7 @@ class ExpertCalls:
             self.totals.needed_bytes += self._exchanges.fold()
 
     def _send(
-        self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float
+        self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float, traceparent: str
     ) -> tuple[list[_Sent], list[WorkerShare], str]:
         """Send every share: (sent, to be planned anew, why nothing more was sent)."""
         sent: list[_Sent] = []
@@ -406,7 +445,7 @@ class ExpertCalls:
                 pair_weights=share.pair_weights,
                 x=rows_for(x, share),
                 num_prompt_rows=share.num_rows - int(share.tokens.searchsorted(self._part.num_decode_rows)),
-                traceparent=self.traceparent,
+                traceparent=traceparent,
             )
             try:
                 link.send(dispatch)

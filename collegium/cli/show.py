@@ -111,10 +111,10 @@ def completion_table(
 
         table.add_row(
             name,
-            gained('collegium_link_rows_total{direction="out"}'),
-            gained('collegium_link_rows_total{direction="back"}'),
-            gained('collegium_link_bytes_total{direction="out"}'),
-            gained('collegium_link_bytes_total{direction="back"}'),
+            gained('collegium_worker_link_rows_total{direction="out"}'),
+            gained('collegium_worker_link_rows_total{direction="back"}'),
+            gained('collegium_worker_link_bytes_total{direction="out"}'),
+            gained('collegium_worker_link_bytes_total{direction="back"}'),
         )
     return Group(Text(title), table)
 

@@ -32,7 +32,7 @@ from collegium.client.results import (
     read_score,
 )
 from collegium.client.retry import Attempts, RetryPolicy
-from collegium.client.spans import end_generate_span, generate_span, mark_failed, unary_span
+from collegium.client.spans import GenerateSpan, mark_failed, unary_span
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
@@ -227,13 +227,13 @@ class Stream(CallView):
 
     def _run(self) -> Generator[Chunk, None, None]:
         call = self._call
-        span = generate_span(call)
+        span = GenerateSpan(call)
         attempts = self._reach.attempts(self._timeout_s)
         try:
             while not (call.is_complete or self.is_cancelled):
                 left_s = attempts.time_left_s(time.monotonic())
                 try:
-                    self._rpc = self._reach.open(call, attempts.address, left_s, span)
+                    self._rpc = self._reach.open(call, attempts.address, left_s, span.span)
                     if self.is_cancelled:
                         self._rpc.cancel()
                     for message in self._rpc:
@@ -245,12 +245,12 @@ class Stream(CallView):
                 except CollegiumError as error:
                     self._pause(attempts, error)
         except CollegiumError as error:
-            mark_failed(span, error)
+            span.fail(error)
             raise
         finally:
             if self._rpc is not None:
                 self._rpc.cancel()
-            end_generate_span(span, call)
+            span.end()
 
     def _pause(self, attempts: Attempts, error: CollegiumError) -> None:
         # A stream that breaks after its last message, or because the caller ended it, is over.

@@ -85,7 +85,13 @@ def _driven(generate: Callable[[Any, Context], AsyncIterator[Any]]) -> Behaviour
 
 def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
     async def guarded(request: Any, context: Context) -> Any:
-        span = _server_span(method, context) if tracing.is_tracing() and not method.startswith(_QUIET) else None
+        span = None
+        if not method.startswith(_QUIET):
+            traceparent = _traceparent_of(context)
+            span = _server_span(method, traceparent) if tracing.is_tracing() else None
+            trace_id = tracing.trace_id_of(traceparent if span is None else tracing.traceparent_of(span) or traceparent)
+            if trace_id:
+                logs.bind(trace_id=trace_id)
         try:
             return await behaviour(request, context)
         except CollegiumError as error:
@@ -93,11 +99,15 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
             await _abort(context, error)
         except aio.AbortError:
             raise
-        except Exception as error:
+        except Exception:
             _log.exception("a call failed by a fault of ours", method=method)
             fault = Internal("internal error; the server's log has the details", reason="FAULT")
-            _mark(span, error)
+            _mark(span, fault)
             await _abort(context, fault)
+        except asyncio.CancelledError:
+            if span is not None and span.is_recording():
+                span.set_attribute("error.type", "CANCELLED")
+            raise
         finally:
             if span is not None:
                 span.end()
@@ -113,9 +123,12 @@ async def _abort(context: Context, error: CollegiumError) -> None:
         raise asyncio.CancelledError from None
 
 
-def _server_span(method: str, context: Context) -> Span:
+def _traceparent_of(context: Context) -> str:
     metadata = context.invocation_metadata() or ()
-    traceparent = next((str(value) for key, value in metadata if key == tracing.TRACEPARENT), "")
+    return next((str(value) for key, value in metadata if key == tracing.TRACEPARENT), "")
+
+
+def _server_span(method: str, traceparent: str) -> Span:
     service, _, verb = method.lstrip("/").rpartition("/")
     attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": verb}
     span = tracing.start_span(method.lstrip("/"), traceparent=traceparent, kind=SpanKind.SERVER, attributes=attributes)
@@ -123,6 +136,8 @@ def _server_span(method: str, context: Context) -> Span:
     return span
 
 
-def _mark(span: Span | None, error: Exception) -> None:
+def _mark(span: Span | None, error: CollegiumError) -> None:
+    # The reason and not the message, which may repeat what a caller wrote.
     if span is not None and span.is_recording():
-        span.set_status(StatusCode.ERROR, str(error))
+        span.set_status(StatusCode.ERROR, f"{error.reason} {error.field or ''}".rstrip())
+        span.set_attribute("error.type", error.code.name)

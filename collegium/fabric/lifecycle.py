@@ -16,7 +16,7 @@ from typing import cast
 
 import uvloop
 
-from collegium.fabric import logs, metrics, probes, tracing
+from collegium.fabric import logs, metrics, probes, telemetry
 from collegium.fabric.errors import Cancelled, CollegiumError, SettingsError
 
 SUPERVISED_ENV = "COLLEGIUM_SUPERVISED"
@@ -70,7 +70,7 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str 
     interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
     """
     status = _run(main, name, health_bind)
-    tracing.shutdown_tracing()
+    telemetry.shutdown()
     if is_supervised():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,10 +1,12 @@
 """Structured logs on stderr: an event, then its fields, as text or as one JSON object per line.
 
-Owns the form of a line and where it goes. stdout is for data and never touched.
+Owns the form of a line and where it goes. stdout is for data and never touched. Prompts, answers and secrets are never
+logged; what is known of the request at hand is added to every line that is written for it.
 """
 
 from __future__ import annotations
 
+import contextvars
 import datetime
 import json
 import logging
@@ -13,6 +15,7 @@ from collections.abc import Mapping
 
 _FIELDS = "collegium_fields"
 _ROOT = "collegium"
+_bound: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar("log fields", default={})  # noqa: B039
 
 
 class Logger:
@@ -49,7 +52,13 @@ class Logger:
 
     def _write(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
         if self._inner.isEnabledFor(level):
-            self._inner.log(level, event, exc_info=exc_info, extra={_FIELDS: fields}, stacklevel=3)
+            extra = {_FIELDS: {**fields, **_bound.get()}}
+            self._inner.log(level, event, exc_info=exc_info, extra=extra, stacklevel=3)
+
+
+def bind(**fields: object) -> None:
+    """Add fields, such as request_id, to every line of the rest of this task; nothing is to be undone when it ends."""
+    _bound.set({**_bound.get(), **fields})
 
 
 def get(name: str) -> Logger:

@@ -93,14 +93,22 @@ class ServiceSettings:
         "address for probes, HOST:PORT: plaintext grpc.health.v1, `live` and readiness; empty: none", default=""
     )
     metrics_bind: str = setting("address of the metrics page, HOST:PORT; empty: none", default="127.0.0.1:0")
+    metrics_prefix: str = setting(
+        "names on the metrics page; vllm: those that vLLM has too as vLLM writes them",
+        default="collegium",
+        choices=("collegium", "vllm"),
+    )
     log_level: str = setting(
         "least level that is logged", default="info", choices=("debug", "info", "warning", "error")
     )
     log_format: str = setting("form of log lines on stderr", default="text", choices=("text", "json"))
     otlp_endpoint: str = setting(
-        "where traces go by OTLP over gRPC, http://HOST:PORT; empty: nowhere",
+        "where traces and metrics go by OTLP over gRPC, http://HOST:PORT; empty: nowhere",
         default="",
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    otlp_metrics_s: float = setting(
+        "how often metrics go to the OTLP endpoint; 0: never", default=15.0, at_least=0.0, unit="S"
     )
     trace_ratio: float = setting("share of requests that are traced", default=0.01, at_least=0.0, at_most=1.0)
     threads: int = setting("compute threads; 0: as many as there are cores", default=0, at_least=0)

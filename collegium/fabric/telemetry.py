@@ -1,45 +1,54 @@
-"""Telemetry in one place: metrics (see metrics) and traces (see tracing)."""
+"""What a process tells of itself, set up in one place: metrics (see metrics), traces (see tracing), both by OTLP."""
 
-from collegium.fabric.metrics import (
-    METRICS,
-    Counters,
-    MetricName,
-    MetricsRegistry,
-    expose,
-    histogram,
-    registry,
-    series,
-    serve_metrics,
-)
-from collegium.fabric.tracing import (
-    TRACEPARENT,
-    current_traceparent,
-    is_tracing,
-    make_current,
-    setup_tracing,
-    shutdown_tracing,
-    span_from_traceparent,
-    start_span,
-    traceparent_of,
-)
+from __future__ import annotations
 
-__all__ = [
-    "METRICS",
-    "TRACEPARENT",
-    "Counters",
-    "MetricName",
-    "MetricsRegistry",
-    "current_traceparent",
-    "expose",
-    "histogram",
-    "is_tracing",
-    "make_current",
-    "registry",
-    "series",
-    "serve_metrics",
-    "setup_tracing",
-    "shutdown_tracing",
-    "span_from_traceparent",
-    "start_span",
-    "traceparent_of",
-]
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from collegium.fabric import metrics, tracing
+from collegium.fabric.settings import ServiceSettings
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
+
+    from collegium.fabric.otlp_metrics import MetricsPush
+
+_push: MetricsPush | None = None
+
+
+def setup(role: str, options: ServiceSettings) -> None:
+    """Send this process's traces and metrics to where the settings say; a no-op where they name no endpoint.
+
+    The libraries for it are imported only then.
+    """
+    global _push
+    if not options.otlp_endpoint:
+        return
+    resource = _resource(role)
+    tracing.setup_tracing(resource, options.otlp_endpoint, options.trace_ratio)
+    if options.otlp_metrics_s:
+        from collegium.fabric.otlp_metrics import MetricsPush
+
+        source, endpoint = metrics.registry(), options.otlp_endpoint
+        _push = MetricsPush(source, endpoint, resource, options.otlp_metrics_s, start_ns=time.time_ns())
+        _push.start()
+
+
+def shutdown() -> None:
+    """Send what is left and stop; a no-op without setup. Blocks for seconds where the endpoint is gone."""
+    global _push
+    if _push is not None:
+        _push.stop()
+    _push = None
+    tracing.shutdown_tracing()
+
+
+def _resource(role: str) -> Resource:
+    """Say which process this is; OTEL_RESOURCE_ATTRIBUTES adds to it, as OpenTelemetry has it."""
+    from opentelemetry.sdk.resources import Resource
+
+    return Resource.create(
+        {"service.name": f"collegium-{role}", "service.instance.id": f"{socket.gethostname()}/{os.getpid()}"}
+    )

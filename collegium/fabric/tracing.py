@@ -5,22 +5,27 @@ Owns the tracer, the reading and writing of traceparent. Attributes are the call
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Link, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
+
 TRACEPARENT = "traceparent"
 _SCOPE = "collegium"
+_TRACE_ID_DIGITS = 32
 _propagator = TraceContextTextMapPropagator()
 _shutdown = None
 _enabled = False
 
 
-def setup_tracing(service_name: str, otlp_endpoint: str, ratio: float) -> None:
+def setup_tracing(resource: Resource, otlp_endpoint: str, ratio: float) -> None:
     """Export this process's spans to an OTLP/gRPC endpoint; an empty endpoint leaves tracing off.
 
     A request whose caller sampled it is traced; of those that arrive without a trace, the given share.
@@ -29,14 +34,11 @@ def setup_tracing(service_name: str, otlp_endpoint: str, ratio: float) -> None:
     if not otlp_endpoint:
         return
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": service_name}), sampler=ParentBasedTraceIdRatio(ratio)
-    )
+    provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
     exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https"), timeout=2)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
@@ -69,6 +71,12 @@ def traceparent_of(span: Span) -> str:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
+def trace_id_of(traceparent: str) -> str:
+    """Give the trace id of a traceparent, for logs; the empty string where it is none."""
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) >= 4 and len(parts[1]) == _TRACE_ID_DIGITS else ""
+
+
 def start_span(
     name: str,
     *,
@@ -76,11 +84,20 @@ def start_span(
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     start_ns: int | None = None,
+    links: Sequence[Span] = (),
 ) -> Span:
-    """Start a span under a traceparent, or under the current span where that is empty; the caller ends it."""
+    """Start a span under a traceparent, or under the current span where that is empty; the caller ends it.
+
+    links: spans of other traces that it serves as well.
+    """
     parent = _propagator.extract({TRACEPARENT: traceparent}) if traceparent else None
     return trace.get_tracer(_SCOPE).start_span(
-        name, context=parent, kind=kind, attributes=attributes, start_time=start_ns
+        name,
+        context=parent,
+        kind=kind,
+        attributes=attributes,
+        start_time=start_ns,
+        links=[Link(span.get_span_context()) for span in links],
     )
 
 

@@ -164,7 +164,7 @@ def test_a_thousand_cancelled_requests_leave_no_block_thread_file_or_task(cluste
 def _is_idle(cluster: Cluster) -> bool:
     router, gateway = read_metrics(cluster, "router"), read_metrics(cluster, "gateway")
     running = router["collegium_num_requests_running"] + router["collegium_num_requests_waiting"]
-    return running == 0 and router["collegium_kv_cache_usage_ratio"] == 0 and gateway["collegium_queued_tokens"] == 0
+    return running == 0 and router["collegium_kv_cache_usage_perc"] == 0 and gateway["collegium_queued_tokens"] == 0
 
 
 def _count(pid: int, what: str) -> int:

@@ -82,13 +82,13 @@ def test_the_cluster_answers_as_transformers_does(served: Served) -> None:
 
     with Client(cluster.targets) as client, ThreadPoolExecutor(len(references)) as pool:
         answers = list(pool.map(ask, range(len(references))))
-        router = _counters(client, "router", "collegium_generation_tokens_total", MAX_TOKENS * (NUM_PROMPTS + 1))
+        router = _counters(client, "router", "collegium_sampled_tokens_total", MAX_TOKENS * (NUM_PROMPTS + 1))
         worker = _counters(client, "worker", "collegium_expert_misses_total", 1 if has_few_slots else 0)
     for reference, choices in zip(references, answers, strict=True):
         for token_ids, logprobs in choices:
             assert token_ids == reference.token_ids
             assert logprobs == pytest.approx(reference.logprobs, abs=1e-4)
-    assert router["collegium_preemptions_total"] > 0
+    assert router["collegium_num_preemptions_total"] > 0
     assert router['collegium_steps_total{kind="mixed"}'] > 0
     assert not has_few_slots or worker["collegium_resident_bytes"] <= worker["collegium_expert_memory_bytes"]
 

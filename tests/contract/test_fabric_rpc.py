@@ -117,6 +117,9 @@ async def test_a_status_that_finds_its_caller_gone_is_a_cancelled_call_and_no_fa
     class Gone:
         """A call's context at the moment when the caller's end of the stream has just gone."""
 
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
         async def abort(self, *_: object) -> None:
             raise aio.InternalError("Failed execute_batch")
 

@@ -497,5 +497,5 @@ async def test_counts_and_metrics_tell_what_happened(served: Rig) -> None:
     series = served.gateway.counts.series()
     assert series["collegium_prompt_tokens_total"] == 3
     assert series["collegium_generation_tokens_total"] == 8
-    assert series['collegium_request_success_total{finish_reason="length"}'] == 1
+    assert series['collegium_request_success_total{finished_reason="length"}'] == 1
     assert series['collegium_request_failure_total{code="INVALID_ARGUMENT"}'] == 1

@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SCRIPT = """
 import asyncio, sys
-from collegium.fabric import lifecycle, rpc, telemetry
+from opentelemetry.sdk.resources import Resource
+from collegium.fabric import lifecycle, rpc, tracing
 from collegium.fabric.errors import NotFound
 from collegium.v1 import balancer_pb2 as pb, balancer_pb2_grpc
 
 class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Leave(self, request, context):
-        here = telemetry.current_traceparent()
-        telemetry.span_from_traceparent("step", here, 1, 2, {"rows": 3})
+        here = tracing.current_traceparent()
+        tracing.span_from_traceparent("step", here, 1, 2, {"rows": 3})
         print("in the call", here or "-")
         return pb.LeaveResponse()
 
@@ -27,7 +28,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         raise NotFound("no lease")
 
 async def main(stop):
-    telemetry.setup_tracing("example", sys.argv[1], float(sys.argv[2]))
+    tracing.setup_tracing(Resource.create({"service.name": "example"}), sys.argv[1], float(sys.argv[2]))
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     server.add(balancer_pb2_grpc.add_BalancerServicer_to_server, Balancer())
     address = await server.start("127.0.0.1:0")
@@ -68,7 +69,7 @@ def test_a_sampled_caller_is_followed_through_the_call_and_below(collector: tupl
     assert call.parent_span_id.hex() == PARENT.split("-")[2]
     assert step.parent_span_id == call.span_id
     assert f"in the call 00-{call.trace_id.hex()}-{call.span_id.hex()}-01" in out
-    assert servicer.spans["collegium.v1.Balancer/Renew"].status.message == "no lease"
+    assert servicer.spans["collegium.v1.Balancer/Renew"].status.message == "NOT_FOUND"
 
 
 def test_a_caller_that_is_not_sampled_leaves_no_trace(collector: tuple[Collector, str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from collegium.fabric.metrics import METRICS
-from tests.deploy.helm import CHART, NAMESPACE, ROOT, find, of_kind, pods, render, selects
+from tests.deploy.helm import CHART, NAMESPACE, ROOT, find, of_kind, pods, render, render_values, selects
 
 DASHBOARD = CHART / "files" / "dashboards" / "collegium.json"
 # What Prometheus and the scraping add to a metric's own labels.
@@ -35,6 +35,7 @@ def check(expression: str) -> None:
     assert found and len(found) == len(named), expression
     for name, suffix, matchers in found:
         metric = METRICS[name]
+        assert metric.role != "worker", f"{name}: single workers are not scraped unless asked for"
         assert bool(suffix) == (metric.kind == "histogram"), expression
         labels = set(re.findall(r"(\w+)\s*[=!]~?\s*\"", matchers))
         assert {"namespace", "pod"} <= labels <= ADDED | set(metric.labels), expression
@@ -91,7 +92,7 @@ SCENES: list[tuple[str, int, list[tuple[str, str, str, dict[str, str]]]]] = [
     (
         "CollegiumRouterWithoutWorkers",
         1,
-        [("collegium_links", pod, "0x60", {}) for pod in ("router-0", "worker-0")],
+        [("collegium_links", "router-0", "0x60", {})],
     ),
     (
         "CollegiumRouterMissesWorkers",
@@ -189,6 +190,12 @@ def test_the_dashboard_is_one_file_wherever_it_is_looked_for() -> None:
     config = find(render("everything"), "ConfigMap", "all-dashboards")
     assert json.loads(config["data"]["collegium.json"]) == json.loads(DASHBOARD.read_text())
     assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_the_pod_monitor_leaves_out_single_workers_unless_asked_for() -> None:
+    (monitor,) = of_kind(render_values({"metrics": {"podMonitor": {"enabled": True}}}), "PodMonitor")
+    (roles,) = monitor["spec"]["selector"]["matchExpressions"]
+    assert set(roles["values"]) == {"gateway", "router", "balancer"}
 
 
 def test_the_pod_monitor_finds_every_service_and_its_port() -> None:

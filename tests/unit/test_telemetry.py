@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
-from collegium.fabric import logs, metrics
+from collegium.fabric import logs, metrics, telemetry_page
 from collegium.fabric.errors import FailedPrecondition, SettingsError
 from collegium.fabric.metrics import METRICS, MetricsRegistry, series, serve_metrics
 
@@ -40,11 +43,11 @@ def test_counters_of_a_service_are_shown_by_series_with_their_help() -> None:
 
 def test_the_same_series_from_two_services_in_one_process_is_summed_and_ends_with_them() -> None:
     registry = MetricsRegistry()
-    registry.expose(lambda: {"collegium_preemptions_total": 1})
-    end = registry.expose(lambda: {"collegium_preemptions_total": 2})
-    assert "collegium_preemptions_total 3.0" in page(registry)
+    registry.expose(lambda: {"collegium_num_preemptions_total": 1})
+    end = registry.expose(lambda: {"collegium_num_preemptions_total": 2})
+    assert "collegium_num_preemptions_total 3.0" in page(registry)
     end()
-    assert "collegium_preemptions_total 1.0" in page(registry)
+    assert "collegium_num_preemptions_total 1.0" in page(registry)
 
 
 def test_distributions_are_made_once_with_their_buckets() -> None:
@@ -59,7 +62,7 @@ def test_distributions_are_made_once_with_their_buckets() -> None:
 def test_names_follow_one_convention() -> None:
     for name, metric in METRICS.items():
         assert name == metric.name
-        assert name.startswith("collegium_")
+        assert name.startswith("collegium_") != bool(metric.otlp)
         assert metric.help
         assert name.endswith("_total") == (metric.kind == "counter")
 
@@ -120,3 +123,33 @@ def test_a_logger_says_what_is_logged() -> None:
     logs.configure(level="warning", form="text")
     assert not logs.get("links").is_enabled_for("info")
     assert logs.get("links").is_enabled_for("error")
+
+
+def test_the_page_of_names_is_the_registrys() -> None:
+    path = Path(__file__).parents[2] / "docs" / "telemetry.md"
+    if os.environ.get("COLLEGIUM_RENEW"):
+        path.write_text(telemetry_page.render())
+    assert path.read_text() == telemetry_page.render(), "run `make docs`"
+
+
+def test_what_is_bound_is_on_every_line_of_its_task_and_on_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(level="info", form="json", service="gateway")
+
+    async def one(request_id: str) -> None:
+        logs.bind(trace_id="t1")
+        logs.bind(request_id=request_id)
+        await asyncio.sleep(0)
+        logs.get("gateway").info("replaying", lost="r1")
+
+    async def two() -> None:
+        await asyncio.gather(one("a"), one("b"))
+        logs.get("gateway").info("serving")
+
+    asyncio.run(two())
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line.get("request_id"), line.get("trace_id")) for line in lines] == [
+        ("a", "t1"),
+        ("b", "t1"),
+        (None, None),
+    ]
+    assert lines[0]["lost"] == "r1"
