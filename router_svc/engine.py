@@ -300,6 +300,7 @@ class Engine:
         try:
             logits = self._forward(step, step.split(num_parts) if num_parts > 1 else [step], keep)
         finally:
+            self._calls.end()
             self._calls.traceparent = ""
             if span is not None:
                 span.end()
