@@ -20,6 +20,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from collegium.fabric.errors import FailedPrecondition, SettingsError
+from collegium.fabric.hosts import bracketed
 
 Counters = Callable[[], Mapping[str, float]]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -259,7 +260,7 @@ def serve_metrics(bind: str, *, advertise: str = "", setting: str = "--metrics-b
     _pages.append((server, thread))
     if host in ("0.0.0.0", "[::]", "::"):
         host = advertise.rpartition(":")[0] or socket.gethostname()
-    return f"http://{host}:{server.server_port}/metrics"
+    return f"http://{bracketed(host)}:{server.server_port}/metrics"
 
 
 def stop_metrics() -> None:
