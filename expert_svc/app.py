@@ -184,6 +184,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         capacity_bytes=buffer.budget_bytes,
         counters=counters.read,
         failure_domain=config.failure_domain,
+        join_limit_s=config.balancer_wait_s,
     )
     async with membership:
 
