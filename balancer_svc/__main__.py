@@ -17,7 +17,6 @@ from collegium.fabric.errors import Unavailable
 from collegium.fabric.redis_url import check_redis_url
 from collegium.v1 import balancer_pb2_grpc
 
-_REDIS_LIMIT_S = 30.0
 _GRACE_S = 1.0
 
 _log = logs.get("balancer")
@@ -57,7 +56,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
     try:
         address = await server.start(options.bind)
         _log.info("listening", address=address, metrics=metrics_url)
-        await store.connect(_REDIS_LIMIT_S)
+        await store.connect(options.redis_wait_s)
         try:
             await balancer.load()
         except StoreError as error:

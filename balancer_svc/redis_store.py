@@ -100,9 +100,9 @@ class RedisStore:
                 now_s = time.monotonic()
                 if now_s - start_s + pause_s > limit_s:
                     raise Unavailable(
-                        f"Redis did not answer within {limit_s:.0f} s: {error}",
+                        f"Redis did not answer within {limit_s:g} s: {error}",
                         field="REDIS_URL",
-                        remedy="check the URL and that the server runs",
+                        remedy="check the URL and that the server runs; --redis-wait-s says how long to wait",
                     ) from error
                 if now_s - said_s > 2.0:
                     said_s = now_s

@@ -17,6 +17,9 @@ class BalancerSettings(ServiceSettings):
     redis_url: str = setting(
         "the balancer's memory: redis://, rediss:// or unix:// URL", env="REDIS_URL", unit="URL", secret=True
     )
+    redis_wait_s: float = setting(
+        "longest wait for Redis at the start, in seconds; then the process ends", default=30.0, at_least=0.0
+    )
     cluster: str = setting("name that keeps clusters apart in one Redis", default="default")
     expected_workers: int = setting(
         "workers to wait for before the first placement; 0: plan when no new one came for --settle-ms",

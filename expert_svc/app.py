@@ -10,7 +10,7 @@ import torch
 from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
-from collegium.link.base import Arrival
+from collegium.link.base import Arrival, WorkerPort
 from collegium.link.tcp_port import TcpPort
 from collegium.model.architectures import CheckpointError
 from collegium.model.calibration import settle_kernel
@@ -27,6 +27,7 @@ from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.service import ExpertService
 from expert_svc.settings import Settings
 
+_LOOK_EVERY_S = 0.02
 _log = logs.get("worker")
 
 
@@ -87,6 +88,20 @@ def choose_device(config: Settings) -> torch.device | None:
             remedy="install torch for CUDA, which brings it",
         )
     return device
+
+
+async def wait_for_routers(port: WorkerPort, limit_s: float) -> None:
+    """Wait until every router has closed its link, having heard that this worker drains, or until the time is over.
+
+    What routers send until then is answered.
+    """
+    until_s = time.monotonic() + limit_s
+    while port.links():
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            _log.warning("routers still send here; they find out by a broken link", links=len(port.links()))
+            return
+        await asyncio.sleep(min(left_s, _LOOK_EVERY_S))
 
 
 async def main(config: Settings, stop: lifecycle.Stop) -> None:
@@ -171,6 +186,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         capacity_bytes=buffer.budget_bytes,
         counters=counters.read,
         failure_domain=config.failure_domain,
+        join_limit_s=config.balancer_wait_s,
     )
     async with membership:
 
@@ -189,7 +205,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             service.is_draining = True
             server.set_serving(False)
             membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
-            await asyncio.sleep(config.drain_s)  # routers hear of it and send elsewhere
+            await wait_for_routers(port, config.drain_s)
         finally:
             follower.cancel()
             ended = (await asyncio.gather(follower, return_exceptions=True))[0]

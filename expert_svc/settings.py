@@ -53,5 +53,5 @@ class Settings(ServiceSettings):
         choices=("auto", "on", "off"),
     )
     drain_s: float = setting(
-        "time that routers get to send elsewhere at SIGTERM, in seconds", default=0.2, at_least=0.0
+        "longest wait for routers to send elsewhere at SIGTERM, in seconds", default=5.0, at_least=0.0
     )

@@ -131,6 +131,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
                 metrics_url,
                 options.threads or 1,
                 counters=counts.series,
+                join_limit_s=options.balancer_wait_s,
             )
             serving.join(await stack.enter_async_context(membership))
             following = asyncio.create_task(_follow(membership, pool), name="follow-routers")

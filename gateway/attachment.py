@@ -24,6 +24,7 @@ from gateway.outbox import Outbox
 
 _DESCRIBE_S = 5.0
 _BACKOFF_S = (0.1, 2.0)
+HANDED_OVER = "DRAINING"  # the reason of a failure by which a router sends back what it has not begun
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = logs.get("gateway.routers")
 Stream = aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
@@ -231,6 +232,8 @@ class Attachment:
             if not seat.open_choices:
                 self._drop(seat)
                 self._outbox.close(seat.submission_id)
+        if news.failure.reason == HANDED_OVER and self._is_healthy:
+            self._set_healthy(False)  # its health says so too, but maybe later
         seat.sitter.take_news(news)
 
     async def _write(self, stream: Stream) -> None:

@@ -17,7 +17,7 @@ from collegium.fabric import logs, metrics, tracing
 from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2 as pb
 from gateway.admission import Admission, Ticket
-from gateway.attachment import Attachment, Seat, Sitter
+from gateway.attachment import HANDED_OVER, Attachment, Seat, Sitter
 from gateway.counts import Counts
 from gateway.generation import Generation
 from gateway.pool import RouterPool
@@ -116,13 +116,16 @@ class Relay:
             seat = router.seat(work, request_id, deadline_ms=deadline_ms, traceparent=traceparent)
             if await _sit_out(work, seat, end):
                 return
+            avoid = router
+            if work.lost is not None and work.lost.reason == HANDED_OVER and end.progress == progress:
+                _log.info("handed over", request_id=request_id, by=router.address)
+                continue
             num_fruitless = 0 if end.progress > progress else num_fruitless + 1
             if num_fruitless > MAX_FRUITLESS_REPLAYS:
                 why = "" if work.lost is None else work.lost.message
                 raise Unavailable(
                     f"{num_fruitless} routers were lost on this request; the last: {why}", reason="REPLAY_LIMIT"
                 )
-            avoid = router
             self._counts.replays += 1
             _log.info("replaying", request_id=request_id, lost=router.address, progress=end.progress)
 

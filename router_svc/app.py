@@ -174,6 +174,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         metrics_url,
         num_threads,
         counters=lambda: read_counters(engine, calls),
+        join_limit_s=config.balancer_wait_s,
     )
     async with membership:
         service.router_id = membership.member_id

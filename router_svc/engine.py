@@ -120,13 +120,13 @@ class Engine:
         self._scheduler = Scheduler(self._pool, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
         self._num_threads, self._expert_wait_s = num_threads, expert_wait_s
         self._on_end = on_end
-        self._is_idle = threading.Event()
+        self._is_idle = threading.Event()  # no sequence is left, waits to be taken, or has news to be told
         self._is_idle.set()
         self._by_key: dict[tuple[int, str, int], Sequence] = {}
         self._counts: dict[Sequence, TokenCounts] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._wakeup = threading.Condition()
-        self._is_stopping = False
+        self._is_stopping = self._has_ended = False
         self._news: dict[int, dict[Sequence, News]] = {}  # by owner
         self._owners: set[int] = set()
         self._num_submitted = 0
@@ -157,7 +157,10 @@ class Engine:
             self._thread.join(timeout_s)
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Block until no sequence is left, or the time is over. Returns whether it is idle."""
+        """Block until every sequence that was submitted has ended and its end was delivered, or the time is over.
+
+        Returns whether it is idle.
+        """
         return self._is_idle.wait(timeout_s)
 
     @property
@@ -175,7 +178,7 @@ class Engine:
 
     def submit(self, sequences: Seq[Sequence]) -> None:
         """Take the choices of one request."""
-        self._post(lambda: self._submit(sequences))
+        self._post(lambda: self._submit(sequences), is_work=True)
 
     def cancel(self, owner: int, request_id: str, choice_index: int | None = None) -> None:
         """End a request, or one choice, with Finish.CANCELLED; its blocks are free before the next step."""
@@ -211,8 +214,10 @@ class Engine:
         """Sequences known."""
         return len(self._by_key)
 
-    def _post(self, command: Callable[[], object]) -> None:
+    def _post(self, command: Callable[[], object], *, is_work: bool = False) -> None:
         with self._wakeup:
+            if is_work and not self._has_ended:
+                self._is_idle.clear()
             self._commands.append(command)  # type: ignore[arg-type]
             self._wakeup.notify()
 
@@ -229,7 +234,9 @@ class Engine:
             _log.exception("the engine has died")
             raise
         finally:
-            self._is_idle.set()  # nothing will come of what is left
+            with self._wakeup:
+                self._has_ended = True
+                self._is_idle.set()  # nothing will come of what is left
             self._on_end()
 
     def _turn(self) -> None:
@@ -240,8 +247,11 @@ class Engine:
         if step is None:
             self._flush()
             with self._wakeup:
-                if not self._commands and not self._is_stopping:
-                    self._wakeup.wait(self._idle_s())
+                if not self._commands:
+                    if not self._by_key:
+                        self._is_idle.set()
+                    if not self._is_stopping:
+                        self._wakeup.wait(self._idle_s())
             return
         self.num_step += 1
         began = time.monotonic()
@@ -291,6 +301,7 @@ class Engine:
         try:
             logits = self._forward(step, step.split(num_parts) if num_parts > 1 else [step], keep)
         finally:
+            self._calls.end()
             self._calls.traceparent = ""
             if span is not None:
                 span.end()
@@ -460,7 +471,6 @@ class Engine:
                 num_prompt=len(sequence.prompt_ids),
                 num_given=len(sequence.output_ids),
             )
-            self._is_idle.clear()
             if sequence.sampling.has_penalties:
                 self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids)
             self._scheduler.add(sequence)
@@ -505,8 +515,6 @@ class Engine:
         self._scheduler.end(sequence)
         self._counts.pop(sequence, None)
         self._by_key.pop(_key(sequence), None)
-        if not self._by_key:
-            self._is_idle.set()
 
     def _fail_all(self, step: Step, failure: Failure) -> None:
         for row in step.rows:

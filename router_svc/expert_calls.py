@@ -78,9 +78,9 @@ class _Part:
 class ExpertCalls:
     """The router's way to the experts.
 
-    `begin` opens each step; `traceparent` and `on_layer` are the engine's to set before it. A step may be computed in
-    parts that take turns (`turns.by_turns`): `enter` says whose turn it is, and each part's `compute` pauses while its
-    rows are away.
+    `begin` opens each step, `end` closes it; `traceparent` and `on_layer` are the engine's to set before it. A step may
+    be computed in parts that take turns (`turns.by_turns`): `enter` says whose turn it is, and each part's `compute`
+    pauses while its rows are away.
     """
 
     def __init__(
@@ -101,10 +101,12 @@ class ExpertCalls:
         """
         self._num_layers, self._num_experts, self._timeout_s = num_layers, num_experts, timeout_s
         self._on_lost = on_lost
-        self._lock = threading.Lock()  # guards the three below: written by the control loop, read by the engine
+        self._lock = threading.Lock()  # guards the five below: written by the control loop, read by the engine
         self._links: dict[str, RouterLink] = {}
         self._placement = NO_PLACEMENT
         self._version = 0
+        self._is_amid_step = False
+        self._retired: dict[str, RouterLink] = {}  # in use no more, but what was sent is still to be answered
         self._routed_version = -1
         self._exchanges: WholeExchange | None = (
             None  # what computes plain layers in one call, while links stay as they are
@@ -143,13 +145,22 @@ class ExpertCalls:
             self._version += 1
 
     def drop_link(self, worker_id: str) -> None:
-        """Close a link and use it no more. Thread-safe."""
+        """Close a link and use it no more, whatever is on it. Thread-safe."""
         with self._lock:
-            self._fold()
-            link = self._links.pop(worker_id, None)
-            self._version += 1
+            link = self._take_out(worker_id) or self._retired.pop(worker_id, None)
             if link is not None:
-                self._wanting.discard(link)
+                self._closed.add(link.stats)
+        if link is not None:
+            link.close()
+
+    def retire_link(self, worker_id: str) -> None:
+        """Use a link no more, and close it once the step at hand is over: what was sent is answered. Thread-safe."""
+        with self._lock:
+            link = self._take_out(worker_id)
+            if link is not None and self._is_amid_step:
+                self._retired[worker_id] = link
+                return
+            if link is not None:
                 self._closed.add(link.stats)
         if link is not None:
             link.close()
@@ -184,19 +195,25 @@ class ExpertCalls:
         with self._lock:
             self._fold()
             stats = {"": replace(self._closed)}
+            for link in self._retired.values():
+                stats[""].add(link.stats)
             for worker_id, link in self._links.items():
                 stats[worker_id] = replace(link.stats)
             return stats
 
     def close(self) -> None:
         """Close every link."""
-        for worker_id in self.worker_ids:
+        with self._lock:
+            worker_ids = [*self._links, *self._retired]
+        for worker_id in worker_ids:
             self.drop_link(worker_id)
 
     # --- engine ---
 
     def begin(self, step: int, parts: Sequence[tuple[Sequence[int], int]]) -> None:
         """Open a step of one or several parts, each of tokens [T], of which the first so many decode."""
+        with self._lock:
+            self._is_amid_step = True
         self._step, self._parts = step, []
         self._num_away = 0
         for shared in self.shared.values():
@@ -213,6 +230,16 @@ class ExpertCalls:
                     table = [route.worker_of for route in self._table]
                     hinting.recall(num_decode_rows, table, self._live)
         self._part = self._parts[0]
+
+    def end(self) -> None:
+        """Close a step: nothing is under way on any link, but what was given up. Idempotent."""
+        with self._lock:
+            self._is_amid_step = False
+            retired, self._retired = list(self._retired.values()), {}
+            for link in retired:
+                self._closed.add(link.stats)
+        for link in retired:
+            link.close()
 
     def enter(self, idx: int) -> None:
         """Let a part of the step have its turn."""
@@ -418,6 +445,15 @@ class ExpertCalls:
             self.totals.away_s += away_s
             self.totals.blocked_s += blocked_s
         return y
+
+    def _take_out(self, worker_id: str) -> RouterLink | None:
+        """Use a link no more; under the lock."""
+        self._fold()
+        link = self._links.pop(worker_id, None)
+        self._version += 1
+        if link is not None:
+            self._wanting.discard(link)
+        return link
 
     def _fold(self) -> None:
         """Take over what the exchange has counted; under the lock."""

@@ -48,6 +48,7 @@ class LinkKeeper:
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address: a worker may get a new id and be the same process
         self._ids: dict[str, str] = {}  # worker id by address
         self._lost: dict[str, asyncio.Event] = {}  # by address
+        self._draining: set[str] = set()  # ids of workers that still answer what was sent to them
         self.router_id = ""
 
     def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
@@ -59,8 +60,12 @@ class LinkKeeper:
         workers = {
             m.address: m.member_id for m in view.members if m.role == balancer_pb2.ROLE_WORKER and m.state in _ANSWERING
         }
+        draining = {m.member_id for m in view.members if m.state == balancer_pb2.MEMBER_STATE_DRAINING}
+        for worker_id in self._draining - draining:
+            self._draining.discard(worker_id)
+            self._calls.drop_link(worker_id)
         for address in self._tasks.keys() - workers.keys():
-            self._forget(address)
+            self._forget(address, is_draining=self._ids[address] in draining)
         for address, worker_id in workers.items():
             if address not in self._tasks:
                 self._ids[address], self._lost[address] = worker_id, asyncio.Event()
@@ -86,10 +91,15 @@ class LinkKeeper:
                 self._lost[address].set()
         self._on_change()
 
-    def _forget(self, address: str) -> None:
+    def _forget(self, address: str, *, is_draining: bool = False) -> None:
         self._tasks.pop(address).cancel()
         self._lost.pop(address)
-        self._calls.drop_link(self._ids.pop(address))
+        worker_id = self._ids.pop(address)
+        if is_draining:
+            self._draining.add(worker_id)
+            self._calls.retire_link(worker_id)
+        else:
+            self._calls.drop_link(worker_id)
         self._on_change()
 
     async def _keep(self, address: str) -> None:

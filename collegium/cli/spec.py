@@ -94,7 +94,7 @@ def check_counts(**counts: int) -> None:
 def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
     """Lay out all members, in the order in which they are started; each keeps its address over restarts."""
     taken: set[int] = set()
-    balancers = [_address(taken) for _ in range(spec.num_balancers)]
+    balancers = [free_address(taken) for _ in range(spec.num_balancers)]
     router_flags = (*_model(spec), *_weights(spec), "--threads", str(spec.threads.per_router), "--drain-s", "1")
     gateway_flags = (*_model(spec), "--drain-s", "2")
     members: list[Member] = []
@@ -106,10 +106,10 @@ def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
     members += [worker_of(spec, i, ",".join(balancers), taken) for i in range(spec.num_workers)]
     for i in range(spec.num_routers):
         flags = (*router_flags, *known)
-        address = _address(taken)
+        address = free_address(taken)
         members.append(_member(spec, redis_url, "router", f"router-{i}", address, flags, spec.threads.per_router))
     for i in range(spec.num_gateways):
-        address = _fixed_address(spec.grpc_port + i) if spec.grpc_port else _address(taken)
+        address = _fixed_address(spec.grpc_port + i) if spec.grpc_port else free_address(taken)
         members.append(_member(spec, redis_url, "gateway", f"gateway-{i}", address, (*gateway_flags, *known), 1))
     return members
 
@@ -120,7 +120,7 @@ def worker_of(spec: ClusterSpec, index: int, balancers: str, taken: set[int], *,
     flags = (*_weights(spec), "--balancer", balancers, "--threads", str(num_threads))
     if is_added:
         flags = (*flags, "--idle-start")
-    return _member(spec, "", "worker", f"worker-{index}", _address(taken), flags, num_threads)
+    return _member(spec, "", "worker", f"worker-{index}", free_address(taken), flags, num_threads)
 
 
 def _model(spec: ClusterSpec) -> tuple[str, ...]:
@@ -158,7 +158,8 @@ def service_env(num_threads: int) -> dict[str, str]:
     }
 
 
-def _address(taken: set[int]) -> str:
+def free_address(taken: set[int]) -> str:
+    """Choose a port that nothing listens on and that no other member has; it is added to those taken."""
     for _ in range(1000):
         port = random.choice(_PORTS)
         if port not in taken and _is_free(port):

@@ -19,7 +19,6 @@ from collegium.fabric.errors import CollegiumError, DeadlineExceeded, NotFound, 
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 
-_JOIN_LIMIT_S = 30.0
 _CALL_S = 2.0
 _BACKOFF_S = (0.1, 2.0)
 _SAY_EVERY_S = 3.0
@@ -30,8 +29,8 @@ _log = logs.get("leases")
 class Membership:
     """One process's lease: an async context manager around the time in which it takes part.
 
-    Entering joins (30 s of trying in sight, then Unavailable); leaving gives the lease back. A lease that lapsed is
-    replaced by a new one under a new member_id.
+    Entering joins, trying in sight for `join_limit_s` (then Unavailable); leaving gives the lease back. A lease that
+    lapsed is replaced by a new one under a new member_id.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Membership:
         *,
         failure_domain: str = "",
         tls: rpc.TlsTrust | None = None,
-        join_limit_s: float = _JOIN_LIMIT_S,
+        join_limit_s: float = 30.0,
     ) -> None:
         self._balancer_address = balancer_address
         self._join_request = pb.JoinRequest(
@@ -167,10 +166,10 @@ class Membership:
                 now_s = time.monotonic()
                 if now_s - start_s + pause_s > limit_s:
                     raise Unavailable(
-                        f"the balancer at {self._balancer_address} did not answer within {limit_s:.0f} s: {error}",
+                        f"the balancer at {self._balancer_address} did not answer within {limit_s:g} s: {error}",
                         reason="BALANCER_UNREACHABLE",
                         field="--balancer",
-                        remedy="check the address and that the balancer runs",
+                        remedy="check the address and that the balancer runs; --balancer-wait-s says how long to wait",
                     ) from error
                 if now_s - said_s > _SAY_EVERY_S:
                     said_s = now_s

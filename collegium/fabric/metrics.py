@@ -17,6 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from collegium.fabric.errors import FailedPrecondition, SettingsError
+from collegium.fabric.hosts import bracketed
 from collegium.fabric.metric_names import LABEL, METRICS, SERIES, VLLM_PREFIX, MetricName, series
 
 __all__ = [
@@ -169,7 +170,7 @@ def serve_metrics(bind: str, *, advertise: str = "", prefix: str = "collegium", 
     _pages.append((server, thread))
     if host in ("0.0.0.0", "[::]", "::"):
         host = advertise.rpartition(":")[0] or socket.gethostname()
-    return f"http://{host}:{server.server_port}/metrics"
+    return f"http://{bracketed(host)}:{server.server_port}/metrics"
 
 
 def stop_metrics() -> None:

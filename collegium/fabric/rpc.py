@@ -32,6 +32,7 @@ from collegium.fabric.channels import (
 )
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.health import SERVICE_NAME, Health
+from collegium.fabric.hosts import bracketed
 from collegium.fabric.interceptors import StatusInterceptor
 
 __all__ = [
@@ -157,12 +158,15 @@ def listen(server: aio.Server, bind: str, setting: str, credentials: grpc.Server
 
 
 def advertised(bound: str, advertise: str) -> str:
-    """Choose the address that others are told: the given one, else the bound one with a host that can be reached."""
+    """Choose the address that others are told: the given one, else the bound one with a host that can be reached.
+
+    An IPv6 host comes out in brackets, without which nobody can dial it.
+    """
     if advertise:
-        host, port = split_address(advertise, "--advertise")
-        return f"{host}:{port or bound.rpartition(':')[2]}"
+        given, given_port = split_address(advertise, "--advertise")
+        return f"{bracketed(given)}:{given_port or bound.rpartition(':')[2]}"
     host, _, port = bound.rpartition(":")
-    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "::") else bound
+    return f"{socket.gethostname() if host in ('0.0.0.0', '[::]', '::') else bracketed(host)}:{port}"
 
 
 def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:

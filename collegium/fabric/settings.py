@@ -89,6 +89,9 @@ class ServiceSettings:
     bind: str = setting("address to listen on, HOST:PORT; port 0 chooses one", default="127.0.0.1:0")
     advertise: str = setting("address that others reach this process at; empty: the bound one", default="")
     balancer: str = setting("address of the balancer, HOST:PORT; empty: none", default="")
+    balancer_wait_s: float = setting(
+        "longest wait for a balancer at the start, in seconds; then the process ends", default=30.0, at_least=0.0
+    )
     health_bind: str = setting(
         "address for probes, HOST:PORT: plaintext grpc.health.v1, `live` and readiness; empty: none", default=""
     )

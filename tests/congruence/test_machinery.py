@@ -204,3 +204,28 @@ def test_every_choice_of_a_request_shares_the_prompt_that_the_first_one_computed
     with OneProcess(checkpoint, num_workers=1) as cluster:
         cluster.run([Request(prompt_ids=PREFIX, max_tokens=4, num_choices=8)])
         assert cluster.engine.totals.prefilled_tokens <= len(PREFIX) + 7 * 16
+
+
+def test_a_router_is_idle_only_when_the_end_of_every_sequence_was_delivered(oracle: Oracle) -> None:
+    idle: list[bool] = []
+    done = threading.Event()
+    with OneProcess(oracle.checkpoint("mixtral"), num_workers=1) as cluster:
+        engine = cluster.engine
+
+        def deliver(owner: int, news: list[News], load: Load, step: int) -> None:
+            if news:
+                idle.append(engine.wait_idle(0.0))
+                if news[0].sequence.has_ended:
+                    done.set()
+
+        engine._deliver = deliver  # the engine's thread has nothing to report yet
+        engine.attach(7)
+        assert engine.wait_idle(PATIENCE_S)
+        rules = StopRules(max_tokens=3)
+        engine.submit(
+            [Sequence(owner=7, request_id="r", choice_index=0, prompt_ids=[9], sampling=SamplingParams(), rules=rules)]
+        )
+        assert not engine.wait_idle(0.0) or done.is_set()  # what waits to be taken counts as well
+        assert done.wait(PATIENCE_S)
+        assert engine.wait_idle(PATIENCE_S)
+    assert idle == [False] * 3

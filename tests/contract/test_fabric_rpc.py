@@ -241,6 +241,8 @@ def test_the_advertised_address_is_the_given_one_or_one_that_can_be_reached() ->
     assert rpc.advertised("127.0.0.1:5", "") == "127.0.0.1:5"
     assert rpc.advertised("127.0.0.1:5", "box:7") == "box:7"
     assert rpc.advertised("127.0.0.1:5", "box:0") == "box:5"
+    assert rpc.advertised("[::1]:5", "") == rpc.advertised("::1:5", "") == "[::1]:5"
+    assert rpc.advertised("[::]:5", "[fd00::7]:0") == rpc.advertised("[::]:5", "fd00::7:0") == "[fd00::7]:5"
     host, _, port = rpc.advertised("0.0.0.0:5", "").rpartition(":")
     assert host not in ("", "0.0.0.0")
     assert port == "5"

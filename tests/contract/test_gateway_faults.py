@@ -35,7 +35,8 @@ from tests.gateway_rig import (
     until,
 )
 
-UNAVAILABLE = router_pb2.Failure(code=14, message="draining", reason="DRAINING")
+HANDED_OVER = router_pb2.Failure(code=14, message="draining", reason="DRAINING")
+UNAVAILABLE = router_pb2.Failure(code=14, message="no worker", reason="NO_EXPERT_WORKER")
 
 
 def pair() -> tuple[FakeRouter, FakeRouter]:
@@ -144,7 +145,7 @@ async def test_the_only_router_may_die_and_come_back_under_the_same_address() ->
         await rpc.wait_until_serving(served.address)
 
 
-async def test_a_router_that_drains_hands_its_sequences_over() -> None:
+async def test_what_a_router_can_not_go_on_with_is_replayed_on_another_one() -> None:
     routers = pair()
     async with rig(*routers) as served:
         await both_attached(served)
@@ -157,6 +158,23 @@ async def test_a_router_that_drains_hands_its_sequences_over() -> None:
         first.step()
         assert token_ids(await reading) == expected([8], 12)
         assert len(second.submissions) == 1
+        assert served.gateway.counts.replays == 1
+
+
+async def test_what_a_draining_router_has_not_begun_goes_to_another_one_and_is_no_replay() -> None:
+    routers = pair()
+    async with rig(*routers) as served:
+        await both_attached(served)
+        first, second = routers
+        first.failure = HANDED_OVER
+        for router in routers:
+            router.tokens_per_step = 0 if router is first else 1
+            router.release()
+        answers = [await gather(served.stub.Generate(ids_request(i, max_tokens=5))) for i in range(1, 9)]
+        assert [token_ids(answer) for answer in answers] == [expected([i], 5) for i in range(1, 9)]
+        assert len(first.submissions) <= 1  # from then on it gets nothing, whatever its health says
+        assert len(second.submissions) == 8
+        assert served.gateway.counts.replays == 0
 
 
 async def test_a_score_starts_again_on_another_router() -> None:

@@ -65,7 +65,12 @@ ROLES: Mapping[str, Role] = {
         WorkerSettings,
         *("manifest", "dtype", "device", "data_bind", "data_advertise", "failure_domain", "drain_s"),
     ),
-    "balancer": _role("balancer_svc", BalancerSettings, "redis_url", "cluster", "expected_workers"),
+    "balancer": _role(
+        "balancer_svc",
+        BalancerSettings,
+        *("redis_url", "cluster", "expected_workers"),
+        "balancer_wait_s",  # it waits for none
+    ),
 }
 
 

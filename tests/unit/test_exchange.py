@@ -239,6 +239,43 @@ def test_a_link_that_is_closed_beside_a_call_ends_the_call() -> None:
         assert made.calls.worker_ids == ["b"]
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_link_that_is_retired_beside_a_step_is_closed_after_it_and_nothing_is_sent_again(is_whole: bool) -> None:
+    ids, x = drawn(12, 5)
+    with workers(is_whole=is_whole) as made:
+        expected = made.compute(ids, x)
+        made.calls.end()
+
+        def retire_and_answer(port: TcpPort, arrival: Arrival) -> None:
+            made.calls.retire_link("a")
+            plainly(port, arrival)
+
+        link = made.calls._links["a"]
+        made.answers["a"].append(retire_and_answer)
+        assert torch.equal(made.compute(ids, x), expected)
+        assert made.calls.worker_ids == ["b"]
+        assert not link.is_closed
+        assert made.calls.link_stats()[""].rows_back == link.stats.rows_back > 0
+        made.calls.end()
+        assert link.is_closed
+        assert made.calls.totals.retries == 0
+        assert made.calls.link_stats()[""].rows_back == link.stats.rows_back
+        assert torch.allclose(made.compute(ids, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_link_that_is_retired_between_steps_is_closed_at_once_and_a_retired_one_can_still_be_dropped() -> None:
+    ids, x = drawn(12, 5)
+    with workers() as made:
+        a, b = made.calls._links["a"], made.calls._links["b"]
+        made.calls.retire_link("a")
+        assert a.is_closed
+        made.compute(ids, x)
+        made.calls.retire_link("b")
+        assert not b.is_closed
+        made.calls.drop_link("b")
+        assert b.is_closed
+
+
 def test_rows_that_would_not_fit_a_socket_go_the_long_way() -> None:
     ids, x = drawn(64, 6)
     with workers() as made:

@@ -85,6 +85,7 @@ def test_the_page_is_served_with_the_processes_own_metrics() -> None:
     with pytest.raises(FailedPrecondition, match=r"--metrics-bind=.* cannot be listened on"):
         serve_metrics(address)
     assert serve_metrics("") == ""
+    assert serve_metrics("0.0.0.0:0", advertise="fd00::7:1").startswith("http://[fd00::7]:")
     with pytest.raises(SettingsError, match="give HOST:PORT"):
         serve_metrics("nonsense")
     metrics.stop_metrics()
