@@ -69,7 +69,7 @@ def router(at_s: float = 0.0, name: str = "router-00000000bb", workers: tuple[st
         of(r.STEPS, kind="decode"): 20 * at_s,
         of(r.STEPS, kind="mixed"): 5 * at_s,
     }
-    counters |= traffic(at_s)
+    counters |= traffic(at_s, r.ROUTER_ROWS, r.ROUTER_BYTES)
     for worker_id in workers:
         counters |= {f"{r.LINK_ROWS_OUT}/{worker_id}": 10 * at_s, f"{r.LINK_ROWS_BACK}/{worker_id}": 10 * at_s}
         counters |= {f"{r.LINK_BYTES_OUT}/{worker_id}": 5e3 * at_s, f"{r.LINK_BYTES_BACK}/{worker_id}": 4e3 * at_s}
@@ -91,17 +91,17 @@ def worker(at_s: float = 0.0, name: str = "worker-00000000cc", busy: float = 0.5
         r.MEMORY_BYTES: 2.0**30,
         r.RESIDENT: 32.0,
     }
-    counters |= traffic(at_s)
+    counters |= traffic(at_s, r.WORKER_ROWS, r.WORKER_BYTES)
     return replace(member("worker", name, "127.0.0.1:30184", counters, at_s), state=state)
 
 
-def traffic(at_s: float) -> dict[str, float]:
-    """Count 1,000 rows a second each way."""
+def traffic(at_s: float, rows: str, num_bytes: str) -> dict[str, float]:
+    """Count 1,000 rows a second each way, under these names."""
     return {
-        of(r.ROUTER_ROWS, direction="out"): 1000 * at_s,
-        of(r.ROUTER_ROWS, direction="back"): 1000 * at_s,
-        of(r.ROUTER_BYTES, direction="out"): 512 * 1024 * at_s,
-        of(r.ROUTER_BYTES, direction="back"): 256 * 1024 * at_s,
+        of(rows, direction="out"): 1000 * at_s,
+        of(rows, direction="back"): 1000 * at_s,
+        of(num_bytes, direction="out"): 512 * 1024 * at_s,
+        of(num_bytes, direction="back"): 256 * 1024 * at_s,
     }
 
 
@@ -143,11 +143,11 @@ def cluster(*members: Member, epoch: int = 3, **changes: object) -> Cluster:
 
 
 def cluster_at(at_s: float, num_workers: int = 2, num_routers: int = 1) -> Cluster:
-    """Make a cluster some time after its start; of its workers, the later ones are busier, and the last one joins."""
+    """Make a cluster some time after its start; of its workers, the later ones are busier; the last one joins, idle."""
     ids = tuple(f"worker-{at:010x}" for at in range(num_workers))
     workers = [worker(at_s, name, busy=(at + 1) / (num_workers + 1)) for at, name in enumerate(ids)]
     if num_workers > 2:
-        workers[-1] = replace(workers[-1], state="JOINING")
+        workers[-1] = worker(at_s, ids[-1], busy=0.0, state="JOINING")
     routers = [router(at_s, f"router-{at:010x}", ids) for at in range(num_routers)]
     return cluster(gateway(at_s), *routers, *workers)
 

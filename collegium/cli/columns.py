@@ -160,9 +160,11 @@ def size(value: float | None) -> str:
     return f"{value:.0f} {_SIZES[-1]}"
 
 
-def percent(share: float | None, digits: int = 0) -> str:
-    """Write a share."""
-    return "-" if share is None else f"{100 * share:.{digits}f} %"
+def percent(share: float | None, digits: int | None = None) -> str:
+    """Write a share, with so many digits behind the point; None: as many as there are five characters for."""
+    if share is None:
+        return "-"
+    return f"{100 * share:.{int(0 < share < 0.0995) if digits is None else digits}f} %"
 
 
 def age(seconds: float | None) -> str:

@@ -45,7 +45,7 @@ _TWO_COLUMNS = 132  # characters from which tables and events stand beside each 
 _RIGHT = 52  # characters that the right one needs at least
 _TALL = 40  # lines from which there is room for what few look for
 _LINK_LINES = 9
-_EVENTS = 20
+_EVENTS = 24
 _ALARM = "bold red"
 
 
@@ -225,21 +225,20 @@ def _tellings(frame: Frame, screen: Screen, width: int, *, is_tall: bool = False
     others = [service for role in ("gateway", "balancer") for service in frame.services if service.role == role]
     balance = _balance(frame, width, is_tall=is_tall)
     hottest = hottest_lines(frame, width, is_ascii=screen.is_ascii) if is_tall else hottest_line(frame, width)
-    num_events = 1 + min(len(frame.events), _EVENTS)
+    newest = frame.events[-_EVENTS:]
+    told = [made for event in newest for made in wrapped(_clock(event.unix_s), _one_line(event.text), width, 2)]
 
     def services(limit: int) -> list[Text]:
         return table(service_columns(others, frame.gateways), width, limit)
 
     def events(limit: int) -> list[Text]:
-        newest = frame.events[-(limit - 1) :] if limit > 1 else ()
-        lines = [line(f"{_clock(event.unix_s)}  {_one_line(event.text)}", width) for event in newest]
-        return [line("events".ljust(width), width, "bold reverse"), *lines]
+        return [line("events".ljust(width), width, "bold reverse"), *(told[-(limit - 1) :] if limit > 1 else ())]
 
     return [
         _Block(draw=services, want=1 + len(others), least=min(3, 1 + len(others)), rank=2),
         _Block(draw=lambda limit: balance[:limit], want=len(balance), least=min(2, len(balance)), rank=3),
         _Block(draw=lambda limit: hottest[:limit], want=len(hottest), least=min(1, len(hottest)), rank=4, weight=2.0),
-        _Block(draw=events, want=num_events, least=min(3, num_events), rank=1, weight=2.0),
+        _Block(draw=events, want=1 + len(told), least=min(3, 1 + len(told)), rank=1, weight=2.0),
     ]
 
 

@@ -19,9 +19,9 @@ from rich.live import Live
 from collegium.cli import target as t
 from collegium.cli.attention import Attention, keys_of
 from collegium.cli.picture import Screen, picture
-from collegium.cli.polls import Answer, Polls
+from collegium.cli.polls import Answer, Miss, Polls
 from collegium.cli.watching import Frame, Watch
-from collegium.client import RetryPolicy
+from collegium.client import CollegiumError, RetryPolicy
 
 _CALL_S = 10.0
 _POLL_S = 3.0  # for a call that comes again anyway
@@ -68,6 +68,7 @@ class _Watching:
         self._polls, self._watch = polls, Watch()
         self._began_s = time.monotonic()
         self.frame: Frame | None = None
+        self.error: CollegiumError | None = None  # what the last call failed with
         self.num_frames = 0
 
     @property
@@ -84,6 +85,7 @@ class _Watching:
     def take_next(self) -> bool:
         """Take the next outcome of a poll; gives whether there was one."""
         outcome = self._polls.next()
+        self.error = outcome.error if isinstance(outcome, Miss) else None
         if isinstance(outcome, Answer):
             self.frame = self._watch.take(outcome.cluster, outcome.models, now_s=outcome.now_s, unix_s=outcome.unix_s)
             self.num_frames += 1
@@ -105,7 +107,8 @@ def _run_screen(console: Console, polls: Polls, attention: Attention, iterations
                 pass
             if watching.frame is not None:
                 width, height = console.size
-                screen = Screen(width=width, height=height, is_ascii=_is_ascii(console), hint="" if keys is None else "q ends")
+                hint = "" if keys is None else "q ends"
+                screen = Screen(width=width, height=height, is_ascii=_is_ascii(console), hint=hint)
                 lines = picture(watching.frame, screen, target=polls.where, notice=watching.notice)
                 live.update(Group(*lines), refresh=True)
             attention.wait(_REDRAW_S, keys)
@@ -116,6 +119,8 @@ def _print_frames(console: Console, polls: Polls, attention: Attention, num_fram
     while num_frames and not attention.is_over:
         if not watching.take_next():
             attention.wait(_REDRAW_S)
+        elif watching.error is not None:
+            raise watching.error  # there is nobody who looks at a frame that is not there
         elif watching.is_ready and watching.frame is not None:
             screen = Screen(width=console.width, height=None, is_ascii=_is_ascii(console))
             lines = picture(watching.frame, screen, target=polls.where, notice=watching.notice)

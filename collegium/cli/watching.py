@@ -125,13 +125,13 @@ class Watch:
         members = {member.member_id: member for member in cluster.members}
         if cluster.stale_ms and before is not None:
             members = self._members | members  # what a balancer does not say now, it does not take back
-        else:
-            for text in _placement_news(self._placed, cluster):
-                self._say(unix_s, text)
-            self._placed = cluster
         for text in _member_news(self._members, members) if before is not None else ():
             self._say(unix_s, text)
         self._members = members
+        if not cluster.stale_ms:
+            for text in _placement_news(self._placed, cluster):
+                self._say(unix_s, text)
+            self._placed = cluster
 
     def _read(self, cluster: Cluster, now_s: float) -> list[str]:
         """Read all meters; gives who started anew."""
@@ -196,7 +196,7 @@ def _balancer_news(before: Cluster | None, after: Cluster) -> list[str]:
     news: list[str] = []
     was_s = 0.0 if before is None else before.stale_ms / 1e3
     if after.stale_ms and not was_s:
-        news.append("balancer lost; all goes on as it was placed")
+        news.append("balancer lost; all goes on as placed")
     if was_s and not after.stale_ms:
         news.append(f"balancer back after {was_s:.0f} s")
     if before is None or after.stale_ms or before.stale_ms:
@@ -215,7 +215,7 @@ def _placement_news(before: Cluster | None, after: Cluster) -> list[str]:
         return []
     text = ""
     if after.placement_epoch != before.placement_epoch:
-        text = f"placement epoch {before.placement_epoch} -> {after.placement_epoch}"
+        text = f"epoch {before.placement_epoch} -> {after.placement_epoch}"
     # A balancer that started anew counts from nothing.
     is_counting_on = after.balance.moves >= before.balance.moves
     moves = after.balance.moves - before.balance.moves if is_counting_on else after.balance.moves
