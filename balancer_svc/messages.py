@@ -28,6 +28,7 @@ def to_message(member: Member) -> pb.Member:
         seen_epoch=member.seen_epoch,
         num_renewals=member.num_renewals,
         joined_unix_ms=member.joined_unix_ms,
+        counted_unix_ms=member.counted_unix_ms,
     )
 
 
@@ -47,6 +48,7 @@ def from_message(message: pb.Member) -> Member:
         seen_epoch=message.seen_epoch,
         num_renewals=message.num_renewals,
         joined_unix_ms=message.joined_unix_ms,
+        counted_unix_ms=message.counted_unix_ms,
     )
 
 

@@ -33,6 +33,7 @@ class Member:
     seen_epoch: int = 0
     num_renewals: int = 0
     joined_unix_ms: int = 0
+    counted_unix_ms: int = 0
     expires_s: float = 0.0
     is_confirmed: bool = True
     is_remote: bool = False
@@ -119,7 +120,8 @@ class Roster:
                 news = (_merged_state(mine.state, record.state), record.ready_plan, record.seen_epoch)
                 changed |= news != (mine.state, mine.ready_plan, mine.seen_epoch)
                 mine.state, mine.ready_plan, mine.seen_epoch = news
-                mine.counters, mine.num_renewals = record.counters, record.num_renewals
+                mine.counters, mine.counted_unix_ms = record.counters, record.counted_unix_ms
+                mine.num_renewals = record.num_renewals
                 mine.expires_s, mine.is_remote, mine.is_confirmed = now_s + self.ttl_s, True, True
         gone = [m for m in self._members.values() if m.is_remote and m.member_id not in {*records, *unsaved}]
         for member in gone:

@@ -247,7 +247,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if member is None:
             raise self._lapsed(request.member_id)
         self._planner.see_epoch(max(request.seen_epoch, request.ready_plan))
-        member.counters = dict(request.counters)
+        member.counters, member.counted_unix_ms = dict(request.counters), time.time_ns() // 10**6
         state = request.state
         if member.state == pb.MEMBER_STATE_RETIRING and state != pb.MEMBER_STATE_DRAINING:
             state = pb.MEMBER_STATE_RETIRING  # not for the worker to say

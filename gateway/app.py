@@ -7,6 +7,7 @@ leave.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -186,6 +187,7 @@ def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, 
         num_threads=1,
         metrics_url=metrics_url,
         counters=counts.series(),
+        counted_unix_ms=time.time_ns() // 10**6,
     )
 
 

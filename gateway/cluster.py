@@ -118,6 +118,8 @@ def from_view(
             num_threads=member.num_threads,
             metrics_url=member.metrics_url,
             counters=member.counters,
+            joined_unix_ms=member.joined_unix_ms,
+            counted_unix_ms=member.counted_unix_ms,
         )
         for member in view.members
     ]

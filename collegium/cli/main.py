@@ -19,6 +19,7 @@ from collegium.cli.generate import generate
 from collegium.cli.scale import scale
 from collegium.cli.score import score
 from collegium.cli.status import status
+from collegium.cli.top import top
 from collegium.fabric.errors import CollegiumError, SettingsError
 
 # Commands that need more than the base package: where they are.
@@ -34,6 +35,7 @@ _HERE: Mapping[str, Callable[..., None]] = {
     "score": score,
     "scale": scale,
     "status": status,
+    "top": top,
 }
 _INTERRUPTED = 130
 _INSTALL = "run pip install '.[all]' in a checkout of the project"

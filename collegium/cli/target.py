@@ -14,7 +14,7 @@ from typing import Annotated, TypeAlias, cast
 
 import typer
 
-from collegium.client import Client
+from collegium.client import Client, RetryPolicy
 from collegium.fabric.errors import InvalidArgument
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -37,9 +37,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="Token ids instead of text, such as 1,2,3.")]
 
 
-def open_client(target: str, api_key: str | None, tls: bool, tls_ca: Path | None, timeout_s: float | None) -> Client:
+def open_client(
+    target: str,
+    api_key: str | None,
+    tls: bool,
+    tls_ca: Path | None,
+    timeout_s: float | None,
+    retry: RetryPolicy | None = None,
+) -> Client:
     """Open the SDK's client with the options of a command."""
-    return Client(target, api_key=api_key, tls=tls, tls_ca=tls_ca, timeout_s=timeout_s)
+    return Client(target, api_key=api_key, tls=tls, tls_ca=tls_ca, timeout_s=timeout_s, retry=retry)
 
 
 def read_ids(text: str | None, field: str = "--prompt-ids") -> list[int] | None:

@@ -131,6 +131,8 @@ class Member:
     num_threads: int
     metrics_url: str
     counters: Mapping[str, float]
+    joined_unix_ms: int = 0  # when it took its lease; 0: not known
+    counted_unix_ms: int = 0  # when its counters were heard; 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +239,8 @@ def read_cluster(response: pb.GetClusterResponse) -> Cluster:
             num_threads=member.num_threads,
             metrics_url=member.metrics_url,
             counters=dict(member.counters),
+            joined_unix_ms=member.joined_unix_ms,
+            counted_unix_ms=member.counted_unix_ms,
         )
         for member in response.members
     )

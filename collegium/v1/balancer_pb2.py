@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ollegium/v1/balancer.proto\x12\x0c\x63ollegium.v1\"F\n\nModelShape\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12(\n\x06layers\x18\x02 \x03(\x0b\x32\x18.collegium.v1.LayerShape\"7\n\nLayerShape\x12\x13\n\x0bnum_experts\x18\x01 \x01(\r\x12\x14\n\x0c\x65xpert_bytes\x18\x02 \x01(\x04\"\xd7\x01\n\x0bJoinRequest\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.collegium.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\x13\n\x0bnum_threads\x18\x04 \x01(\r\x12\'\n\x05model\x18\x05 \x01(\x0b\x32\x18.collegium.v1.ModelShape\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x06 \x01(\x04\x12\x12\n\nseen_epoch\x18\x07 \x01(\x04\x12\x16\n\x0e\x66\x61ilure_domain\x18\x08 \x01(\t\"1\n\x0cJoinResponse\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x04\"\xe0\x01\n\x0cRenewRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.collegium.v1.MemberState\x12\x12\n\nready_plan\x18\x03 \x01(\x04\x12:\n\x08\x63ounters\x18\x04 \x03(\x0b\x32(.collegium.v1.RenewRequest.CountersEntry\x12\x12\n\nseen_epoch\x18\x05 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1f\n\rRenewResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x04\"!\n\x0cLeaveRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse\"\x8f\x03\n\x06Member\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.collegium.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.collegium.v1.MemberState\x12\x13\n\x0bmetrics_url\x18\x05 \x01(\t\x12\x13\n\x0bnum_threads\x18\x06 \x01(\r\x12\x34\n\x08\x63ounters\x18\x07 \x03(\x0b\x32\".collegium.v1.Member.CountersEntry\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x08 \x01(\x04\x12\x12\n\nready_plan\x18\t \x01(\x04\x12\x16\n\x0e\x66\x61ilure_domain\x18\n \x01(\t\x12\x12\n\nseen_epoch\x18\x0b \x01(\x04\x12\x14\n\x0cnum_renewals\x18\x0c \x01(\x04\x12\x16\n\x0ejoined_unix_ms\x18\r \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"5\n\x0eLayerPlacement\x12\x0f\n\x07offsets\x18\x01 \x03(\r\x12\x12\n\nworker_idx\x18\x02 \x03(\r\"\\\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nworker_ids\x18\x02 \x03(\t\x12,\n\x06layers\x18\x03 \x03(\x0b\x32\x1c.collegium.v1.LayerPlacement\"*\n\x15WatchPlacementRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\xd5\x01\n\x16WatchPlacementResponse\x12*\n\tplacement\x18\x01 \x01(\x0b\x32\x17.collegium.v1.Placement\x12(\n\x07planned\x18\x02 \x01(\x0b\x32\x17.collegium.v1.Placement\x12%\n\x07members\x18\x03 \x03(\x0b\x32\x14.collegium.v1.Member\x12\x16\n\x0ewanted_workers\x18\x04 \x01(\r\x12&\n\x07\x62\x61lance\x18\x05 \x01(\x0b\x32\x15.collegium.v1.Balance\"2\n\x08\x45venness\x12\x0b\n\x03min\x18\x01 \x01(\x01\x12\x0b\n\x03p50\x18\x02 \x01(\x01\x12\x0c\n\x04mean\x18\x03 \x01(\x01\":\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05share\x18\x03 \x01(\x01\"\xcc\x02\n\x07\x42\x61lance\x12&\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x16.collegium.v1.Evenness\x12\'\n\x07prefill\x18\x02 \x01(\x0b\x32\x16.collegium.v1.Evenness\x12\x13\n\x0bnum_windows\x18\x03 \x01(\r\x12\x15\n\rsince_plan_ms\x18\x04 \x01(\x03\x12\x15\n\rlast_decision\x18\x05 \x01(\t\x12\r\n\x05moves\x18\x06 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06row_ns\x18\x08 \x01(\x01\x12\x15\n\ractivation_ns\x18\t \x01(\x01\x12\x11\n\tis_leader\x18\n \x01(\x08\x12\x12\n\nhas_memory\x18\x0b \x01(\x08\x12)\n\x07hottest\x18\x0c \x03(\x0b\x32\x18.collegium.v1.ExpertLoad\x12\x10\n\x08retiring\x18\r \x03(\t\"O\n\tLayerLoad\x12\x15\n\rdecode_tokens\x18\x01 \x03(\x04\x12\x16\n\x0eprefill_tokens\x18\x02 \x03(\x04\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x04\"O\n\x11ReportLoadRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.collegium.v1.LayerLoad\"\x14\n\x12ReportLoadResponse\"Y\n\nLoadWindow\x12\x0f\n\x07unix_ms\x18\x01 \x01(\x04\x12\x11\n\tlength_ms\x18\x02 \x01(\r\x12\'\n\x06layers\x18\x03 \x03(\x0b\x32\x17.collegium.v1.LayerLoad\"#\n\x0cScaleRequest\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\"6\n\rScaleResponse\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\x12\x10\n\x08retiring\x18\x02 \x03(\t\"\x15\n\x13GetPlacementRequest\"J\n\x14GetPlacementResponse\x12\x32\n\x04view\x18\x01 \x01(\x0b\x32$.collegium.v1.WatchPlacementResponse*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_GATEWAY\x10\x01\x12\x0f\n\x0bROLE_ROUTER\x10\x02\x12\x0f\n\x0bROLE_WORKER\x10\x03*\x95\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x18\n\x14MEMBER_STATE_SERVING\x10\x02\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x03\x12\x19\n\x15MEMBER_STATE_RETIRING\x10\x04\x32\x96\x04\n\x08\x42\x61lancer\x12=\n\x04Join\x12\x19.collegium.v1.JoinRequest\x1a\x1a.collegium.v1.JoinResponse\x12@\n\x05Renew\x12\x1a.collegium.v1.RenewRequest\x1a\x1b.collegium.v1.RenewResponse\x12@\n\x05Leave\x12\x1a.collegium.v1.LeaveRequest\x1a\x1b.collegium.v1.LeaveResponse\x12]\n\x0eWatchPlacement\x12#.collegium.v1.WatchPlacementRequest\x1a$.collegium.v1.WatchPlacementResponse0\x01\x12U\n\x0cGetPlacement\x12!.collegium.v1.GetPlacementRequest\x1a\".collegium.v1.GetPlacementResponse\x12O\n\nReportLoad\x12\x1f.collegium.v1.ReportLoadRequest\x1a .collegium.v1.ReportLoadResponse\x12@\n\x05Scale\x12\x1a.collegium.v1.ScaleRequest\x1a\x1b.collegium.v1.ScaleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63ollegium/v1/balancer.proto\x12\x0c\x63ollegium.v1\"F\n\nModelShape\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12(\n\x06layers\x18\x02 \x03(\x0b\x32\x18.collegium.v1.LayerShape\"7\n\nLayerShape\x12\x13\n\x0bnum_experts\x18\x01 \x01(\r\x12\x14\n\x0c\x65xpert_bytes\x18\x02 \x01(\x04\"\xd7\x01\n\x0bJoinRequest\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.collegium.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bmetrics_url\x18\x03 \x01(\t\x12\x13\n\x0bnum_threads\x18\x04 \x01(\r\x12\'\n\x05model\x18\x05 \x01(\x0b\x32\x18.collegium.v1.ModelShape\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x06 \x01(\x04\x12\x12\n\nseen_epoch\x18\x07 \x01(\x04\x12\x16\n\x0e\x66\x61ilure_domain\x18\x08 \x01(\t\"1\n\x0cJoinResponse\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\x04\"\xe0\x01\n\x0cRenewRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.collegium.v1.MemberState\x12\x12\n\nready_plan\x18\x03 \x01(\x04\x12:\n\x08\x63ounters\x18\x04 \x03(\x0b\x32(.collegium.v1.RenewRequest.CountersEntry\x12\x12\n\nseen_epoch\x18\x05 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1f\n\rRenewResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x04\"!\n\x0cLeaveRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse\"\xa8\x03\n\x06Member\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12 \n\x04role\x18\x02 \x01(\x0e\x32\x12.collegium.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.collegium.v1.MemberState\x12\x13\n\x0bmetrics_url\x18\x05 \x01(\t\x12\x13\n\x0bnum_threads\x18\x06 \x01(\r\x12\x34\n\x08\x63ounters\x18\x07 \x03(\x0b\x32\".collegium.v1.Member.CountersEntry\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x08 \x01(\x04\x12\x12\n\nready_plan\x18\t \x01(\x04\x12\x16\n\x0e\x66\x61ilure_domain\x18\n \x01(\t\x12\x12\n\nseen_epoch\x18\x0b \x01(\x04\x12\x14\n\x0cnum_renewals\x18\x0c \x01(\x04\x12\x16\n\x0ejoined_unix_ms\x18\r \x01(\x04\x12\x17\n\x0f\x63ounted_unix_ms\x18\x0e \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"5\n\x0eLayerPlacement\x12\x0f\n\x07offsets\x18\x01 \x03(\r\x12\x12\n\nworker_idx\x18\x02 \x03(\r\"\\\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nworker_ids\x18\x02 \x03(\t\x12,\n\x06layers\x18\x03 \x03(\x0b\x32\x1c.collegium.v1.LayerPlacement\"*\n\x15WatchPlacementRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\xd5\x01\n\x16WatchPlacementResponse\x12*\n\tplacement\x18\x01 \x01(\x0b\x32\x17.collegium.v1.Placement\x12(\n\x07planned\x18\x02 \x01(\x0b\x32\x17.collegium.v1.Placement\x12%\n\x07members\x18\x03 \x03(\x0b\x32\x14.collegium.v1.Member\x12\x16\n\x0ewanted_workers\x18\x04 \x01(\r\x12&\n\x07\x62\x61lance\x18\x05 \x01(\x0b\x32\x15.collegium.v1.Balance\"2\n\x08\x45venness\x12\x0b\n\x03min\x18\x01 \x01(\x01\x12\x0b\n\x03p50\x18\x02 \x01(\x01\x12\x0c\n\x04mean\x18\x03 \x01(\x01\":\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05share\x18\x03 \x01(\x01\"\xcc\x02\n\x07\x42\x61lance\x12&\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x16.collegium.v1.Evenness\x12\'\n\x07prefill\x18\x02 \x01(\x0b\x32\x16.collegium.v1.Evenness\x12\x13\n\x0bnum_windows\x18\x03 \x01(\r\x12\x15\n\rsince_plan_ms\x18\x04 \x01(\x03\x12\x15\n\rlast_decision\x18\x05 \x01(\t\x12\r\n\x05moves\x18\x06 \x01(\x04\x12\x13\n\x0bmoved_bytes\x18\x07 \x01(\x04\x12\x0e\n\x06row_ns\x18\x08 \x01(\x01\x12\x15\n\ractivation_ns\x18\t \x01(\x01\x12\x11\n\tis_leader\x18\n \x01(\x08\x12\x12\n\nhas_memory\x18\x0b \x01(\x08\x12)\n\x07hottest\x18\x0c \x03(\x0b\x32\x18.collegium.v1.ExpertLoad\x12\x10\n\x08retiring\x18\r \x03(\t\"O\n\tLayerLoad\x12\x15\n\rdecode_tokens\x18\x01 \x03(\x04\x12\x16\n\x0eprefill_tokens\x18\x02 \x03(\x04\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x04\"O\n\x11ReportLoadRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.collegium.v1.LayerLoad\"\x14\n\x12ReportLoadResponse\"Y\n\nLoadWindow\x12\x0f\n\x07unix_ms\x18\x01 \x01(\x04\x12\x11\n\tlength_ms\x18\x02 \x01(\r\x12\'\n\x06layers\x18\x03 \x03(\x0b\x32\x17.collegium.v1.LayerLoad\"#\n\x0cScaleRequest\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\"6\n\rScaleResponse\x12\x13\n\x0bnum_workers\x18\x01 \x01(\r\x12\x10\n\x08retiring\x18\x02 \x03(\t\"\x15\n\x13GetPlacementRequest\"J\n\x14GetPlacementResponse\x12\x32\n\x04view\x18\x01 \x01(\x0b\x32$.collegium.v1.WatchPlacementResponse*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_GATEWAY\x10\x01\x12\x0f\n\x0bROLE_ROUTER\x10\x02\x12\x0f\n\x0bROLE_WORKER\x10\x03*\x95\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MEMBER_STATE_JOINING\x10\x01\x12\x18\n\x14MEMBER_STATE_SERVING\x10\x02\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x03\x12\x19\n\x15MEMBER_STATE_RETIRING\x10\x04\x32\x96\x04\n\x08\x42\x61lancer\x12=\n\x04Join\x12\x19.collegium.v1.JoinRequest\x1a\x1a.collegium.v1.JoinResponse\x12@\n\x05Renew\x12\x1a.collegium.v1.RenewRequest\x1a\x1b.collegium.v1.RenewResponse\x12@\n\x05Leave\x12\x1a.collegium.v1.LeaveRequest\x1a\x1b.collegium.v1.LeaveResponse\x12]\n\x0eWatchPlacement\x12#.collegium.v1.WatchPlacementRequest\x1a$.collegium.v1.WatchPlacementResponse0\x01\x12U\n\x0cGetPlacement\x12!.collegium.v1.GetPlacementRequest\x1a\".collegium.v1.GetPlacementResponse\x12O\n\nReportLoad\x12\x1f.collegium.v1.ReportLoadRequest\x1a .collegium.v1.ReportLoadResponse\x12@\n\x05Scale\x12\x1a.collegium.v1.ScaleRequest\x1a\x1b.collegium.v1.ScaleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENEWREQUEST_COUNTERSENTRY']._serialized_options = b'8\001'
   _globals['_MEMBER_COUNTERSENTRY']._loaded_options = None
   _globals['_MEMBER_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=2480
-  _globals['_ROLE']._serialized_end=2560
-  _globals['_MEMBERSTATE']._serialized_start=2563
-  _globals['_MEMBERSTATE']._serialized_end=2712
+  _globals['_ROLE']._serialized_start=2505
+  _globals['_ROLE']._serialized_end=2585
+  _globals['_MEMBERSTATE']._serialized_start=2588
+  _globals['_MEMBERSTATE']._serialized_end=2737
   _globals['_MODELSHAPE']._serialized_start=45
   _globals['_MODELSHAPE']._serialized_end=115
   _globals['_LAYERSHAPE']._serialized_start=117
@@ -58,39 +58,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEAVERESPONSE']._serialized_start=738
   _globals['_LEAVERESPONSE']._serialized_end=753
   _globals['_MEMBER']._serialized_start=756
-  _globals['_MEMBER']._serialized_end=1155
+  _globals['_MEMBER']._serialized_end=1180
   _globals['_MEMBER_COUNTERSENTRY']._serialized_start=621
   _globals['_MEMBER_COUNTERSENTRY']._serialized_end=668
-  _globals['_LAYERPLACEMENT']._serialized_start=1157
-  _globals['_LAYERPLACEMENT']._serialized_end=1210
-  _globals['_PLACEMENT']._serialized_start=1212
-  _globals['_PLACEMENT']._serialized_end=1304
-  _globals['_WATCHPLACEMENTREQUEST']._serialized_start=1306
-  _globals['_WATCHPLACEMENTREQUEST']._serialized_end=1348
-  _globals['_WATCHPLACEMENTRESPONSE']._serialized_start=1351
-  _globals['_WATCHPLACEMENTRESPONSE']._serialized_end=1564
-  _globals['_EVENNESS']._serialized_start=1566
-  _globals['_EVENNESS']._serialized_end=1616
-  _globals['_EXPERTLOAD']._serialized_start=1618
-  _globals['_EXPERTLOAD']._serialized_end=1676
-  _globals['_BALANCE']._serialized_start=1679
-  _globals['_BALANCE']._serialized_end=2011
-  _globals['_LAYERLOAD']._serialized_start=2013
-  _globals['_LAYERLOAD']._serialized_end=2092
-  _globals['_REPORTLOADREQUEST']._serialized_start=2094
-  _globals['_REPORTLOADREQUEST']._serialized_end=2173
-  _globals['_REPORTLOADRESPONSE']._serialized_start=2175
-  _globals['_REPORTLOADRESPONSE']._serialized_end=2195
-  _globals['_LOADWINDOW']._serialized_start=2197
-  _globals['_LOADWINDOW']._serialized_end=2286
-  _globals['_SCALEREQUEST']._serialized_start=2288
-  _globals['_SCALEREQUEST']._serialized_end=2323
-  _globals['_SCALERESPONSE']._serialized_start=2325
-  _globals['_SCALERESPONSE']._serialized_end=2379
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=2381
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=2402
-  _globals['_GETPLACEMENTRESPONSE']._serialized_start=2404
-  _globals['_GETPLACEMENTRESPONSE']._serialized_end=2478
-  _globals['_BALANCER']._serialized_start=2715
-  _globals['_BALANCER']._serialized_end=3249
+  _globals['_LAYERPLACEMENT']._serialized_start=1182
+  _globals['_LAYERPLACEMENT']._serialized_end=1235
+  _globals['_PLACEMENT']._serialized_start=1237
+  _globals['_PLACEMENT']._serialized_end=1329
+  _globals['_WATCHPLACEMENTREQUEST']._serialized_start=1331
+  _globals['_WATCHPLACEMENTREQUEST']._serialized_end=1373
+  _globals['_WATCHPLACEMENTRESPONSE']._serialized_start=1376
+  _globals['_WATCHPLACEMENTRESPONSE']._serialized_end=1589
+  _globals['_EVENNESS']._serialized_start=1591
+  _globals['_EVENNESS']._serialized_end=1641
+  _globals['_EXPERTLOAD']._serialized_start=1643
+  _globals['_EXPERTLOAD']._serialized_end=1701
+  _globals['_BALANCE']._serialized_start=1704
+  _globals['_BALANCE']._serialized_end=2036
+  _globals['_LAYERLOAD']._serialized_start=2038
+  _globals['_LAYERLOAD']._serialized_end=2117
+  _globals['_REPORTLOADREQUEST']._serialized_start=2119
+  _globals['_REPORTLOADREQUEST']._serialized_end=2198
+  _globals['_REPORTLOADRESPONSE']._serialized_start=2200
+  _globals['_REPORTLOADRESPONSE']._serialized_end=2220
+  _globals['_LOADWINDOW']._serialized_start=2222
+  _globals['_LOADWINDOW']._serialized_end=2311
+  _globals['_SCALEREQUEST']._serialized_start=2313
+  _globals['_SCALEREQUEST']._serialized_end=2348
+  _globals['_SCALERESPONSE']._serialized_start=2350
+  _globals['_SCALERESPONSE']._serialized_end=2404
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=2406
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=2427
+  _globals['_GETPLACEMENTRESPONSE']._serialized_start=2429
+  _globals['_GETPLACEMENTRESPONSE']._serialized_end=2503
+  _globals['_BALANCER']._serialized_start=2740
+  _globals['_BALANCER']._serialized_end=3274
 # @@protoc_insertion_point(module_scope)

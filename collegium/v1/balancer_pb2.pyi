@@ -113,7 +113,7 @@ class LeaveResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("member_id", "role", "address", "state", "metrics_url", "num_threads", "counters", "capacity_bytes", "ready_plan", "failure_domain", "seen_epoch", "num_renewals", "joined_unix_ms")
+    __slots__ = ("member_id", "role", "address", "state", "metrics_url", "num_threads", "counters", "capacity_bytes", "ready_plan", "failure_domain", "seen_epoch", "num_renewals", "joined_unix_ms", "counted_unix_ms")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class Member(_message.Message):
     SEEN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_RENEWALS_FIELD_NUMBER: _ClassVar[int]
     JOINED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     member_id: str
     role: Role
     address: str
@@ -147,7 +148,8 @@ class Member(_message.Message):
     seen_epoch: int
     num_renewals: int
     joined_unix_ms: int
-    def __init__(self, member_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., metrics_url: _Optional[str] = ..., num_threads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., capacity_bytes: _Optional[int] = ..., ready_plan: _Optional[int] = ..., failure_domain: _Optional[str] = ..., seen_epoch: _Optional[int] = ..., num_renewals: _Optional[int] = ..., joined_unix_ms: _Optional[int] = ...) -> None: ...
+    counted_unix_ms: int
+    def __init__(self, member_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., metrics_url: _Optional[str] = ..., num_threads: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ..., capacity_bytes: _Optional[int] = ..., ready_plan: _Optional[int] = ..., failure_domain: _Optional[str] = ..., seen_epoch: _Optional[int] = ..., num_renewals: _Optional[int] = ..., joined_unix_ms: _Optional[int] = ..., counted_unix_ms: _Optional[int] = ...) -> None: ...
 
 class LayerPlacement(_message.Message):
     __slots__ = ("offsets", "worker_idx")

@@ -268,7 +268,7 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("role", "member_id", "address", "state", "num_threads", "metrics_url", "counters")
+    __slots__ = ("role", "member_id", "address", "state", "num_threads", "metrics_url", "counters", "joined_unix_ms", "counted_unix_ms")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +283,8 @@ class MemberStatus(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
     METRICS_URL_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     role: str
     member_id: str
     address: str
@@ -290,7 +292,9 @@ class MemberStatus(_message.Message):
     num_threads: int
     metrics_url: str
     counters: _containers.ScalarMap[str, float]
-    def __init__(self, role: _Optional[str] = ..., member_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_threads: _Optional[int] = ..., metrics_url: _Optional[str] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    joined_unix_ms: int
+    counted_unix_ms: int
+    def __init__(self, role: _Optional[str] = ..., member_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_threads: _Optional[int] = ..., metrics_url: _Optional[str] = ..., counters: _Optional[_Mapping[str, float]] = ..., joined_unix_ms: _Optional[int] = ..., counted_unix_ms: _Optional[int] = ...) -> None: ...
 
 class GetClusterResponse(_message.Message):
     __slots__ = ("members", "placement_epoch", "experts_per_worker", "balance", "wanted_workers", "stale_ms")

@@ -301,6 +301,7 @@ async def test_counters_and_threads_of_members_are_in_the_view() -> None:
         answer = await stub.GetPlacement(pb.GetPlacementRequest())
         (member,) = answer.view.members
         assert (member.num_threads, member.metrics_url, member.counters["steps"]) == (3, "u", 5.0)
+        assert member.counted_unix_ms >= member.joined_unix_ms > 0
         assert member.state == pb.MEMBER_STATE_SERVING
 
 

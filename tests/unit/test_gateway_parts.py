@@ -253,6 +253,8 @@ def test_the_balancers_view_becomes_a_status() -> None:
                 state=balancer_pb2.MEMBER_STATE_SERVING,
                 num_threads=2,
                 counters={"rows": 5.0},
+                joined_unix_ms=7,
+                counted_unix_ms=9,
             ),
             balancer_pb2.Member(
                 member_id="r1",
@@ -272,6 +274,7 @@ def test_the_balancers_view_becomes_a_status() -> None:
         ("router", "r2", "JOINING"),
         ("worker", "w1", "SERVING"),
     ]
+    assert (status.members[3].joined_unix_ms, status.members[3].counted_unix_ms) == (7, 9)
     assert status.placement_epoch == 4
     assert dict(status.experts_per_worker) == {"w1": 4, "w2": 2}
     assert list(router_addresses(view)) == ["h:2"]
