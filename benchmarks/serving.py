@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -224,11 +225,12 @@ async def _from_router(address: str, prompts: list[list[int]], max_tokens: int) 
 
 
 @contextmanager
-def trace_sink() -> Iterator[str]:
-    """A collector that takes every span and keeps none; gives its address."""
+def otlp_sink() -> Iterator[str]:
+    """A collector that takes every span and metric and keeps none; gives its address."""
     with futures.ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Sink(), server)
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_MetricsSink(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield f"http://127.0.0.1:{port}"
@@ -240,6 +242,13 @@ class _Sink(trace_service_pb2_grpc.TraceServiceServicer):
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         return trace_service_pb2.ExportTraceServiceResponse()
+
+
+class _MetricsSink(metrics_service_pb2_grpc.MetricsServiceServicer):
+    def Export(
+        self, request: metrics_service_pb2.ExportMetricsServiceRequest, context: grpc.ServicerContext
+    ) -> metrics_service_pb2.ExportMetricsServiceResponse:
+        return metrics_service_pb2.ExportMetricsServiceResponse()
 
 
 @contextmanager
@@ -445,7 +454,7 @@ def main() -> None:
                 ways["router"] = direct
         if "traced" in args.ways:
             threads = Allotment(per_router=args.router_threads, per_worker=args.worker_threads)
-            env = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.enter_context(trace_sink())}
+            env = {"OTEL_EXPORTER_OTLP_ENDPOINT": stack.enter_context(otlp_sink())}
             ways["traced"], _ = stack.enter_context(
                 cluster(args.model, args.dtype, args.workers, threads, env, args.device)
             )

@@ -69,7 +69,7 @@ class Relay:
 
     async def generate(self, generation: Generation, write: Write, arrival: Arrival) -> None:
         """Serve a generation to its end. Raises what the caller should be told."""
-        delivery = _Delivery(generation, write, arrival, self._stall_timeout_s)
+        delivery = _Delivery(generation, write, arrival, self._counts, self._stall_timeout_s)
         if generation.is_finished:  # a resumed stream that had only its end left
             await delivery.step()
             return
@@ -83,7 +83,7 @@ class Relay:
             raise _too_late() from None
         finally:
             self._admission.release(ticket)
-            self._counts.generation_tokens += generation.num_new_tokens
+            delivery.count()
 
     async def score(self, scoring: Scoring, token_ids: Sequence[int], arrival: Arrival) -> pb.ScoreResponse:
         """Serve a scoring to its end."""
@@ -155,10 +155,14 @@ class Relay:
 class _Delivery:
     """The caller's side of a generation."""
 
-    def __init__(self, generation: Generation, write: Write, arrival: Arrival, stall_timeout_s: float) -> None:
+    def __init__(
+        self, generation: Generation, write: Write, arrival: Arrival, counts: Counts, stall_timeout_s: float
+    ) -> None:
         self.on_first_token: Callable[[], None] = _nothing
         self._generation = generation
         self._write = write
+        self._counts = counts
+        self._num_counted = 0
         self._stall_timeout_s = stall_timeout_s
         self._arrived_s = self._last_s = arrival.arrived_s
         self._num_tokens = 0
@@ -172,6 +176,7 @@ class _Delivery:
         response = self._generation.take()
         if response is None:
             return self._generation.is_delivered
+        self.count()
         self._measure(sum(len(chunk.token_ids) for chunk in response.chunks))
         try:
             async with asyncio.timeout(self._stall_timeout_s):
@@ -185,6 +190,12 @@ class _Delivery:
                 remedy="read the stream, or Resume from what was received",
             ) from None
         return self._generation.is_delivered
+
+    def count(self) -> None:
+        """Count the tokens that have come since the last time."""
+        now = self._generation.num_new_tokens
+        self._counts.generation_tokens += now - self._num_counted
+        self._num_counted = now
 
     def _measure(self, num_tokens: int) -> None:
         if num_tokens == 0:
