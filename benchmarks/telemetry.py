@@ -1,13 +1,13 @@
 """What telemetry costs: the same cluster with it and without it, in interleaved rounds.
 
-`off` logs warnings and exports nothing. `on` is what an operator has: lines of JSON at level info, traces of one request
-in a hundred and metrics by OTLP, and every page scraped every five seconds. `all` traces every request besides. The
-collector and the callers are this process: on few cores, what the collector takes is counted as telemetry's cost.
+`off` logs warnings and exports nothing. `on` is what an operator has: lines of JSON at level info, traces of one
+request in a hundred and metrics by OTLP, and every page scraped every five seconds. `all` traces every request besides.
+The collector and the callers are this process: on few cores, what the collector takes is counted as telemetry's cost.
 
-    python -m benchmarks.telemetry [MODEL_DIR] [--requests 16] [--rounds 10] [--max-tokens 256] [--json]
+    python -m benchmarks.telemetry [MODEL_DIR] [--ways off,on,all] [--requests 16] [--rounds 10] [--bursts 12] [--json]
 
-Every round measures each way once, in turning order. A ratio is of two measurements of one round; its interval is that
-of Student's t over the rounds, of the ratios' logarithms.
+A round is some bursts of each way, burst by burst in turn, so that a machine whose speed drifts is the same for all. A
+ratio is of two ways in one round; its interval is that of Student's t over rounds, of the ratios' logarithms.
 """
 
 from __future__ import annotations
@@ -94,24 +94,27 @@ def running(model: Path, way: str, endpoint: str) -> Iterator[Cluster]:
 
 def measure(args: argparse.Namespace) -> list[Result]:
     """Run all rounds."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = ["off", *(way for way in WAYS if way in args.ways and way != "off")]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     with ExitStack() as stack:
         endpoint = stack.enter_context(otlp_sink())
-        clusters = {way: stack.enter_context(running(args.model, way, endpoint)) for way in WAYS}
+        clusters = {way: stack.enter_context(running(args.model, way, endpoint)) for way in ways}
 
         def burst(way: str, round_number: int) -> Burst:
             prompts = prompts_of(args.requests, args.prompt_tokens, VOCABULARY, round_number)
             return asyncio.run(through_sdk(clusters[way].targets, prompts, args.max_tokens))
 
-        for way in WAYS:
+        for way in ways:
             burst(way, -1)  # not counted
-        order = list(WAYS)
         for round_number in range(args.rounds):
-            for way in order:
-                took_s = sum(burst(way, round_number * args.bursts + i).seconds for i in range(args.bursts))
-                seconds[way].append(took_s)
-                sys.stderr.write(f"round {round_number + 1}: {way} {took_s:.2f} s\n")
-            order = [*order[1:], order[0]] if round_number % 2 else order[::-1]
+            took_s = dict.fromkeys(ways, 0.0)
+            for i in range(args.bursts):
+                for way in ways if i % 2 else ways[::-1]:
+                    took_s[way] += burst(way, round_number * args.bursts + i).seconds
+            for way in ways:
+                seconds[way].append(took_s[way])
+            told = ", ".join(f"{way} {took_s[way]:.2f} s" for way in ways)
+            sys.stderr.write(f"round {round_number + 1} of {args.rounds}: {told}\n")
     return results_of(seconds, args.requests * args.max_tokens * args.bursts)
 
 
@@ -151,11 +154,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "demo-lm")
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="of off, on and all")
     parser.add_argument("--requests", type=int, default=16, help="requests at once")
     parser.add_argument("--rounds", type=int, default=10, choices=sorted(_T))
-    parser.add_argument("--bursts", type=int, default=2, help="bursts of requests in one measurement")
+    parser.add_argument("--bursts", type=int, default=12, help="bursts of each way in a round")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     results = measure(args)
