@@ -168,7 +168,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         buffer,
         manifest,
         dtype,
-        data_address=rpc.advertised(tcp_address, config.data_advertise),
+        data_address=rpc.advertised(tcp_address, config.data_advertise, "--data-advertise"),
         counters=counters.read,
     )
     server = rpc.Server("worker", services=("collegium.v1.Expert",))

@@ -27,7 +27,7 @@ class HomeKeeper:
     """Follows the cluster's view for one worker."""
 
     def __init__(self, buffer: ExpertBuffer, membership: Membership, on_ready: Callable[[], None]):
-        """`on_ready` is called once the worker's homes are warm, or known to be none."""
+        """`on_ready` is called whenever a view is taken, once a plan has named this worker and its homes are warm."""
         self._buffer, self._membership, self._on_ready = buffer, membership, on_ready
         self._ready_plan = 0
 
@@ -53,7 +53,8 @@ class HomeKeeper:
                 await self._seen_by_routers(placement.epoch)
                 gone = await asyncio.to_thread(self._buffer.release_others, current)  # waits for a batch
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)
-        self._on_ready()
+        if self._ready_plan or worker_id in placement.worker_ids:  # one that no plan has named yet has loaded nothing
+            self._on_ready()
 
     async def _seen_by_routers(self, epoch: int) -> None:
         """Wait until every router says that it uses an epoch, or 2 s: a stale table costs a miss, never an answer."""

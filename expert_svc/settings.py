@@ -21,7 +21,7 @@ class Settings(ServiceSettings):
     device: str = setting("torch device that computes the experts, such as cpu or cuda:0", default="cpu")
     data_bind: str = setting("address that links connect to, HOST:PORT; port 0 chooses one", default="127.0.0.1:0")
     data_advertise: str = setting(
-        "host or HOST:PORT that routers reach the data port at; empty: the bound one", default=""
+        "HOST:PORT that routers reach the data port at, port 0: the bound one; empty: the bound address", default=""
     )
     idle_start: bool = setting(
         "start in the scheduler's idle class: a worker that is added must not take the core from those that serve",

@@ -16,6 +16,7 @@ from collegium.fabric.errors import CollegiumError, DeadlineExceeded, Internal
 from gateway.counts import Counts
 from gateway.generation import Generation
 from gateway.relay import Arrival
+from gateway.validation import is_plain_id
 
 PROVIDER = "collegium"
 SCORE = "score"
@@ -102,8 +103,13 @@ class Accounts:
         self._model = model
 
     @asynccontextmanager
-    async def of(self, operation: str, left_s: float | None) -> AsyncGenerator[Account, None]:
-        """Account for what is done inside; left_s: seconds until the caller's deadline, None without one."""
+    async def of(self, operation: str, left_s: float | None, request_id: str = "") -> AsyncGenerator[Account, None]:
+        """Account for what is done inside; left_s: seconds until the caller's deadline, None without one.
+
+        request_id: as the caller gave it; it is in no line of the log unless it can be one.
+        """
+        if request_id and is_plain_id(request_id):
+            logs.bind(request_id=request_id)
         account = Account(_arrival(left_s), operation)
         code, reason, field = "CANCELLED", "", ""  # an exception of another kind is the caller's going away
         try:

@@ -57,7 +57,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream a new request."""
-        async with self._accounts.of(_operation(request), context.time_remaining()) as account:
+        async with self._accounts.of(_operation(request), context.time_remaining(), request.request_id) as account:
             model = self._pool.model
             accepted = await self._check(request.ByteSize(), lambda: self._accept(request, model))
             choices = self._choices(accepted)
@@ -81,7 +81,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             restore(choices, validation.check_progress(request.progress, accepted, model), accepted, model)
             return Generation(accepted, choices, model=model.name)
 
-        async with self._accounts.of(_operation(request.request), context.time_remaining()) as account:
+        async with self._accounts.of(
+            _operation(request.request), context.time_remaining(), request.request.request_id
+        ) as account:
             model = self._pool.model
             await self._stream(await self._check(request.ByteSize(), check), write, account)
 

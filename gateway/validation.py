@@ -158,9 +158,14 @@ def check_model(name: str, model: pb.Model) -> None:
         )
 
 
+def is_plain_id(request_id: str) -> bool:
+    """Say whether a text can be a request's id, or is empty."""
+    return len(request_id) <= MAX_REQUEST_ID_CHARS and request_id.isprintable() and request_id.isascii()
+
+
 def check_request_id(request_id: str) -> str:
     """Check a request's id; empty is allowed."""
-    if len(request_id) > MAX_REQUEST_ID_CHARS or not (request_id.isprintable() and request_id.isascii()):
+    if not is_plain_id(request_id):
         raise InvalidArgument(
             "the id is not plain",
             field="request_id",

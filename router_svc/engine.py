@@ -37,7 +37,7 @@ _log = logs.get("engine")
 
 _RETRY_S = 0.05  # pause before a step is computed again that found no worker
 _IDLE_S = 1.0
-_TRACED_DECODES = 16  # of a sampled request's decode steps, one in so many gets spans
+_TRACED_DECODES = 64  # of a sampled request's decode steps, one in so many gets spans: such a step takes the long way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,13 +157,15 @@ def listen(server: aio.Server, bind: str, setting: str, credentials: grpc.Server
     return f"{host}:{bound}"
 
 
-def advertised(bound: str, advertise: str) -> str:
+def advertised(bound: str, advertise: str, setting: str = "--advertise") -> str:
     """Choose the address that others are told: the given one, else the bound one with a host that can be reached.
+
+    Port 0 of the given one stands for the bound one. SettingsError names the setting where it is no address.
 
     An IPv6 host comes out in brackets, without which nobody can dial it.
     """
     if advertise:
-        given, given_port = split_address(advertise, "--advertise")
+        given, given_port = split_address(advertise, setting)
         return f"{bracketed(given)}:{given_port or bound.rpartition(':')[2]}"
     host, _, port = bound.rpartition(":")
     return f"{socket.gethostname() if host in ('0.0.0.0', '[::]', '::') else bracketed(host)}:{port}"

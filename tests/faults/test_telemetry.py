@@ -77,7 +77,7 @@ with Client(target, api_key=key) as client:
     elif what == "survivor":
         client.complete(prompt, max_tokens=40, ignore_eos=True, request_id="survivor")
     else:
-        client.complete(prompt, max_tokens=40, ignore_eos=True, request_id="plain")
+        client.complete(prompt, max_tokens=140, ignore_eos=True, request_id="plain")
         client.complete(messages=[Message(role="user", content=chat)], max_tokens=4, stop=[stop], request_id="chat")
         client.complete(prompt_ids=[9, 10], max_tokens=3, n=2, seed=5, temperature=0.5, request_id="two")
         client.score(prompt)
@@ -256,7 +256,7 @@ def test_a_request_is_followed_from_the_caller_to_each_worker_and_layer(told: To
     assert len(paths) == 6, "and nothing beside it"
     steps = [one.span for one in spans if one.span.name == "router.step"]
     assert {named(span.attributes)["collegium.kind"] for span in steps} == {"prefill", "decode"}
-    assert len(steps) == 1 + 2, "the prompt, and of 39 decode steps those after 16 and 32 tokens"
+    assert len(steps) == 1 + 2, "the prompt, and of 139 decode steps those after 64 and 128 tokens"
     for step in steps:
         layers = [one.span for one in spans if one.span.parent_span_id == step.span_id]
         assert [named(span.attributes)["collegium.layer"] for span in layers] == ["0", "1", "2"]
@@ -297,7 +297,7 @@ def test_every_span_and_attribute_is_documented_and_gen_ai_is_the_clients_and_th
 
 
 def test_generate_spans_have_what_the_conventions_ask_for(told: Told) -> None:
-    for request_id, prompt, output, operation in (("plain", None, 40, "text_completion"), ("two", 2, 6, None)):
+    for request_id, prompt, output, operation in (("plain", None, 140, "text_completion"), ("two", 2, 6, None)):
         for one in of_request(told, request_id):
             attributes = named(one.span.attributes)
             if "gen_ai.response.id" not in attributes:
@@ -337,11 +337,13 @@ def test_lines_of_a_request_carry_its_id_and_its_trace(told: Told) -> None:
     assert set(done) >= DONE
     for request_id in DONE:
         assert done[request_id]["trace_id"] == of_request(told, request_id)[0].span.trace_id.hex()
-    assert done["plain"]["output_tokens"] == 40
+    assert done["plain"]["output_tokens"] == 140
     assert {"prompt_tokens", "first_token_s", "took_s", "finish", "operation"} <= set(done["plain"])
     failed = told.lines("request failed")
     assert {line["code"] for line in failed} == {"INVALID_ARGUMENT", "NOT_FOUND"}
     assert all(line["trace_id"] and line["reason"] for line in failed)
+    assert [line["field"] for line in failed if line.get("request_id") == "refused"] == ["stopping.stop_strings"]
+    assert len([line for line in failed if "request_id" not in line]) == 1, "the one whose id was no id"
 
 
 def test_every_line_is_one_json_object_with_the_same_head(told: Told) -> None:
@@ -412,4 +414,4 @@ def test_counts_by_otlp_are_what_was_asked(told: Told) -> None:
     assert by_operation["text_completion", "INVALID_ARGUMENT"] == 3
     assert by_operation["text_completion", "NOT_FOUND"] == 1
     (tokens,) = gateway["collegium_generation_tokens_total"].sum.data_points
-    assert tokens.as_double == 40 + 4 + 6 + 24 + 24 + 40
+    assert tokens.as_double == 140 + 4 + 6 + 24 + 24 + 40
