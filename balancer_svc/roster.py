@@ -63,7 +63,7 @@ class Roster:
 
     def members(self, role: pb.Role | None = None) -> list[Member]:
         """List members, of one role where given."""
-        return [member for member in self._members.values() if role in (None, member.role)]
+        return [member for member in list(self._members.values()) if role in (None, member.role)]
 
     def get(self, member_id: str) -> Member | None:
         """Give a member by its id."""

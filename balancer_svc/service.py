@@ -68,7 +68,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
         self._costs = CostModel()
         self._account = Account(clock())
-        self._worker_totals = WorkerTotals()
+        self._worker_totals = WorkerTotals(window_s)
         self._balancer_id = secrets.token_hex(5)
         self._token = NO_TOKEN
         self._is_loaded = False
@@ -171,7 +171,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._step_down(str(error))
         if now_s - self._counters_s >= _COUNTERS_EVERY_S:
             self._counters_s = now_s
-            self._worker_totals.note(((w.member_id, w.counters) for w in self._roster.members(pb.ROLE_WORKER)), now_s)
+            workers = self._roster.members(pb.ROLE_WORKER) if self.is_leader else []
+            self._worker_totals.note(((worker.member_id, worker.counters) for worker in workers), now_s)
             self._show()
         await self._remember()
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from collegium.fabric.metric_names import METRICS, SERIES, SUMMED, series
 
-_INTERVAL_S = 5.0
 _BUSY = series("collegium_busy_seconds_total")
 _HITS = series("collegium_expert_hits_total")
 _REQUESTS = series("collegium_expert_requests_total")
@@ -30,7 +29,9 @@ class _Seen:
 class WorkerTotals:
     """`note` is for the balancer's loop, `counters` for any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_s: float = 5.0) -> None:
+        """interval_s: of the shares."""
+        self._interval_s = interval_s
         self._seen: dict[str, _Seen] = {}
         self._totals: dict[str, float] = {}
 
@@ -49,7 +50,7 @@ class WorkerTotals:
             if counters is not seen.newest:
                 self._add(counters, seen.newest)
                 seen.newest = counters
-            if now_s - seen.since_s >= _INTERVAL_S:
+            if now_s - seen.since_s >= self._interval_s:
                 seen.shares = _shares(counters, seen.at_since, now_s - seen.since_s)
                 seen.since_s, seen.at_since = now_s, counters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
 from collegium.fabric import lifecycle, logs, metrics, settings, telemetry
@@ -15,6 +16,7 @@ async def serve(options: GatewaySettings, stop: lifecycle.Stop) -> None:
     async with open_gateway(options, url) as gateway:
         await stop.wait()
         await gateway.drain(options.drain_s)
+        await asyncio.to_thread(telemetry.flush)
 
 
 def main() -> int:

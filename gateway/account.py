@@ -20,7 +20,8 @@ from gateway.validation import is_plain_id
 
 PROVIDER = "collegium"
 SCORE = "score"
-_CALLERS = frozenset({"CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED"})  # nothing to do for operators
+# Failures that are the caller's, or were foreseen: nothing for operators to do about one of them.
+_CALLERS = frozenset({"CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 _log = logs.get("gateway")
 
 
@@ -61,7 +62,7 @@ class Account:
         if generation is not None:
             told |= self._end_generation(generation, took_s, model, is_well=not failure)
         if self.operation != SCORE:
-            labels = {**_labels(self.operation, model), "error_type": failure}
+            labels = {**_labels(self.operation, model), "error_type": _error_type(failure)}
             metrics.histogram("gen_ai_server_request_duration_seconds").labels(**labels).observe(took_s)
         if not failure:
             _log.info("request done", **told)
@@ -89,8 +90,9 @@ class Account:
         if is_well:
             labels = _labels(self.operation, model)
             metrics.histogram("gen_ai_server_time_to_first_token_seconds").labels(**labels).observe(first_s)
-            if output > 1:
-                each_s = (took_s - first_s) / (output - 1)
+            longest = generation.num_longest
+            if longest > 1 and not generation.num_given:
+                each_s = (took_s - first_s) / (longest - 1)
                 metrics.histogram("gen_ai_server_time_per_output_token_seconds").labels(**labels).observe(each_s)
         return {**told, "first_token_s": first_s}
 
@@ -110,9 +112,13 @@ class Accounts:
         """
         if request_id and is_plain_id(request_id):
             logs.bind(request_id=request_id)
-        account = Account(_arrival(left_s), operation)
+        now_s = asyncio.get_running_loop().time()
+        arrival = Arrival(arrived_s=now_s, deadline_s=None if left_s is None else now_s + left_s)
+        account = Account(arrival, operation)
         code, reason, field = "CANCELLED", "", ""  # an exception of another kind is the caller's going away
         try:
+            if left_s is not None and left_s <= 0:
+                raise DeadlineExceeded("the deadline had passed before the request arrived", remedy="give more time")
             yield account
             code = ""
         except CollegiumError as error:
@@ -127,11 +133,9 @@ class Accounts:
             account.end(code, reason, field, self._model())
 
 
-def _arrival(left_s: float | None) -> Arrival:
-    now_s = asyncio.get_running_loop().time()
-    if left_s is not None and left_s <= 0:
-        raise DeadlineExceeded("the deadline had passed before the request arrived", remedy="give more time")
-    return Arrival(arrived_s=now_s, deadline_s=None if left_s is None else now_s + left_s)
+def _error_type(failure: str) -> str:
+    # By whose fault, not by status: buckets for each status would be most of a gateway's series.
+    return "" if not failure else "caller" if failure in _CALLERS else "server"
 
 
 def _labels(operation: str, model: str) -> dict[str, str]:

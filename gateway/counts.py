@@ -27,8 +27,8 @@ class Counts:
             "collegium_requests_shed_total": self.shed,
             "collegium_requests_replayed_total": self.replays,
         }
-        for reason, count in self.successes.items():
+        for reason, count in list(self.successes.items()):
             totals[metrics.series("collegium_request_success_total", finished_reason=reason)] = count
-        for code, count in self.failures.items():
+        for code, count in list(self.failures.items()):
             totals[metrics.series("collegium_request_failure_total", code=code)] = count
         return totals

@@ -32,7 +32,7 @@ class Generation:
         self.cached_prompt_tokens = 0
         self.first_token_s: float | None = None  # when the caller was given one, on the loop's clock
         self._choices = {choice.index: choice for choice in choices}
-        self._num_given = total_tokens(self._choices.values())  # of an earlier stream
+        self.num_given = total_tokens(self._choices.values())  # of an earlier stream
         self._model = model
         self._is_started = False
         self._is_closed = False
@@ -57,7 +57,12 @@ class Generation:
     @property
     def num_new_tokens(self) -> int:
         """Ids generated since this stream began, replays not counted."""
-        return total_tokens(self._choices.values()) - self._num_given
+        return total_tokens(self._choices.values()) - self.num_given
+
+    @property
+    def num_longest(self) -> int:
+        """Ids of the longest choice."""
+        return max(len(choice.token_ids) for choice in self._choices.values())
 
     @property
     def finish_reasons(self) -> list[str]:

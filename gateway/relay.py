@@ -127,7 +127,7 @@ class Relay:
                     f"{num_fruitless} routers were lost on this request; the last: {why}", reason="REPLAY_LIMIT"
                 )
             self._counts.replays += 1
-            _log.info("replaying", request_id=request_id, lost=router.address, progress=end.progress)
+            _log.info("replaying", lost=router.address, progress=end.progress)
 
     async def _router_for(self, work: Work, prompt_ids: Sequence[int], avoid: Attachment | None) -> Attachment | None:
         """Wait for a router; None where the request changed meanwhile, because its caller has cancelled it."""

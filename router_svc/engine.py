@@ -2,8 +2,7 @@
 
 Owns the scheduler, the KV cache and every sequence; others reach it through a queue of commands and a callback. A step
 is pure until it is committed, so a step whose experts could not be had is computed again, and one that a request spoils
-is computed
-for the others alone.
+is computed for the others alone.
 """
 
 import functools
@@ -17,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
+from opentelemetry.trace import Span, StatusCode
 from torch import Tensor
 
 from collegium.fabric import logs, tracing
@@ -291,18 +291,22 @@ class Engine:
 
     def _compute(self, step: Step) -> None:
         keep, spans = _kept_rows(step)
-        span = self._trace(step)
         self._calls.on_layer = self.recorder.begin(step)
         num_parts = 1
         # What listens to routing or plays it takes steps whole.
         if self._calls.on_layer is None and self._unsafe_routing is None:
             num_parts = self._micro_batching.choose(step.num_rows, has_prompts=bool(step.chunks))
         began_s, blocked_s = time.monotonic(), self._calls.totals.blocked_s
+        span = self._trace(step)
         try:
             logits = self._forward(step, step.split(num_parts) if num_parts > 1 else [step], keep)
+        except Exception as error:
+            if span is not None:
+                span.set_status(StatusCode.ERROR, type(error).__name__)
+            raise
         finally:
             self._calls.end()
-            self._calls.traceparent = ""
+            self._calls.trace("")
             if span is not None:
                 span.end()
         seconds = time.monotonic() - began_s
@@ -412,7 +416,7 @@ class Engine:
             num_logprobs=sequence.num_logprobs,
         )
 
-    def _trace(self, step: Step) -> "tracing.Span | None":
+    def _trace(self, step: Step) -> Span | None:
         """Open the span of a step that sampled sequences have rows in: under the first one's, linked to the others'."""
         if not tracing.is_tracing():
             return None
@@ -431,7 +435,7 @@ class Engine:
             },
             links=[one.life.span for one in sampled if one is not due[0] and one.life and one.life.span],
         )
-        self._calls.traceparent = tracing.traceparent_of(span)
+        self._calls.trace(tracing.traceparent_of(span))
         return span
 
     # --- sequences ---

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from opentelemetry.trace import StatusCode
+from opentelemetry.trace import Span, StatusCode
 from torch import Tensor
 
 from collegium.fabric import tracing
@@ -78,7 +78,7 @@ class _Part:
 class ExpertCalls:
     """The router's way to the experts.
 
-    `begin` opens each step, `end` closes it; `traceparent` and `on_layer` are the engine's to set before it. A step may
+    `begin` opens each step, `end` closes it; `trace` and `on_layer` are the engine's to set before it. A step may
     be computed in parts that take turns (`turns.by_turns`): `enter` says whose turn it is, and each part's `compute`
     pauses while its rows are away.
     """
@@ -108,9 +108,8 @@ class ExpertCalls:
         self._is_amid_step = False
         self._retired: dict[str, RouterLink] = {}  # in use no more, but what was sent is still to be answered
         self._routed_version = -1
-        self._exchanges: WholeExchange | None = (
-            None  # what computes plain layers in one call, while links stay as they are
-        )
+        # What computes plain layers in one call, while links stay as they are.
+        self._exchanges: WholeExchange | None = None
         self._whole_version = -1
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
@@ -131,7 +130,8 @@ class ExpertCalls:
         self._num_away = 0  # parts whose rows are with workers
         self._away_since_s = 0.0
         self.shared: Mapping[int, SharedExperts] = {}  # by layer
-        self.traceparent = ""
+        self._traceparent = ""
+        self._num_traced = 0  # steps
         self.on_layer: OnLayer | None = None
 
     # --- control loop ---
@@ -210,6 +210,11 @@ class ExpertCalls:
 
     # --- engine ---
 
+    def trace(self, traceparent: str) -> None:
+        """Have the steps to come traced under a span; the empty string ends that."""
+        self._traceparent = traceparent
+        self._num_traced += bool(traceparent)
+
     def begin(self, step: int, parts: Sequence[tuple[Sequence[int], int]]) -> None:
         """Open a step of one or several parts, each of tokens [T], of which the first so many decode."""
         with self._lock:
@@ -278,7 +283,7 @@ class ExpertCalls:
         """
         while step.layer < step.num_layers:
             self._refresh()
-            can_run = self._live and not self._has_replicas and not self.shared and not self.traceparent
+            can_run = self._live and not self._has_replicas and not self.shared and not self._traceparent
             whole = self._whole(step.top_k) if can_run else None
             if whole is None or not whole.takes_step(step):
                 return False
@@ -312,19 +317,14 @@ class ExpertCalls:
         """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced."""
         if not self._is_traced(layer):
             return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
-        attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids)}
-        span = tracing.start_span("router.experts", traceparent=self.traceparent, attributes=attributes)
-        num_retries = self.totals.retries
+        attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids), "collegium.retries": 0}
+        span = tracing.start_span("router.experts", traceparent=self._traceparent, attributes=attributes)
         try:
-            traceparent = tracing.traceparent_of(span)
-            return self._finish(
-                layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, traceparent=traceparent
-            )
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, span=span)
         except BaseException:
             span.set_status(StatusCode.ERROR)
             raise
         finally:
-            span.set_attribute("collegium.retries", self.totals.retries - num_retries)
             span.end()
 
     def _finish(
@@ -337,8 +337,9 @@ class ExpertCalls:
         found: Disturbed,
         *,
         is_counted: bool,
-        traceparent: str = "",
+        span: Span | None = None,
     ) -> Tensor:
+        traceparent, num_retries = "" if span is None else tracing.traceparent_of(span), 0
         part, num_tokens = self._part, len(host_ids)
         missed: list[NDArray[np.uint16]] = []
         answers: list[tuple[WorkerShare, Tensor]] = list(found.done)
@@ -379,6 +380,9 @@ class ExpertCalls:
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
+                num_retries += len(failed)
+                if span is not None:
+                    span.set_attribute("collegium.retries", num_retries)
                 worker_of = self._route(layer).worker_of
                 pending = tuple(new for share in failed for new in replan(share, worker_of, num_tokens))
             else:
@@ -398,8 +402,7 @@ class ExpertCalls:
 
     def _is_traced(self, layer: int) -> bool:
         """Whether a layer of this step gets spans: where layers times workers are many, some, others the next time."""
-        stride = -(-self._num_layers * len(self._live) // _MAX_TRACED_DISPATCHES)
-        return bool(self.traceparent) and (layer + self._step) % stride == 0
+        return bool(self._traceparent) and is_traced(layer, self._num_traced, self._num_layers * len(self._live))
 
     def _whole(self, top_k: int) -> WholeExchange | None:
         """Give what exchanges in one call; None where somebody listens or there is more than one part."""
@@ -563,3 +566,11 @@ class ExpertCalls:
             self.drop_link(worker_id)
             if self._on_lost is not None:
                 self._on_lost(worker_id, str(error))
+
+
+def is_traced(layer: int, num_traced: int, num_dispatches: int) -> bool:
+    """Say whether a layer of the so manieth traced step gets spans, of a step of so many dispatches.
+
+    Where these are many, a part of the layers does, another one the next time, until each had its turn.
+    """
+    return (layer + num_traced) % -(-num_dispatches // _MAX_TRACED_DISPATCHES) == 0

@@ -97,9 +97,8 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Rows that waiting and partly computed prompts still need."""
-        return sum(s.num_remaining for s in self._waiting) + sum(
-            s.num_remaining for s in self._running if not s.is_decoding
-        )
+        waiting, running = list(self._waiting), list(self._running)  # a page may ask from another thread
+        return sum(s.num_remaining for s in waiting) + sum(s.num_remaining for s in running if not s.is_decoding)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all others."""

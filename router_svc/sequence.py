@@ -68,7 +68,7 @@ class Sequence:
     num_recorded: int = 0  # positions whose choices of experts were recorded, so that a preempted one repeats none
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker
-    life: "SequenceLife | None" = None  # what is told of it when it ends
+    life: SequenceLife | None = None  # what is told of it when it ends
     _names: list[bytes] = field(default_factory=list)
 
     @property

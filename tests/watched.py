@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from collegium.cli import rates as r
-from collegium.cli.rates import of
 from collegium.cli.watching import Frame, Watch
 from collegium.client import Balance, Cluster, Evenness, Member, Model
+from collegium.fabric.metric_names import series as of
 
 UNIX_S = 1_700_000_000.0
 EVEN = Evenness(min=0.7, p50=0.9, mean=0.85)
@@ -46,8 +46,8 @@ def balance(**changes: object) -> Balance:
 def gateway(at_s: float = 0.0, name: str = "gateway-00000000aa") -> Member:
     """Make a gateway that ends 2 requests a second."""
     counters = {
-        of(r.REQUESTS, finish_reason="stop"): 1.5 * at_s,
-        of(r.REQUESTS, finish_reason="length"): 0.5 * at_s,
+        of(r.REQUESTS, finished_reason="stop"): 1.5 * at_s,
+        of(r.REQUESTS, finished_reason="length"): 0.5 * at_s,
         r.SHED: 0.0,
         r.PROMPT_TOKENS: 40 * at_s,
         r.GENERATED_TOKENS: 100 * at_s,

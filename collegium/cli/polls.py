@@ -47,6 +47,7 @@ class Polls:
         self.interval_s = interval_s
         self._on_news = on_news
         self._at = 0
+        self.fault: Exception | None = None
         self._models: tuple[Model, ...] = ()
         self._outcomes: queue.Queue[Answer | Miss] = queue.Queue(_WAITING)
         self._stopping = threading.Event()
@@ -72,7 +73,9 @@ class Polls:
         self._thread.join(_JOIN_S)
 
     def next(self) -> Answer | Miss | None:
-        """Give the oldest outcome that was not taken yet; None where there is none."""
+        """Give the oldest outcome that was not taken yet; None where there is none. Raises what ended the asking."""
+        if self.fault is not None:
+            raise self.fault
         try:
             return self._outcomes.get_nowait()
         except queue.Empty:
@@ -84,10 +87,12 @@ class Polls:
             due_s = max(due_s + self.interval_s, time.monotonic())
             try:
                 outcome = self._ask()
-            except ValueError:
-                if not self._stopping.is_set():
-                    raise
-                return  # the channel was closed under the call
+            except Exception as error:
+                if self._stopping.is_set():
+                    return  # the channel was closed under the call
+                self.fault = error
+                self._on_news()
+                return
             while not self._stopping.is_set():
                 try:
                     self._outcomes.put(outcome, timeout=self.interval_s)

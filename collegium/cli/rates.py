@@ -36,7 +36,6 @@ BUSY_S = "collegium_busy_seconds_total"
 STALL_S = "collegium_expert_stall_seconds_total"
 MEMORY_BYTES = "collegium_expert_memory_bytes"
 RESIDENT = "collegium_resident_experts"
-METRIC_NAMES = frozenset(value for name, value in tuple(vars().items()) if name.isupper())
 # A router's own, by "name/worker id"; they are on no metrics page.
 KV_BLOCKS = "total_kv_blocks"
 LINK_ROWS_OUT, LINK_ROWS_BACK = "rows_out", "rows_back"
@@ -45,12 +44,6 @@ LINK_DISPATCHES = "dispatches"
 
 _LEAST_SPAN_S = 0.25  # of a rate: a change of state is told at once, and a few ms of counting say little
 _FORGET_S = 10.0  # rates of a process that has been silent for longer are nobody's: a lease is 5 s
-
-
-def of(name: str, **labels: str) -> str:
-    """Name one series, such as `collegium_link_rows_total{direction="out"}`."""
-    inner = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    return f"{name}{{{inner}}}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

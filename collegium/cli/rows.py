@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from collegium.cli import rates as r
-from collegium.cli.rates import Meter, add, of, ratio
+from collegium.cli.rates import Meter, add, ratio
 from collegium.client import Member
+from collegium.fabric.metric_names import series
 
 SERVING = "SERVING"
 
@@ -185,8 +186,8 @@ def worker_of(service: Service, meter: Meter, num_homes: int) -> Worker:
         num_requests_ever=requests_ever,
         num_hits_ever=hits_ever,
         hit_share_ever=ratio(hits_ever, requests_ever),
-        host_bytes_per_s=meter.rate(of(r.LOAD_BYTES, tier="host")),
-        disk_bytes_per_s=meter.rate(of(r.LOAD_BYTES, tier="disk")),
+        host_bytes_per_s=meter.rate(series(r.LOAD_BYTES, tier="host")),
+        disk_bytes_per_s=meter.rate(series(r.LOAD_BYTES, tier="disk")),
         num_homes=num_homes,
         num_resident=meter.level(r.RESIDENT),
         memory_bytes=meter.level(r.MEMORY_BYTES),
@@ -285,10 +286,10 @@ def _kv_share(routers: Sequence[Router]) -> float | None:
 
 def _traffic(meter: Meter, rows: str, num_bytes: str) -> Traffic:
     return Traffic(
-        rows_out_per_s=meter.rate(of(rows, direction="out")),
-        rows_back_per_s=meter.rate(of(rows, direction="back")),
-        bytes_out_per_s=meter.rate(of(num_bytes, direction="out")),
-        bytes_back_per_s=meter.rate(of(num_bytes, direction="back")),
+        rows_out_per_s=meter.rate(series(rows, direction="out")),
+        rows_back_per_s=meter.rate(series(rows, direction="back")),
+        bytes_out_per_s=meter.rate(series(num_bytes, direction="out")),
+        bytes_back_per_s=meter.rate(series(num_bytes, direction="back")),
     )
 
 

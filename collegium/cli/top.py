@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, cast
 
 import typer
@@ -20,7 +20,7 @@ from collegium.cli import target as t
 from collegium.cli.attention import Attention, keys_of
 from collegium.cli.picture import Screen, picture
 from collegium.cli.polls import Answer, Miss, Polls
-from collegium.cli.watching import Frame, Watch
+from collegium.cli.watching import Event, Frame, Watch
 from collegium.client import CollegiumError, RetryPolicy
 
 _CALL_S = 10.0
@@ -131,12 +131,18 @@ def _print_frames(console: Console, polls: Polls, attention: Attention, num_fram
 def _print_objects(polls: Polls, attention: Attention, iterations: int) -> None:
     watching = _Watching(polls)
     num_printed = 0
+    events: tuple[Event, ...] = ()  # of frames that were not printed
     while not attention.is_over and not (iterations and num_printed >= iterations):
         if not watching.take_next():
             attention.wait(_REDRAW_S)
-        elif watching.notice or (watching.is_ready and watching.frame is not None):
-            t.print_json(_as_json(watching.frame, polls.where, watching.notice))
+            continue
+        if watching.frame is not None and not watching.notice:
+            events += watching.frame.new_events
+        if watching.notice or (watching.is_ready and watching.frame is not None):
+            frame = None if watching.frame is None else replace(watching.frame, new_events=events)
+            t.print_json(_as_json(frame, polls.where, watching.notice))
             num_printed += 1
+            events = events if watching.notice else ()
 
 
 def _as_json(frame: Frame | None, target: str, notice: str) -> t.Json:

@@ -14,6 +14,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 from collegium.client.generate_call import GenerateCall
 from collegium.fabric import tracing
 from collegium.fabric.errors import CollegiumError
+from collegium.fabric.metric_names import REQUEST_SECONDS
 
 _meter = metrics.get_meter("collegium")
 # The boundaries that OpenTelemetry's conventions advise.
@@ -21,10 +22,8 @@ _duration = _meter.create_histogram(
     "gen_ai.client.operation.duration",
     unit="s",
     description="From a call to the end of its answer, over all attempts",
-    explicit_bucket_boundaries_advisory=[
-        0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
-    ],
-)  # fmt: skip
+    explicit_bucket_boundaries_advisory=REQUEST_SECONDS,
+)
 _usage = _meter.create_histogram(
     "gen_ai.client.token.usage",
     unit="{token}",
@@ -65,6 +64,9 @@ class GenerateSpan:
     def end(self) -> None:
         """Note how the call went, and end its span."""
         call = self._call
+        if not call.is_complete and "error.type" not in self._attributes:  # its caller went away
+            self._attributes["error.type"] = "CANCELLED"
+            self.span.set_attribute("error.type", "CANCELLED")
         if self.span.is_recording():
             self.span.set_attribute("gen_ai.response.model", call.model)
             self.span.set_attribute("gen_ai.response.finish_reasons", call.finish_reasons)
@@ -74,7 +76,8 @@ class GenerateSpan:
                 self.span.set_attribute("gen_ai.usage.input_tokens", call.usage.prompt_tokens)
                 self.span.set_attribute("gen_ai.usage.output_tokens", call.usage.output_tokens)
         self.span.end()
-        attributes = {**self._attributes, "gen_ai.response.model": call.model}
+        named = {**self._attributes, "gen_ai.response.model": call.model}
+        attributes = {name: value for name, value in named.items() if value}
         _duration.record(time.monotonic() - self._began_s, attributes)
         if call.usage is not None:
             _usage.record(call.usage.prompt_tokens, {**attributes, "gen_ai.token.type": "input"})

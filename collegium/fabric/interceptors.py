@@ -19,6 +19,7 @@ from collegium.fabric import logs, tracing
 from collegium.fabric.errors import CollegiumError, Internal, Unavailable, trailing_metadata
 
 _log = logs.get("rpc")
+_FOR_CALLERS = "/collegium.v1.Inference/"
 _QUIET = ("/grpc.health.", "/grpc.reflection.")
 Context = aio.ServicerContext[Any, Any]
 Req = TypeVar("Req")
@@ -88,7 +89,9 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
         span = None
         if not method.startswith(_QUIET):
             traceparent = _traceparent_of(context)
-            span = _server_span(method, traceparent) if tracing.is_tracing() else None
+            # Of what callers ask a share is traced; what services ask each other is so for the sake of a caller alone.
+            is_due = bool(traceparent) or method.startswith(_FOR_CALLERS)
+            span = _server_span(method, traceparent) if is_due and tracing.is_tracing() else None
             trace_id = tracing.trace_id_of(traceparent if span is None else tracing.traceparent_of(span) or traceparent)
             if trace_id:
                 logs.bind(trace_id=trace_id)

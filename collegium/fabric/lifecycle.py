@@ -69,8 +69,10 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str 
     SettingsError that main raises becomes one line on stderr and status 1 or 2. A supervised process ends here: the
     interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
     """
-    status = _run(main, name, health_bind)
-    telemetry.shutdown()
+    try:
+        status = _run(main, name, health_bind)
+    finally:
+        telemetry.shutdown()
     if is_supervised():
         sys.stdout.flush()
         sys.stderr.flush()

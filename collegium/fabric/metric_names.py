@@ -20,7 +20,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _LAG_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _TOKENS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 # Boundaries that OpenTelemetry's conventions for generative AI advise.
-_REQUEST_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+REQUEST_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _FIRST_TOKEN_SECONDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 )  # fmt: skip
@@ -128,8 +128,8 @@ _GATEWAY = (
     _gen_ai(
         "gen_ai_server_request_duration_seconds",
         "gen_ai.server.request.duration",
-        "From a request's arrival to its end, those that failed included",
-        _REQUEST_SECONDS,
+        "From a request's arrival to its end; error_type: empty, `caller` or `server`, by whose fault it failed",
+        REQUEST_SECONDS,
         "error_type",
     ),
     _gen_ai(
@@ -141,7 +141,7 @@ _GATEWAY = (
     _gen_ai(
         "gen_ai_server_time_per_output_token_seconds",
         "gen_ai.server.time_per_output_token",
-        "Time per token after the first one, of requests that ended well",
+        "Time per token after the first one, of the longest choice of a request that ended well",
         _TOKEN_SECONDS,
     ),
 )
@@ -157,7 +157,12 @@ _ROUTER = (
         "router", "request_queue_time_seconds", "From a sequence's arrival at its router to its first step", vllm=True
     ),
     _histogram("router", "request_prefill_time_seconds", "From a sequence's first step to its first token", vllm=True),
-    _histogram("router", "request_decode_time_seconds", "From a sequence's first token to its last one", vllm=True),
+    _histogram(
+        "router",
+        "request_decode_time_seconds",
+        "From a sequence's first token to its last one, failures left out",
+        vllm=True,
+    ),
     _counter("router", "prefilled_tokens_total", "Prompt tokens computed"),
     _counter("router", "sampled_tokens_total", "Tokens drawn, replays included"),
     _counter("router", "steps_total", "Steps by the kinds of rows that they held", "kind"),

@@ -58,6 +58,7 @@ class MetricsPush:
         logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").addFilter(_is_of_traces)
         self._is_failing = False
         self._stopping = threading.Event()
+        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="otlp-metrics", daemon=True)
 
     def start(self) -> None:
@@ -72,22 +73,33 @@ class MetricsPush:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            self._send()
+            self.flush()
         if not self._is_failing:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send now, from the caller's thread; blocks for seconds where the endpoint is gone."""
+        with self._sending:
             self._send()
 
     def _send(self) -> None:
-        data = to_otlp(self._source, self._resource, start_ns=self._start_ns, now_ns=time.time_ns())
-        has_failed = self._exporter.export(data) is not MetricExportResult.SUCCESS
+        why = "it refuses them or does not answer"
+        try:
+            data = to_otlp(self._source, self._resource, start_ns=self._start_ns, now_ns=time.time_ns())
+            has_failed = self._exporter.export(data) is not MetricExportResult.SUCCESS
+        except Exception as error:  # whatever it is, what is counted must be sent the next time
+            has_failed, why = True, f"{type(error).__name__}: {error}"
         if has_failed and not self._is_failing:
-            _log.warning("metrics cannot be sent; trying on, and serving is not affected", endpoint=self._endpoint)
+            _log.warning(
+                "metrics cannot be sent; trying on, and serving is not affected", endpoint=self._endpoint, why=why
+            )
         elif self._is_failing and not has_failed:
             _log.info("metrics are sent again", endpoint=self._endpoint)
         self._is_failing = has_failed
 
 
 def _is_of_traces(record: logging.LogRecord) -> bool:
-    return "metrics" not in record.getMessage()
+    return "metrics" not in (record.args or ())  # what is exported is an argument of its own, beside the endpoint
 
 
 def to_otlp(source: MetricsRegistry, resource: Resource, *, start_ns: int, now_ns: int) -> MetricsData:

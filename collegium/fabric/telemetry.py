@@ -36,6 +36,12 @@ def setup(role: str, options: ServiceSettings) -> None:
         _push.start()
 
 
+def flush() -> None:
+    """Send metrics now, before what they are read from is taken apart; a no-op without setup. May block for seconds."""
+    if _push is not None:
+        _push.flush()
+
+
 def shutdown() -> None:
     """Send what is left and stop; a no-op without setup. Blocks for seconds where the endpoint is gone."""
     global _push

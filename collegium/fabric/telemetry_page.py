@@ -41,9 +41,9 @@ workers are more than 256, a step traces some of its layers, and others the next
 on the client's and the gateway's spans alone.
 
 Lines of the log that belong to a request carry `request_id`, and `trace_id` where it has a trace: at the gateway one
-line for each request that ends (`request done`, `request failed`) and what happened on the way (`replaying`), at the
-router a sequence that failed. Find the trace of a slow request by the `trace_id` of its line, and the lines of a
-trace by grepping for its id.
+line for each request that was let in and ends (`request done`, `request failed`) and what happened on the way
+(`replaying`), at the router a sequence that failed. A score has no id, and a call with a wrong key has no line. Find
+the trace of a slow request by the `trace_id` of its line, and the lines of a trace by grepping for its id.
 
 ## Metrics
 

@@ -5,6 +5,7 @@ Owns the tracer, the reading and writing of traceparent. Attributes are the call
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 TRACEPARENT = "traceparent"
 _SCOPE = "collegium"
-_TRACE_ID_DIGITS = 32
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-|$)")
 _propagator = TraceContextTextMapPropagator()
 _shutdown = None
 _enabled = False
@@ -73,8 +74,8 @@ def traceparent_of(span: Span) -> str:
 
 def trace_id_of(traceparent: str) -> str:
     """Give the trace id of a traceparent, for logs; the empty string where it is none."""
-    parts = traceparent.split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == _TRACE_ID_DIGITS else ""
+    match = _TRACEPARENT.match(traceparent)
+    return match[1] if match and match[1].strip("0") else ""
 
 
 def start_span(

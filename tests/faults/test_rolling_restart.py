@@ -31,11 +31,13 @@ from tests.pods import LIMIT_S, Pod, Pods, running_pods
 from tests.redis_server import RedisServer
 
 MAX_TOKENS = 100
+MANY_TOKENS = 900
 NUM_LANES = 5
 LENGTHS = (8, 13, 21, 30)  # too short for gateways to send them where they were before: both routers have work
 DRAIN_S = 600.0  # longer than any test may take: who ends before has ended because nothing was left to do
 HASTY = "router-1"  # has no time to drain
-BOTH = ("0", "1")
+SECOND = pytest.mark.soak  # restarts of a role's second pod: `make soak` has them all
+BOTH = ("0", pytest.param("1", marks=SECOND))
 PAUSE_S = 0.2
 REPLAYED = "collegium_requests_replayed_total"
 RETRIED = "collegium_dispatch_retries_total"
@@ -202,7 +204,7 @@ def wait_until_attached(pods: Pods, num_routers: int) -> None:
         )
 
 
-@pytest.mark.parametrize("turn", ["the first", "its successor"])
+@pytest.mark.parametrize("turn", ["the first", pytest.param("its successor", marks=SECOND)])
 def test_when_the_leading_balancer_ends_the_other_one_leads(pods: Pods, load: Load, turn: str) -> None:
     (leader,) = [pod for pod in pods.of("balancer") if pod.counter(LEADS)]
     (other,) = [pod for pod in pods.of("balancer") if pod is not leader]
@@ -321,7 +323,16 @@ def test_what_a_router_has_no_time_to_finish_is_replayed_on_another_one(pods: Po
 def test_a_draining_gateway_fails_no_request(pods: Pods, load: Load, number: str) -> None:
     gateway = pods[f"gateway-{number}"]
     gateway.wait_until(lambda: gateway.counter("collegium_routers_attached") == 2, "both routers")
-    gateway.terminate()
+    # Of this gateway alone, so that nobody else can take the stream up, and long enough to outlive the signal.
+    with (
+        Client(gateway.address, timeout_s=2 * LIMIT_S) as client,
+        client.generate(prompt_ids=[5, 6, 7], max_tokens=MANY_TOKENS, ignore_eos=True) as stream,
+    ):
+        tokens = list(next(stream).token_ids)
+        gateway.terminate()
+        for chunk in stream:
+            tokens.extend(chunk.token_ids)
+    assert len(tokens) == MANY_TOKENS
     assert gateway.wait_for_end() == 0
     load.go_on()
     start_again(gateway, load)

@@ -11,7 +11,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from collegium.fabric.metrics import METRICS, MetricsRegistry, page, series
-from collegium.fabric.otlp_metrics import to_otlp
+from collegium.fabric.otlp_metrics import MetricsPush, to_otlp
+from tests.collector import Collector
 
 
 def counting() -> MetricsRegistry:
@@ -102,6 +103,28 @@ def test_the_page_holds_each_number_once() -> None:
     assert "collegium_request_success" in found
     assert not any(name.startswith("vllm:") for name in found)
     assert not any(sample.name.endswith("_created") for family in found.values() for sample in family.samples)
+
+
+def test_a_count_that_cannot_be_read_once_is_sent_the_next_time(collector: tuple[Collector, str]) -> None:
+    received, endpoint = collector
+    registry = MetricsRegistry()
+    readings = iter([RuntimeError("dictionary changed size during iteration"), {"collegium_num_requests_running": 7.0}])
+
+    def read() -> dict[str, float]:
+        reading = next(readings)
+        if isinstance(reading, RuntimeError):
+            raise reading
+        return reading
+
+    registry.expose(read)
+    push = MetricsPush(registry, endpoint, Resource.create({"service.name": "x"}), 3600.0, start_ns=1)
+    push.flush()
+    assert not received.metrics
+    push.flush()
+    (running,) = received.metrics["x"]["collegium_num_requests_running"].gauge.data_points
+    assert running.as_double == 7
+    push.start()
+    push.stop()
 
 
 def test_vllms_names_are_vllms() -> None:

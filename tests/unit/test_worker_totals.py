@@ -45,6 +45,16 @@ def test_a_worker_that_has_told_nothing_yet_begins_when_it_does() -> None:
     assert totals.counters()["collegium_workers_expert_hits_total"] == 1
 
 
+def test_what_workers_did_while_another_balancer_led_is_not_of_this_ones_count() -> None:
+    totals = WorkerTotals()
+    totals.note([("a", worker(0))], 0.0)
+    totals.note([("a", worker(10))], 1.0)
+    totals.note([], 2.0)  # it does not lead
+    totals.note([("a", worker(500))], 3.0)
+    totals.note([("a", worker(501))], 4.0)
+    assert totals.counters()["collegium_workers_expert_hits_total"] == 11
+
+
 def test_shares_are_of_the_newest_interval_over_workers() -> None:
     totals = WorkerTotals()
     totals.note([("a", worker(0)), ("b", worker(0)), ("c", worker(0))], 0.0)
