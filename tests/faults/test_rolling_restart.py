@@ -306,6 +306,7 @@ def test_a_draining_router_finishes_its_sequences(pods: Pods, load: Load) -> Non
     start_again(router, load)
 
 
+@SECOND
 def test_what_a_router_has_no_time_to_finish_is_replayed_on_another_one(pods: Pods, load: Load) -> None:
     router = pods[HASTY]
     wait_until_attached(pods, 2)
