@@ -91,6 +91,9 @@ class _Exposed(Collector):
         return families.values()
 
 
+_VLLM_WORDS = {"cancelled": "abort"}  # values of finished_reason
+
+
 class _Page(Collector):
     """What is scraped: the registry's metrics without the time at which each was made, under the wanted names."""
 
@@ -107,9 +110,14 @@ class _Page(Collector):
             known = self._by_name.get(family.name) if self._is_renaming else None
             name = family.name if known is None else VLLM_PREFIX + known.vllm.removesuffix("_total")
             labels = {} if known is None else {"model_name": self._source.model_name, "engine": "0"}
+            words = {} if known is None else _VLLM_WORDS
             shown = Metric(name, family.documentation, family.type)
             shown.samples = [
-                Sample(name + sample.name.removeprefix(family.name), {**labels, **sample.labels}, sample.value)
+                Sample(
+                    name + sample.name.removeprefix(family.name),
+                    labels | {label: words.get(value, value) for label, value in sample.labels.items()},
+                    sample.value,
+                )
                 for sample in family.samples
                 if not sample.name.endswith("_created")
             ]

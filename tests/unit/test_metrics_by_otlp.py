@@ -23,6 +23,7 @@ def counting() -> MetricsRegistry:
             series("collegium_steps_total", kind="decode"): 5,
             series("collegium_num_requests_running"): 2,
             series("collegium_request_success_total", finished_reason="stop"): 4,
+            series("collegium_request_success_total", finished_reason="cancelled"): 1,
         }
     )
     for seconds in (0.002, 0.03, 0.04, 100.0):
@@ -88,7 +89,8 @@ def test_vllms_names_and_labels_are_given_where_vllm_has_the_same() -> None:
     registry = counting()
     registry.model_name = "moe"
     found = families(registry, "vllm")
-    (ended,) = found["vllm:request_success"].samples
+    ended, aborted = found["vllm:request_success"].samples
+    assert aborted.labels["finished_reason"] == "abort", "its word for what a caller has ended"
     assert (ended.name, ended.value) == ("vllm:request_success_total", 4)
     assert ended.labels == {"model_name": "moe", "engine": "0", "finished_reason": "stop"}
     buckets = [one for one in found["vllm:time_to_first_token_seconds"].samples if one.name.endswith("_bucket")]
