@@ -118,7 +118,7 @@ class Relay:
                 return
             avoid = router
             if work.lost is not None and work.lost.reason == HANDED_OVER and end.progress == progress:
-                _log.info("handed over", request_id=request_id, by=router.address)
+                _log.info("handed over", by=router.address)
                 continue
             num_fruitless = 0 if end.progress > progress else num_fruitless + 1
             if num_fruitless > MAX_FRUITLESS_REPLAYS:

@@ -569,8 +569,8 @@ class ExpertCalls:
 
 
 def is_traced(layer: int, num_traced: int, num_dispatches: int) -> bool:
-    """Say whether a layer of the so manieth traced step gets spans, of a step of so many dispatches.
+    """Say whether a layer gets spans in the traced step of this number, which has so many dispatches.
 
-    Where these are many, a part of the layers does, another one the next time, until each had its turn.
+    Where these are many, a part of the layers does, another part in the next traced step, until each had its turn.
     """
     return (layer + num_traced) % -(-num_dispatches // _MAX_TRACED_DISPATCHES) == 0

@@ -346,6 +346,11 @@ def test_lines_of_a_request_carry_its_id_and_its_trace(told: Told) -> None:
     assert len([line for line in failed if "request_id" not in line]) == 1, "the one whose id was no id"
 
 
+def test_nothing_is_said_to_be_lost_on_the_way_to_the_collector(told: Told) -> None:
+    # The last sending of a process is when its parts have been taken down already.
+    assert not told.lines("metrics cannot be sent; trying on, and serving is not affected")
+
+
 def test_every_line_is_one_json_object_with_the_same_head(told: Told) -> None:
     ours = [(name, line) for name, line in told.logs if line.strip()]
     assert len(ours) > 30
