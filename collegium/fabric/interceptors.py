@@ -99,14 +99,14 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
             return await behaviour(request, context)
         except CollegiumError as error:
             _mark(span, error)
-            await _abort(context, error)
+            _refuse(context, error)
         except aio.AbortError:
             raise
         except Exception:
             _log.exception("a call failed by a fault of ours", method=method)
             fault = Internal("internal error; the server's log has the details", reason="FAULT")
             _mark(span, fault)
-            await _abort(context, fault)
+            _refuse(context, fault)
         except asyncio.CancelledError:
             if span is not None and span.is_recording():
                 span.set_attribute("error.type", "CANCELLED")
@@ -118,12 +118,12 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
     return guarded
 
 
-async def _abort(context: Context, error: CollegiumError) -> None:
-    try:
-        await context.abort(error.code, error.message, trailing_metadata(error))
-    except aio.InternalError:
-        # The caller has just left, which done() does not tell: gRPC would log this as an error of the server.
-        raise asyncio.CancelledError from None
+def _refuse(context: Context, error: CollegiumError) -> None:
+    # Not by abort(): what it raises is kept by gRPC's own state of the call, and with it, by way of its traceback, the
+    # request and everything that was made for it, until the cycle collector comes by.
+    context.set_trailing_metadata(trailing_metadata(error))
+    context.set_code(error.code)
+    context.set_details(error.message)
 
 
 def _traceparent_of(context: Context) -> str:
