@@ -13,17 +13,19 @@ import os
 import signal
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import collegium
 from collegium.fabric import logs
-from collegium.fabric.errors import InvalidArgument, Unavailable
+from collegium.fabric.errors import InvalidArgument, ResourceExhausted, Unavailable
 from gateway.text_worker import LENGTH, OUT_OF_MEMORY
 
 # On a busy machine a second of processor time takes longer: only after so many times the limit is the process ended
 # from outside.
 _WALL_FACTOR = 10
+# Prompts that wait may take this share of what one at work may.
+_WAITING_SHARE = 4
 # A job whose caller has gone may end by itself within this time, which costs less than another process.
 _GRACE_S = 0.1
 _ROOT = str(Path(collegium.__file__).resolve().parent.parent)
@@ -42,6 +44,7 @@ class TextProcess:
         self._limit_s = limit_s
         self._memory_bytes = memory_bytes
         self._line = asyncio.Lock()
+        self._waiting_bytes = 0  # of jobs in the line and at work
         self._process: asyncio.subprocess.Process | None = None
         self._ending: set[asyncio.Future[int]] = set()
         self.num_refusals = 0
@@ -51,23 +54,14 @@ class TextProcess:
     ) -> Sequence[int]:
         """Return the ids of a text, or of a conversation where there are turns.
 
-        max_bytes: the largest text that is tokenised. Raises InvalidArgument naming the field.
+        max_bytes: the largest text that is tokenised. Raises InvalidArgument naming the field, or ResourceExhausted.
         """
         prompt: dict[str, object] = {"turns": turns} if turns else {"text": text}
         num_chars = len(text) + sum(len(role) + len(content) for role, content in turns)
         limit_s = self._limit_s * (1 + num_chars / 2**20)
         job = json.dumps(prompt | {"limit_s": limit_s, "max_bytes": max_bytes}, ensure_ascii=False).encode()
-        async with self._line:
-            exchange = asyncio.ensure_future(self._exchange(LENGTH.pack(len(job)) + job, limit_s * _WALL_FACTOR))
-            try:
-                answer = await asyncio.shield(exchange)
-            except asyncio.CancelledError:
-                await asyncio.wait((exchange,), timeout=_GRACE_S)
-                if not exchange.done():
-                    self._kill()
-                    exchange.cancel()
-                await asyncio.gather(exchange, return_exceptions=True)
-                raise
+        with self._waiting(len(job)):
+            answer = await self._in_turn(job, limit_s)
         if isinstance(answer, str):
             self.num_refusals += 1
             raise self._too_much(field, answer, limit_s)
@@ -76,6 +70,36 @@ class TextProcess:
         ids = array("I")
         ids.frombytes(answer[1:])
         return ids.tolist()
+
+    @contextlib.contextmanager
+    def _waiting(self, num_bytes: int) -> Iterator[None]:
+        limit = self._memory_bytes // _WAITING_SHARE
+        if self._waiting_bytes and self._waiting_bytes + num_bytes > limit:
+            self.num_refusals += 1
+            raise ResourceExhausted(
+                f"the gateway is full: prompts of {self._waiting_bytes} bytes wait to be tokenised, limit {limit}",
+                reason="TEXTS_EXHAUSTED",
+                remedy="try again, or at another gateway",
+                retry_after_s=self._limit_s,
+            )
+        self._waiting_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._waiting_bytes -= num_bytes
+
+    async def _in_turn(self, job: bytes, limit_s: float) -> bytes | str:
+        async with self._line:
+            exchange = asyncio.ensure_future(self._exchange(LENGTH.pack(len(job)) + job, limit_s * _WALL_FACTOR))
+            try:
+                return await asyncio.shield(exchange)
+            except asyncio.CancelledError:
+                await asyncio.wait((exchange,), timeout=_GRACE_S)
+                if not exchange.done():
+                    self._kill()
+                    exchange.cancel()
+                await asyncio.gather(exchange, return_exceptions=True)
+                raise
 
     async def start(self) -> None:
         """Start the process before the first job, which need not wait for it then."""

@@ -275,6 +275,22 @@ async def test_a_caller_who_leaves_ends_the_work_for_its_prompt(router: FakeRout
         await until(lambda: served.gateway.admission.num_requests == 0)
 
 
+async def test_texts_that_wait_are_bounded_in_bytes(router: FakeRouter, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["loops"])
+    async with rig(router, model_dir=tmp_path, text_limit_s=3600.0, text_memory=16 * 2**20) as served:
+        admission = served.gateway.admission
+        calls = [served.stub.Generate(chat("x" * 3 * 2**20)) for _ in range(2)]
+        first = asyncio.wait([asyncio.ensure_future(error_of(call)) for call in calls], return_when="FIRST_COMPLETED")
+        (refused,), (other,) = await first
+        assert refused.result().reason == "TEXTS_EXHAUSTED"
+        assert refused.result().retry_after_s
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        await until(lambda: admission.num_requests == 0)
+
+
 class Panic(BaseException):
     """As pyo3's, which is no Exception either."""
 
