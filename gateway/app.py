@@ -171,8 +171,7 @@ def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[st
 
 
 async def _follow(membership: Membership, pool: RouterPool) -> None:
-    async for view in membership.views():
-        pool.set_addresses(router_addresses(view))
+    await membership.follow(lambda view: pool.set_addresses(router_addresses(view)))
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -265,6 +265,7 @@ _MEMBER = (
 )
 
 _PROCESS = (
+    _counter("process", "loop_faults_total", "Turns of a background loop that failed and are tried again"),
     _histogram("process", "event_loop_lag_seconds", "How late the event loop ran what was due", buckets=_LAG_SECONDS),
 )
 
