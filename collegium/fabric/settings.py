@@ -293,7 +293,10 @@ def _convert(text: str, hint: object) -> object:
     if hint is MemoryBudget:
         return MemoryBudget.parse(text)
     if hint is Path:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:  # no HOME, and no such user
+            raise ValueError("there is no home for its ~; give the whole path") from None
     if hint is str:
         return text
     raise TypeError(f"settings do not know the type {hint!r}")
