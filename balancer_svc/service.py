@@ -133,7 +133,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._planner.restore(memory.model, memory.placement)
         self._planner.follow(memory.placement, memory.planned, self._clock())
         self._planner.see_epoch(memory.newest_epoch)
-        self._planner.wanted_workers = memory.wanted_workers
+        self._take_wanted(memory.wanted_workers)
         self._restore_windows(memory.windows)
         self._roster.restore(memory.members, self._clock())
         self._token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
@@ -285,6 +285,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         """Extend a lease."""
         self._require_memory()
         validation.check_renew(request, self._planner.newest_epoch)
+        known = self._roster.get(request.member_id)
+        if known is not None and known.role == pb.ROLE_WORKER and self._planner.model is None:
+            raise self._lapsed(request.member_id)  # the memory lost the model, and workers tell it when they join
         member = self._roster.renew(request.member_id, self._clock())
         if member is None:
             raise self._lapsed(request.member_id)
@@ -473,10 +476,14 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._tell_all()
             return
         self._token = token
+        if memory.has_lost:
+            self._tell_all()
         changed = self._roster.merge(memory.members, now_s, unsaved=self._backlog.members)
         for record in memory.members:
             self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
-        if memory.model is not None and not self._backlog.model:
+        if memory.model is None:
+            self._backlog.model |= self.is_leader and self._planner.model is not None
+        elif not self._backlog.model:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
             changed |= self._planner.follow(memory.placement, memory.planned, now_s)
@@ -488,7 +495,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._restore_windows(memory.windows)
             self._measure()
         if not self._backlog.wanted:
-            self._planner.wanted_workers = memory.wanted_workers
+            self._take_wanted(memory.wanted_workers)
             self._keep_wanted(self._roster.members(pb.ROLE_WORKER))
         if self.is_leader:
             for router_id, counts in memory.reports.items():
@@ -498,6 +505,20 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             await self._save_balance()
         if changed:
             self._show()
+
+    def _take_wanted(self, num_workers: int) -> None:
+        """Take how many workers are remembered as wanted; 0 is never wanted, so it means that nothing is remembered."""
+        if num_workers > self._max_workers:
+            _log.warning(
+                "the number of workers in Redis is above the maximum and is dropped",
+                key="wanted",
+                wanted=num_workers,
+                maximum=self._max_workers,
+            )
+        if 0 < num_workers <= self._max_workers:
+            self._planner.wanted_workers = num_workers
+        elif self.is_leader or num_workers:
+            self._backlog.wanted = self._planner.wanted_workers != num_workers
 
     async def _save_balance(self) -> None:
         try:

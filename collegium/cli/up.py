@@ -50,6 +50,13 @@ _START_LIMIT_S = 600.0
 def up(
     model_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
     workers: Annotated[int, typer.Option(help="Expert workers.")] = 2,
+    max_workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Most workers that `collegium scale` may ask for; 0: two for each core, at least 8 and --workers.",
+        ),
+    ] = 0,
     routers: Annotated[int, typer.Option(help="Routers.")] = 1,
     gateways: Annotated[int, typer.Option(help="Gateways.")] = 1,
     balancers: Annotated[int, typer.Option(help="Balancers, of which one leads.")] = 1,
@@ -149,6 +156,7 @@ def up(
             model=model_dir,
             manifest=manifest,
             num_workers=workers,
+            max_workers=max_workers,
             num_routers=routers,
             num_gateways=gateways,
             num_balancers=balancers,
