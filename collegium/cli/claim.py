@@ -114,7 +114,8 @@ class Claim:
             if held is None:
                 continue  # it lapsed just now
             holder = _read(held)
-            if not _is_gone(holder):
+            is_foreign = not holder and self._redis.pttl(self._key) == -1  # ours always lapse
+            if not is_foreign and not _is_gone(holder):
                 who = f"`collegium up`, process {holder.get('pid', '?')} on {holder.get('host', '?')}"
                 raise self._taken(f"{who}; if that was killed, the name is free after {_TTL_S:g} s")
             self._drop(held)

@@ -37,7 +37,7 @@ def outlive_readers() -> None:
             continue
         with contextlib.suppress(OSError):
             stream.flush()
-        raw = io.BufferedWriter(_Lossy(descriptor))
+        raw = io.BufferedWriter(_Lossy(descriptor, stream))
         setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
@@ -60,9 +60,9 @@ def complain(text: str) -> None:
 class _Lossy(io.RawIOBase):
     """A descriptor that takes everything: what it cannot write in time is lost."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, owner: TextIO) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._descriptor, self._owner = descriptor, owner  # which closes the descriptor when it goes
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._is_stuck = False
@@ -72,6 +72,12 @@ class _Lossy(io.RawIOBase):
 
     def fileno(self) -> int:
         return self._descriptor
+
+    def close(self) -> None:
+        if not self.closed and self._owner not in (sys.__stdout__, sys.__stderr__):
+            with contextlib.suppress(OSError):
+                self._owner.close()
+        super().close()
 
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
