@@ -7,6 +7,7 @@ left to that service.
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from pathlib import Path
 
@@ -89,6 +90,14 @@ def check_prompt(prompt: str, max_tokens: int) -> None:
     """Check the first completion's prompt, where there is to be one."""
     if max_tokens > 0 and not prompt:
         raise SettingsError("--prompt='' cannot be used: give some text, or --max-tokens 0 for no completion")
+
+
+def check_cluster_name(name: str) -> None:
+    """Check a name that becomes part of Redis's keys."""
+    if re.fullmatch(r"[A-Za-z0-9_./-]{1,128}", name) is None:
+        raise SettingsError(
+            f"--cluster={name[:150]!r} cannot be used: give 1 to 128 letters, digits, and _ . / - of ASCII"
+        )
 
 
 def _check_pem(path: Path, flag: str, mark: bytes, what: str) -> None:
