@@ -28,6 +28,7 @@ from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
 from balancer_svc.worker_totals import WorkerTotals
 from collegium.fabric import logs
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from collegium.fabric.model_shape import tell_other_model
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -215,7 +216,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         if not request.address:
             raise InvalidArgument("is empty", reason="NO_ADDRESS", field="address", remedy="give HOST:PORT")
         now_s = self._clock()
-        if request.role == pb.ROLE_WORKER:
+        if request.role == pb.ROLE_WORKER or (request.role == pb.ROLE_ROUTER and request.HasField("model")):
             self._take_model(request)
         member = Member(
             member_id=f"{_ROLES[request.role]}-{secrets.token_hex(5)}",
@@ -520,13 +521,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         model = from_shape(request.model)
         known = self._planner.model
         others = [worker for worker in self._roster.members(pb.ROLE_WORKER) if worker.address != request.address]
-        if known is not None and known.digest != model.digest and others:
-            raise FailedPrecondition(
-                f"this worker serves the model {model.digest[:12]}, the cluster {known.digest[:12]}",
-                reason="OTHER_MODEL",
-                field="model.digest",
-                remedy="give every worker the manifest and dtype of the same checkpoint",
-            )
+        if known is not None and others:
+            told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+            if told:
+                raise FailedPrecondition(
+                    f"this {_ROLES[request.role]} serves another model than the cluster's workers: {told}",
+                    reason="OTHER_MODEL",
+                    field="model.digest",
+                    remedy="give every worker and router the same checkpoint and dtype",
+                )
+        if request.role != pb.ROLE_WORKER:  # the workers' model is the cluster's
+            return
         self._adopt_model(model)
         self._backlog.model = True
 

@@ -5,7 +5,7 @@ Owned by the event loop; connecting itself runs in a thread. Says whether the ro
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
 
@@ -34,13 +34,15 @@ class LinkKeeper:
         model: RouterModel,
         *,
         digest: str,
+        parts: Mapping[str, str],
         max_rows: int,
         transport: str,
         d_model: int,
         on_change: Callable[[], None],
     ):
-        """`on_change` is called on the event loop whenever a link came or went."""
+        """`digest` and `parts` are the manifest's. `on_change` is called on the event loop when a link came or went."""
         self._calls, self._model = calls, model
+        self._parts = parts
         self._digest, self._max_rows, self._d_model = digest, max_rows, d_model
         self._transports = ["unix", "tcp"] if transport == "auto" else [transport]
         self._on_change = on_change
@@ -126,6 +128,7 @@ class LinkKeeper:
             transports=self._transports,
             max_rows=self._max_rows,
             host=host_identity(),
+            model_parts=self._parts,
         )
         async with rpc.channel(address) as channel:
             try:
