@@ -12,7 +12,8 @@ from typing import cast
 
 from collegium.model.checkpoint_files import CheckpointError, has_file, kind_of, read_json, shown
 
-_DIM, _HEADS, _EXPERTS, _LAYERS, _LENGTH = 1 << 20, 1 << 16, 1 << 16, 4096, 1 << 30
+# Of experts and layers, as many as a balancer places; published models have 512 and 128.
+_DIM, _HEADS, _EXPERTS, _LAYERS, _LENGTH = 1 << 20, 1 << 16, 4096, 1024, 1 << 30
 
 # Whole numbers: the least and largest value, and whether null stands for the architecture's own.
 _WHOLE: Mapping[str, tuple[int, int, bool]] = {

@@ -15,6 +15,7 @@ import xxhash
 
 from collegium.model import identity
 from collegium.model.architectures import Role, read_architecture
+from collegium.model.cache_root import cache_file
 from collegium.model.checkpoint_files import CheckpointError, open_file, shown
 from collegium.model.checkpoint_survey import survey_checkpoint
 from collegium.model.manifest_entries import ExpertEntry, LayerEntry, Manifest, TensorRef
@@ -44,8 +45,8 @@ Progress = Callable[[int, int], None]
 def ensure_manifest(model_dir: Path, *, out: Path | None = None, progress: Progress | None = None) -> Path:
     """Return the path of the checkpoint's manifest, made now unless a cached one still fits its files.
 
-    `progress(done_bytes, total_bytes)` is called as the pass goes on. The cache lies under XDG_CACHE_HOME (or
-    ~/.cache). Folders are made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
+    `progress(done_bytes, total_bytes)` is called as the pass goes on. cache_root says where the cache is. Folders are
+    made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
     """
     model_dir = Path(os.path.realpath(model_dir))
     read_architecture(model_dir)
@@ -183,11 +184,7 @@ def _is_made_from(cached: Manifest, sources: Mapping[str, str], files: Mapping[s
 
 
 def _cache_path(model_dir: Path, sources: Mapping[str, str], files: Mapping[str, tuple[int, int]]) -> Path:
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user id without an entry in passwd
-        raise ManifestPathError("there is no home folder for the cache; set XDG_CACHE_HOME, or give --out") from None
     name = hashlib.blake2b(
         json.dumps([VERSION, str(model_dir), sorted(sources.items()), sorted(files.items())]).encode(), digest_size=12
     ).hexdigest()
-    return root / "collegium" / "manifests" / f"{name}.json"
+    return cache_file(f"manifests/{name}.json")
