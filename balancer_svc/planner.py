@@ -24,10 +24,11 @@ from collegium.v1 import balancer_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What placement needs to know of the model; equal digests mean equal checkpoints."""
+    """What placement needs to know of the model; equal digests mean equal checkpoints, and parts name what differs."""
 
     digest: str
     layers: tuple[LayerSize, ...]
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from collegium.fabric import logs
 from collegium.fabric.bounds import MAX_MEMBERS
 from collegium.fabric.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable, shown
 from collegium.fabric.faults import Faults
+from collegium.fabric.model_shape import tell_other_model
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -255,7 +256,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 retry_after_s=self._roster.ttl_s,
             )
         now_s = self._clock()
-        if request.role == pb.ROLE_WORKER:
+        if request.role == pb.ROLE_WORKER or (request.role == pb.ROLE_ROUTER and request.HasField("model")):
             self._take_model(request)
         member = Member(
             member_id=f"{_ROLES[request.role]}-{secrets.token_hex(5)}",
@@ -570,13 +571,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         model = from_shape(request.model)
         known = self._planner.model
         others = [worker for worker in self._roster.members(pb.ROLE_WORKER) if worker.address != request.address]
-        if known is not None and known.digest != model.digest and others:
-            raise FailedPrecondition(
-                f"this worker serves the model {model.digest[:12]}, the cluster {known.digest[:12]}",
-                reason="OTHER_MODEL",
-                field="model.digest",
-                remedy="give every worker the manifest and dtype of the same checkpoint",
-            )
+        if known is not None and others:
+            told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+            if told:
+                raise FailedPrecondition(
+                    f"this {_ROLES[request.role]} serves another model than the cluster's workers: {told}",
+                    reason="OTHER_MODEL",
+                    field="model.digest",
+                    remedy="give every worker and router the same checkpoint and dtype",
+                )
+        if request.role != pb.ROLE_WORKER:  # the workers' model is the cluster's
+            return
         if known is not None:
             is_in_use = bool(others) or self._planner.in_force.has_shape(known.layers)
             validation.check_same_shape(known, model, is_in_use=is_in_use)

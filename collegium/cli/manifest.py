@@ -40,6 +40,6 @@ def manifest(
         except ManifestPathError as error:
             field = "--out" if out is not None else "XDG_CACHE_HOME"
             raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field=field) from error
-        except (ValueError, OSError) as error:
+        except ValueError as error:  # CheckpointError, UnsupportedModelError
             raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
     t.print_line(str(path))

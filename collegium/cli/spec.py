@@ -5,6 +5,7 @@ Owns the flags that each service is started with. Pure but for the choice of fre
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import sys

@@ -42,6 +42,7 @@ from collegium.fabric.redis_url import check_redis_url
 from collegium.fabric.signals import heeded
 from collegium.model.cache_root import cache_notice
 from collegium.model.manifest import ManifestPathError, ensure_manifest, load_manifest
+from collegium.model.served_dtype import tell_dtype
 
 DEFAULT_PORT = 50051
 _START_LIMIT_S = 600.0
@@ -63,7 +64,10 @@ def up(
     grpc_port: Annotated[
         int, typer.Option(help="Port of the first gateway; further ones take the next ports; 0: any free ones.")
     ] = DEFAULT_PORT,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the checkpoint's own.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, or auto: bfloat16 where all experts are stored in it, else float32."),
+    ] = "auto",
     threads: Annotated[
         str, typer.Option(help="auto, a number of threads to share out, or router=N,worker=N.")
     ] = "auto",
@@ -162,6 +166,8 @@ def up(
             say(notice)
         manifest = make_manifest(model_dir, interrupts)
         resolved = resolve_dtype(dtype, manifest)
+        if dtype == "auto" and (told := tell_dtype(load_manifest(manifest).stored_dtypes, resolved)):
+            say(told)
         if budget:
             say(tell_budget(budget, manifest, resolved))
         spec = ClusterSpec(
@@ -293,12 +299,12 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
         return ensure_manifest(model_dir, progress=progress)
     except ManifestPathError as error:
         raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field="XDG_CACHE_HOME") from error
-    except (ValueError, OSError) as error:
+    except ValueError as error:  # CheckpointError, UnsupportedModelError
         raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
 
 
 def resolve_dtype(dtype: str, manifest: Path) -> str:
-    """Turn auto into the type of the checkpoint's experts, as every service would."""
+    """Turn auto into the type that every service would choose by the manifest."""
     return load_manifest(manifest).dtype if dtype == "auto" else dtype
 
 
