@@ -106,7 +106,12 @@ class Generation:
         if self.accepted.num_logprobs is not None and len(news.logprobs) != len(news.token_ids):
             self._fail(Internal("a router sent tokens without their log-probabilities", reason="ROUTER_FAULT"))
             return
-        if choice.add(news.token_ids, news.logprobs):
+        try:
+            is_stopped = choice.add(news.token_ids, news.logprobs)
+        except Internal as error:  # the tokenizer failed on these ids, and would again on any router
+            self._fail(error)
+            return
+        if is_stopped:
             if self._seat is not None:
                 self._seat.cancel(choice.index)
         elif news.finish_reason:

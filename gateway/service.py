@@ -141,9 +141,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
     def _choices(self, accepted: validation.Accepted) -> list[Choice]:
-        decode = None if self._tokenizer is None else self._tokenizer.decode
+        prompt_end = None if self._tokenizer is None else self._tokenizer.prompt_end(accepted.prompt_ids)
         return [
-            Choice(index, decode=decode, stop_strings=accepted.stop_strings, min_tokens=accepted.stopping.min_tokens)
+            Choice(
+                index,
+                prompt_end=prompt_end,
+                stop_strings=accepted.stop_strings,
+                stop_tokens=accepted.stop_tokens,
+                min_tokens=accepted.stopping.min_tokens,
+            )
             for index in range(accepted.num_choices)
         ]
 

@@ -7,7 +7,7 @@ names the field and the remedy out. A router may trust what passed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from collegium.fabric.errors import InvalidArgument, NotFound
@@ -25,13 +25,19 @@ _MAX_PENALTY = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """A request that may go to a router. `sampling` has its seed, `stopping` its max_tokens and no stop strings."""
+    """A request that may go to a router. `sampling` has its seed, `stopping` its max_tokens and no stop strings.
+
+    stop_tokens: those of the stop strings that are special tokens, by id. `stopping` has them as stop ids too, so that
+    the router ends the choice. As special tokens have no text, a string that holds one within other text is found only
+    if the model writes that text in ordinary tokens.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: pb.Sampling
     stopping: pb.Stopping
     stop_strings: tuple[str, ...]
+    stop_tokens: Mapping[int, str]
     num_choices: int
     num_logprobs: int | None
 
@@ -82,12 +88,17 @@ def check_generate(
         )
     if request.num_choices > MAX_CHOICES:
         raise _too_large("num_choices", request.num_choices, MAX_CHOICES)
+    stopping = check_stopping(request.stopping, model, room)
+    stop_strings = _stop_strings(request.stopping.stop_strings, tokenizer)
+    stop_tokens = _stop_tokens(stop_strings, tokenizer, model)
+    stopping.stop_ids.extend(token_id for token_id in stop_tokens if token_id not in stopping.stop_ids)
     return Accepted(
         request_id=request_id or draw_id(),
         prompt_ids=prompt_ids,
         sampling=check_sampling(request.sampling, draw_seed),
-        stopping=check_stopping(request.stopping, model, room),
-        stop_strings=_stop_strings(request.stopping.stop_strings, tokenizer),
+        stopping=stopping,
+        stop_strings=stop_strings,
+        stop_tokens=stop_tokens,
         num_choices=request.num_choices or 1,
         num_logprobs=_num_logprobs(request, model),
     )
@@ -228,6 +239,13 @@ def _stop_strings(strings: Sequence[bytes], tokenizer: Tokenizer | None) -> tupl
             raise _too_large(f"{name} in bytes", len(raw), MAX_STOP_STRING_BYTES)
         found.append(_utf8(raw, name))
     return tuple(found)
+
+
+def _stop_tokens(strings: Sequence[str], tokenizer: Tokenizer | None, model: pb.Model) -> dict[int, str]:
+    found = {} if tokenizer is None else {tokenizer.special_id(string): string for string in strings}
+    return {
+        token_id: string for token_id, string in found.items() if token_id is not None and token_id < model.vocab_size
+    }
 
 
 def _num_logprobs(request: pb.GenerateRequest, model: pb.Model) -> int | None:
