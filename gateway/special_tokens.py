@@ -8,7 +8,7 @@ Source: transformers 5.23, PreTrainedTokenizerBase._from_pretrained and Tokenize
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -52,24 +52,28 @@ def declared_tokens(model_dir: Path, config: Mapping[str, object]) -> DeclaredTo
     FailedPrecondition if one of the files is broken.
     """
     settings = dict(config)
-    _rename_extra(settings)
+    if not settings.get(_EXTRA) and _EXTRA_BEFORE_5 in settings:
+        settings[_EXTRA] = settings.pop(_EXTRA_BEFORE_5)
+    by_name = _take_names(settings)
     listed = settings.get("added_tokens_decoder")
     if isinstance(listed, dict):
         found = DeclaredTokens(is_list_complete=True)
         path = model_dir / CONFIG
         for token_id, raw in cast("dict[str, object]", listed).items():
             found.by_id[_id(token_id, path)] = _token(raw, path, "added_tokens_decoder")
-        _read_names(settings, found, path, first=())
+        _read_names(settings, by_name, found, path)
         return found
     # As written before transformers 4.34: two more files, the first of which wins over the config.
     found = DeclaredTokens(is_list_complete=False)
     special_map = _special_map(model_dir / SPECIAL_MAP, settings.get(_EXTRA))
     settings |= special_map
-    _rename_extra(settings)
-    _read_names(settings, found, model_dir / CONFIG, first=special_map)
+    by_name |= _take_extra_names(settings)
     special = {value for name in STANDARD_NAMES if isinstance(value := settings.get(name), str)}
+    special |= {value for value in cast("list[object]", settings.get(_EXTRA) or ()) if isinstance(value, str)}
+    if _EXTRA not in settings:
+        settings[_EXTRA] = settings.get(_EXTRA_BEFORE_5)
+    _read_names(settings, by_name, found, model_dir / CONFIG)
     special |= {_content(found.named[name]) for name in STANDARD_NAMES if name in special_map and name in found.named}
-    special |= {_content(token) for token in found.extra}
     for content, token_id in read_json(model_dir / ADDED).items():
         token = _AddedToken(content, normalized=content not in special, special=content in special)
         found.by_id[_id(token_id, model_dir / ADDED)] = token
@@ -82,18 +86,13 @@ def add_declared(inner: tokenizers.Tokenizer, declared: DeclaredTokens) -> froze
     # A token stays special for the library once it was, whatever is declared later.
     special = {token.content for token in known.values() if token.special}
     by_id = declared.by_id if declared.is_list_complete else declared.by_id | known
-    by_content = {token.content: token for token in by_id.values()}
-    adding = [by_id[token_id] for token_id in sorted(by_id)]
-    contents = {token.content for token in (*known.values(), *adding)}
-    for token in declared.named.values():
-        named = by_content.get(_content(token), token)
-        if _content(named) not in contents:
-            adding.append(_AddedToken(named, special=True) if isinstance(named, str) else named)
-            contents.add(_content(named))
-    for token in declared.extra:
-        if _content(token) not in contents:
-            adding.append(_AddedToken(token, special=True) if isinstance(token, str) else token)
-            contents.add(_content(token))
+    listed = [by_id[token_id] for token_id in sorted(by_id)]
+    contents = {token.content for token in (*known.values(), *listed)}
+    others: list[_AddedToken | str] = []
+    for token in (*declared.named.values(), *declared.extra):
+        if _content(token) not in contents and token not in others:
+            others.append(token)
+    adding = listed + [_AddedToken(t, special=True) if isinstance(t, str) else t for t in others]
     names = set(declared.names.values())
     for token in adding:
         token.special = token.special or token.content in names
@@ -126,30 +125,37 @@ def _special_map(path: Path, extra: object) -> dict[str, object]:
     return found
 
 
-def _rename_extra(settings: dict[str, object]) -> None:
-    if not settings.get(_EXTRA) and _EXTRA_BEFORE_5 in settings:
-        settings[_EXTRA] = settings.pop(_EXTRA_BEFORE_5)
+def _take_names(settings: dict[str, object]) -> dict[str, object]:
+    """Take tokens of this model alone out of the settings: texts whose key ends in `_token`, and named extra ones."""
+    own = [name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)]
+    found: dict[str, object] = {name: settings.pop(name) for name in own if name not in STANDARD_NAMES}
+    return found | _take_extra_names(settings)
 
 
-def _read_names(settings: Mapping[str, object], found: DeclaredTokens, path: Path, first: Collection[str]) -> None:
+def _take_extra_names(settings: dict[str, object]) -> dict[str, object]:
+    extra = settings.get(_EXTRA)
+    if not isinstance(extra, dict):
+        return {}
+    del settings[_EXTRA]
+    return cast("dict[str, object]", extra)
+
+
+def _read_names(
+    settings: Mapping[str, object], by_name: Mapping[str, object], found: DeclaredTokens, path: Path
+) -> None:
     """Read named tokens in the order in which transformers adds them, as the order decides the ids of new ones."""
-    texts: dict[str, str] = {}
     for name in (*STANDARD_NAMES, *(name for name in settings if name not in STANDARD_NAMES)):
         value = settings.get(name)
         if value is None or not name.endswith("_token"):
             continue
-        if isinstance(value, str) and name not in STANDARD_NAMES and name not in first:
-            texts[name] = value
-        elif isinstance(value, str | dict):
+        if isinstance(value, str | dict):
             found.named[name] = value if isinstance(value, str) else _token(cast("object", value), path, name)
         elif name in STANDARD_NAMES:
             raise _broken(path, f"{name} is {str(value)[:80]!r} instead of a token")
-    found.named |= texts
+    for name, value in by_name.items():
+        found.named[name] = value if isinstance(value, str) else _token(value, path, f"{_EXTRA}.{name}")
     extra = settings.get(_EXTRA)
-    if isinstance(extra, dict):  # by name, such as image_token
-        for name, value in cast("dict[str, object]", extra).items():
-            found.named[name] = value if isinstance(value, str) else _token(value, path, f"{_EXTRA}.{name}")
-    elif isinstance(extra, list):
+    if isinstance(extra, list):
         values = cast("list[object]", extra)
         found.extra = [value if isinstance(value, str) else _token(value, path, _EXTRA) for value in values]
 
