@@ -248,6 +248,8 @@ class Attachment:
             self._set_healthy(False)  # its health says so too, but maybe later
         try:
             seat.sitter.take_news(news)
+        except CollegiumError as error:
+            seat.sitter.fail(error.with_traceback(None))
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException:  # a panic of the tokenizers library is no Exception

@@ -1,24 +1,36 @@
 """Render conversations with a checkpoint's own chat template.
 
-Owns the sandbox that templates run in: jinja2's immutable one, with what transformers gives templates (tojson,
-raise_exception, strftime_now, loop controls, generation blocks). Knows no tokens.
+Owns the sandbox that templates run in, and the names that they find there: those that transformers'
+apply_chat_template gives, with the same values. Knows no tokens.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+
+# A template may want a system message, refuse one, or look at an earlier answer: one of these suits each.
+_PROBES = (
+    (("user", "Hello"),),
+    (("system", "Be brief."), ("user", "Hello")),
+    (("user", "Hello"), ("assistant", "Hello."), ("user", "Who are you?")),
+)
+# What a template is given for each conversation, beside special tokens.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_GUARDS = frozenset({"defined", "undefined", "none", "true", "false", "string", "mapping", "sequence", "iterable"})
 
 
 class _GenerationBlock(Extension):
@@ -26,9 +38,41 @@ class _GenerationBlock(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call block as in transformers: what is set inside stays inside.
+        return nodes.CallBlock(self.call_method("_contents"), [], [], body).set_lineno(line)
+
+    def _contents(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Refused(jinja2.TemplateError):
+    """The template called raise_exception."""
+
+
+class _Dict:
+    """`dict` for templates: makes dictionaries and has no other attribute."""
+
+    def __call__(self, *args: object, **fields: object) -> dict[object, object]:
+        return dict(*args, **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def fromkeys(self, *args: object) -> dict[object, object]:
+        return dict.fromkeys(*args)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+class _Namespace(Namespace):
+    """`namespace` for templates: refuses names with an underscore in front."""
+
+    def __init__(*args: object, **fields: object) -> None:
+        for name in dict(*args[1:], **fields):  # pyright: ignore[reportCallIssue, reportArgumentType]
+            _check_name(name)
+        Namespace.__init__(*args, **fields)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
 
 
 class _Unfolded(CodeGenerator):
@@ -40,10 +84,18 @@ class _Unfolded(CodeGenerator):
         return super()._output_child_to_const(node, frame, finalize)
 
 
+class _Tracking(_Unfolded, meta.TrackingCodeGenerator):
+    """As jinja2.meta.find_undeclared_variables, computing no constant."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.optimizer = None
+
+
 class ChatTemplate:
     """One compiled template with the special tokens that it may name."""
 
-    __slots__ = ("_names", "_template")
+    __slots__ = ("_names", "_template", "undefined_names")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -54,40 +106,123 @@ class ChatTemplate:
         )
         environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _to_json
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
         try:
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            known = {*environment.globals, *special_tokens, *_GIVEN}
+            self.undefined_names: Sequence[str] = sorted(_unguarded(environment.parse(source)) - known)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
             raise FailedPrecondition(
-                f"the checkpoint's chat template cannot be compiled: {error}", remedy="fetch the checkpoint again"
+                f"the checkpoint's chat template cannot be compiled: {_described(error)}",
+                remedy="fetch the checkpoint again, or repair chat_template",
             ) from error
-        self._names: dict[str, object] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self._names.update(special_tokens)
+        self._names = dict(special_tokens)
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Give the text of a conversation of (role, content) up to where the assistant speaks.
+        """Return the text of a conversation of (role, content) up to where the assistant speaks.
 
-        InvalidArgument where the template refuses it, such as for a role that it does not know.
+        InvalidArgument if the template refuses it, for example for a role that it does not know, or fails on it.
         """
-        turns = [{"role": role, "content": content} for role, content in messages]
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            return self._render(messages)
+        except _Refused as error:
             raise InvalidArgument(
                 f"the model's chat template refuses this conversation: {error}",
                 field="chat.messages",
                 remedy="use the roles and the order that the model was trained on",
                 reason="CHAT_TEMPLATE",
             ) from error
+        except Exception as error:  # a template is a program: it may raise anything
+            raise InvalidArgument(
+                f"the model's chat template fails on this conversation: {_described(error)}",
+                field="chat.messages",
+                remedy="use the roles and the order that the model was trained on, or send text",
+                reason="CHAT_TEMPLATE",
+            ) from error
+
+    def check(self) -> None:
+        """Render short conversations until one succeeds or is refused; FailedPrecondition if all of them fail."""
+        failure: Exception | None = None
+        for messages in _PROBES:
+            try:
+                self._render(messages)
+            except _Refused:
+                return
+            except Exception as error:
+                failure = failure or error
+            else:
+                return
+        if failure is not None:
+            raise FailedPrecondition(
+                f"the checkpoint's chat template cannot be rendered: {_described(failure)}",
+                remedy="fetch the checkpoint again, or repair chat_template",
+            ) from failure
+
+    def _render(self, messages: Sequence[tuple[str, str]]) -> str:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        # Special tokens last, as keyword arguments of their names win in transformers too.
+        given: dict[str, object] = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+        return self._template.render(given | self._names)
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _unguarded(tree: nodes.Template) -> set[str]:
+    """Return names from outside that a template uses without ever asking whether they are there."""
+    guarded = {name.name for guard in _guards(tree) for name in guard.find_all(nodes.Name)}
+    tracking = _Tracking(tree.environment)
+    tracking.visit(tree)
+    return tracking.undeclared_identifiers - guarded - {n.name for n in _bare_guards(tree)}
+
+
+def _guards(tree: nodes.Template) -> Iterator[nodes.Node]:
+    for test in tree.find_all(nodes.Test):
+        if test.name in _GUARDS:
+            yield test
+    for call in tree.find_all(nodes.Filter):
+        if call.name in {"default", "d"}:
+            yield call
+
+
+def _bare_guards(tree: nodes.Template) -> Iterator[nodes.Name]:
+    """Yield names whose truth alone is asked: `{% if name %}`, `not name`, `name and ...`, `name or ...`."""
+    waiting: list[nodes.Node | None] = []
+    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+        waiting.append(branch.test)
+    for operation in tree.find_all((nodes.And, nodes.Or, nodes.Not)):
+        waiting += [operation.left, operation.right] if isinstance(operation, nodes.BinExpr) else [operation.node]
+    yield from (node for node in waiting if isinstance(node, nodes.Name))
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{error.message} (line {error.lineno})"
+    text = str(error)
+    return text if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {text}"
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name with an underscore in front, such as {name!r}")
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Not jinja2's own: that one escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> NoReturn:
+    raise _Refused(str(message))
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
+    return datetime.datetime.now().strftime(form)

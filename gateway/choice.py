@@ -7,28 +7,34 @@ same offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from collegium.v1 import inference_pb2 as pb
-from gateway.detokenizer import Detokenizer
+from gateway.answer_text import PromptEnd
 from gateway.stops import StopMatcher, StopStrings
 
 RUNNING = pb.FINISH_REASON_UNSPECIFIED
 _NO_STOPS = StopStrings()
+_NO_TOKENS: Mapping[int, str] = MappingProxyType({})
 
 
 class Choice:
-    """One of a request's answers. Without `decode` (no tokenizer) its text stays empty; `stops` is its request's."""
+    """One of a request's answers. Without the prompt's end (no tokenizer) its text stays empty.
+
+    stops: its request's stop strings. stop_tokens: those of them that are special tokens, by id: as these have no
+    text, only their ids can be found.
+    """
 
     __slots__ = (
         "_delivered_ids",
         "_delivered_text",
-        "_detokenizer",
         "_is_end_delivered",
         "_logprobs",
         "_min_tokens",
-        "_stops",
+        "_stop_tokens",
         "_text",
+        "_words",
         "finish_reason",
         "index",
         "stop_reason",
@@ -39,16 +45,17 @@ class Choice:
         self,
         index: int,
         *,
-        decode: Callable[[Sequence[int]], str] | None,
+        prompt_end: PromptEnd | None,
         stops: StopStrings = _NO_STOPS,
+        stop_tokens: Mapping[int, str] = _NO_TOKENS,
         min_tokens: int = 0,
     ) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: pb.FinishReason = RUNNING
         self.stop_reason = ""
-        self._detokenizer = None if decode is None else Detokenizer(decode)
-        self._stops = StopMatcher(stops)
+        self._words = None if prompt_end is None else prompt_end.answer(StopMatcher(stops))
+        self._stop_tokens = stop_tokens
         self._min_tokens = min_tokens
         self._text = ""  # certain and not delivered
         self._logprobs: list[pb.TokenLogprobs] = []  # of the ids that are not delivered
@@ -67,15 +74,18 @@ class Choice:
         return len(self.token_ids) - self._delivered_ids
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs] = ()) -> bool:
-        """Add sampled ids. Returns True where a stop string ended the choice; ids after it are dropped."""
+        """Add sampled ids. Returns True if a stop string ended the choice; ids after it are dropped."""
         for position, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
             if logprobs:
                 self._logprobs.append(logprobs[position])
-            if self._detokenizer is None:
-                continue
             may_stop = len(self.token_ids) >= self._min_tokens
-            text, stop = self._stops.feed(self._detokenizer.feed(token_id), may_stop=may_stop)
+            if may_stop and token_id in self._stop_tokens:
+                self.finish(pb.FINISH_REASON_STOP, self._stop_tokens[token_id])
+                return True
+            if self._words is None:
+                continue
+            text, stop = self._words.feed(token_id, may_stop=may_stop)
             self._text += text
             if stop is not None:
                 self.finish_reason = pb.FINISH_REASON_STOP
@@ -89,10 +99,8 @@ class Choice:
             return
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        if self._detokenizer is not None:
-            # What is flushed is a broken character: no stop string is looked for in it.
-            text, _ = self._stops.feed(self._detokenizer.flush(), may_stop=False)
-            self._text += text + self._stops.flush()
+        if self._words is not None:
+            self._text += self._words.flush()
 
     def restore(self, token_ids: Sequence[int]) -> int:
         """Add ids that the caller has from an earlier stream; gives how many the choice took before it ended."""

@@ -1,78 +1,181 @@
-"""Turn a growing run of token ids into text, piece by piece.
+"""Turn a growing run of token ids into text, piece by piece, such that the pieces together are the text of all ids.
 
-Owns the window of ids that a character may still span. Knows no request and no stop strings. The text is a function
-of the ids alone, however they arrive, so that a replay gives the same offsets. Windowed decoding as in
-text-generation-inference.
+Owns the few ids that the next text depends on. Knows no request, no prompt and no stop strings. The text is a function
+of the ids alone, however they arrive. Windowed decoding as in text-generation-inference, with two differences: ids
+without text never enter the window, and a run of byte-fallback tokens is followed byte by byte, since one broken byte
+turns the whole run into replacement characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+import enum
+from dataclasses import dataclass
+
+from gateway.decoding import Decoding
 
 _REPLACEMENT = "\ufffd"
-# A character of UTF-8 is at most four bytes: at most three replacement characters at the end may still become one.
-_MAX_UNSURE = 3
-# Ids kept as left context when a run of broken bytes does not end; decoding then costs the same for every token.
-_CONTEXT_IDS = 8
-_MAX_WINDOW_IDS = 64
+# Ids kept as left context. Decoders look back at most one token (WordPiece, Metaspace, CTC: is this the first, does it
+# repeat?) or, in broken UTF-8, at most seven bytes: three of an unfinished character and four to find its beginning.
+CONTEXT_IDS = 8
+# The window is cut back to CONTEXT_IDS once it is this long: one decoding of at most this many ids per token.
+_MAX_WINDOW_IDS = 24
+
+
+class Fate(enum.Enum):
+    """What became of the draft that earlier pieces gave."""
+
+    OPEN = enum.auto()
+    KEPT = enum.auto()
+    DROPPED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What one more id says: first the fate of the draft so far, then certain text, then more draft.
+
+    Draft is text that stands if nothing follows, and may still become replacement characters.
+    """
+
+    certain: str = ""
+    draft: str = ""
+    fate: Fate = Fate.OPEN
+
+
+_NOTHING = Heard()
 
 
 class Detokenizer:
-    """Text of one choice. `decode` gives the text of a few ids, without special tokens."""
+    """Text of one run of ids."""
 
-    __slots__ = ("_context_text", "_decode", "_given", "_ids", "_num_context")
+    __slots__ = ("_base", "_decoding", "_given", "_ids", "_run")
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self._ids: list[int] = []  # the last ids whose text was given out whole, then the open ones
-        self._num_context = 0
-        self._context_text = ""
-        self._given = 0  # characters of the open ids' text that were given out
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        self._ids: list[int] = []  # those whose text was given, as context, and those whose text is open
+        self._base = ""  # text of the context, within the text of _ids
+        self._given = 0  # characters beyond _base that were given
+        self._run: _ByteRun | None = None
 
-    def feed(self, token_id: int) -> str:
-        """Add one id and give the text that is now certain, often one word, empty within a character."""
-        self._ids.append(token_id)
-        text = self._open_text()
-        num_unsure = len(text) - len(text.rstrip(_REPLACEMENT))
-        if num_unsure > _MAX_UNSURE and not self._may_become_whole():
-            num_unsure = _MAX_UNSURE
-        certain = max(self._given, len(text) - num_unsure)
-        piece = text[self._given : certain]
-        self._given = certain
-        if num_unsure == 0 and piece:
-            self._close()
-        elif len(self._ids) > _MAX_WINDOW_IDS:
-            self._shorten(num_unheard=len(text) - certain)
-        return piece
+    def copy(self) -> Detokenizer:
+        """Return a twin that goes its own way."""
+        twin = Detokenizer(self._decoding)
+        twin._ids, twin._base, twin._given = list(self._ids), self._base, self._given
+        twin._run = None if self._run is None else self._run.copy()
+        return twin
 
-    def flush(self) -> str:
-        """Give what is left when no id follows: the bytes of an unfinished character as replacement characters."""
+    def feed(self, token_id: int) -> Heard:
+        """Add one id and return what is now known, often one word, nothing within a character."""
+        token = self._decoding.token(token_id)
+        if token is None:
+            return _NOTHING
+        byte = self._decoding.byte(token)
+        if byte is not None:
+            if self._run is None:
+                self._run = _ByteRun(self._decoding, self._ids)
+            return self._run.feed(token_id, byte)
+        ended = self._end_run()
+        text = self._feed_token(token_id)
+        return Heard(ended.certain + text, "", ended.fate)
+
+    def flush(self) -> Heard:
+        """Return what is left if no id follows: the bytes of an unfinished character as replacement characters."""
+        ended = self._end_run()
         text = self._open_text()
         piece = text[self._given :]
         self._given = len(text)
+        return Heard(ended.certain + piece, "", ended.fate)
+
+    def _feed_token(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._open_text()
+        # An unfinished character at the end is one replacement character; it may also be a broken one.
+        num_unsure = 1 if self._decoding.joins_bytes and text.endswith(_REPLACEMENT) else 0
+        certain = max(self._given, len(text) - num_unsure)
+        piece = text[self._given : certain]
+        self._given = certain
+        if num_unsure == 0:
+            self._base += text
+            self._given = 0
+        if len(self._ids) > _MAX_WINDOW_IDS:
+            self._shorten(num_unsure)
         return piece
 
-    def _may_become_whole(self) -> bool:
-        # Whether all was well until the last few ids: then they may be the beginning of a character.
-        beginnings = (self._decode(self._ids[:-count]) for count in range(1, _MAX_UNSURE + 1))
-        return any(not beginning.endswith(_REPLACEMENT) for beginning in beginnings)
-
     def _open_text(self) -> str:
-        # Decoded with what stands before, as decoders treat a beginning differently. Where that changes what stood
-        # before (byte fallback gives up a whole run of bytes for one broken one), the open ids speak for themselves.
-        text = self._decode(self._ids)
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(self._ids[self._num_context :])
+        text = self._decoding.text(self._ids)
+        if text.startswith(self._base):
+            return text[len(self._base) :]
+        return text[num_common(text, self._base) :]
 
-    def _close(self) -> None:
-        del self._ids[: self._num_context]
-        self._num_context = len(self._ids)
-        self._context_text = self._decode(self._ids)
-        self._given = 0
+    def _shorten(self, num_unsure: int) -> None:
+        del self._ids[:-CONTEXT_IDS]
+        text = self._decoding.text(self._ids)
+        self._base, self._given = text[: len(text) - num_unsure], 0
 
-    def _shorten(self, num_unheard: int) -> None:
-        del self._ids[:-_CONTEXT_IDS]
-        self._num_context = 0
-        self._context_text = ""
-        self._given = max(0, len(self._decode(self._ids)) - num_unheard)
+    def _end_run(self) -> Heard:
+        run, self._run = self._run, None
+        if run is None:
+            return _NOTHING
+        self._ids += run.last_ids
+        self._ids = self._ids[-_MAX_WINDOW_IDS:]
+        self._base, self._given = self._decoding.text(self._ids), 0
+        return run.end()
+
+
+class _ByteRun:
+    """Byte-fallback tokens in a row: their characters if all of them together are UTF-8, else one mark for each."""
+
+    __slots__ = ("_before", "_character", "_decoding", "_is_broken", "_num_bytes", "_previous", "_utf8", "last_ids")
+
+    def __init__(self, decoding: Decoding, before: list[int]) -> None:
+        self._decoding = decoding
+        self._before = list(before)
+        self._previous: list[int] = []  # the last whole character
+        self._character: list[int] = []  # the one that grows
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+        self._is_broken = False
+        self._num_bytes = 0
+        self.last_ids: list[int] = []
+
+    def copy(self) -> _ByteRun:
+        """Return a twin that goes its own way."""
+        twin = _ByteRun(self._decoding, self._before)
+        twin._previous, twin._character = list(self._previous), list(self._character)
+        twin._utf8.setstate(self._utf8.getstate())
+        twin._is_broken, twin._num_bytes = self._is_broken, self._num_bytes
+        twin.last_ids = list(self.last_ids)
+        return twin
+
+    def feed(self, token_id: int, byte: int) -> Heard:
+        """Add one byte: whole characters are a draft, and broken bytes are certain from the first one on."""
+        self._num_bytes += 1
+        self.last_ids = [*self.last_ids[1 - CONTEXT_IDS :], token_id]
+        if self._is_broken:
+            return Heard(_REPLACEMENT)
+        self._character.append(token_id)
+        try:
+            is_whole = bool(self._utf8.decode(bytes((byte,))))
+        except UnicodeDecodeError:
+            self._is_broken = True
+            return Heard(_REPLACEMENT * self._num_bytes, "", Fate.DROPPED)
+        return Heard("", self._take_character()) if is_whole else _NOTHING
+
+    def end(self) -> Heard:
+        """Settle the draft, because no byte follows."""
+        if self._is_broken:
+            return _NOTHING
+        if self._character:
+            return Heard(_REPLACEMENT * self._num_bytes, "", Fate.DROPPED)
+        return Heard("", "", Fate.KEPT)
+
+    def _take_character(self) -> str:
+        # The library says what a character becomes, as it may strip the very first space of a text.
+        known = self._before + self._previous
+        text = self._decoding.text(known + self._character)[len(self._decoding.text(known)) :]
+        self._previous, self._character = self._character, []
+        return text
+
+
+def num_common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

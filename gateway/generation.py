@@ -110,7 +110,12 @@ class Generation:
         if fault := self._fault_of(news):
             self.fail(Internal(fault, reason="ROUTER_FAULT"))
             return
-        if choice.add(news.token_ids, news.logprobs):
+        try:
+            is_stopped = choice.add(news.token_ids, news.logprobs)
+        except Internal as error:  # the tokenizer failed on these ids, and would again on any router
+            self._fail(error)
+            return
+        if is_stopped:
             if self._seat is not None:
                 self._seat.cancel(choice.index)
         elif news.finish_reason:

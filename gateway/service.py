@@ -160,10 +160,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._stream(generation, ticket, write, account)
 
     async def _choices(self, accepted: Accepted, given: Mapping[int, Progress], model: pb.Model) -> list[Choice]:
-        decode = None if self._tokenizer is None else self._tokenizer.decode
+        prompt_end = None if self._tokenizer is None else self._tokenizer.prompt_end(accepted.prompt_ids)
         stops = StopStrings(accepted.stop_strings)
         choices = [
-            Choice(index, decode=decode, stops=stops, min_tokens=accepted.stopping.min_tokens)
+            Choice(
+                index,
+                prompt_end=prompt_end,
+                stops=stops,
+                stop_tokens=accepted.stop_tokens,
+                min_tokens=accepted.stopping.min_tokens,
+            )
             for index in range(accepted.num_choices)
         ]
         for _ in restore(choices, given, accepted, model):

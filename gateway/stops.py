@@ -30,7 +30,7 @@ class StopStrings:
 
 
 class StopMatcher:
-    """The stop strings of one choice: how far each of them has been matched."""
+    """The stop strings of one choice: how far each of them has been matched. Shallow copies are independent."""
 
     __slots__ = ("_held", "_lengths", "_stops")
 
@@ -46,7 +46,7 @@ class StopMatcher:
         """
         if not self._stops.strings or (self._lengths is None and not self._stops.may_begin_in(piece)):
             return piece, None
-        lengths = self._lengths or [0] * len(self._stops.strings)
+        lengths = [0] * len(self._stops.strings) if self._lengths is None else list(self._lengths)
         text = self._held + piece
         for position, char in enumerate(piece, start=len(self._held) + 1):
             stop = self._advance(lengths, char)

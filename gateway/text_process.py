@@ -170,7 +170,7 @@ class TextProcess:
             f"{who} takes more than {limit} for it",
             field="chat.messages" if field == "chat" else field,
             remedy="shorten it; the gateway's --text-limit-s and --text-memory set the limits",
-            reason="CHAT_TEMPLATE" if field == "chat" else "TOKENIZER_FAILED",
+            reason="CHAT_TEMPLATE" if field == "chat" else "TOKENIZER",
         )
 
 

@@ -68,7 +68,7 @@ def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
     except RecursionError:
         return _refusal("CHAT_TEMPLATE", "the model's chat template calls itself too deeply", "chat.messages")
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        return _refusal("TOKENIZER_FAILED", f"the model's tokenizer fails on it: {type(error).__name__}: {error}"[:500])
+        return _refusal("TOKENIZER", f"the model's tokenizer fails on it: {type(error).__name__}: {error}"[:500])
 
 
 def _refusal(reason: str, message: str, field: str | None = None, remedy: str | None = None) -> bytes:

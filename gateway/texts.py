@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from collegium.fabric import logs
-from collegium.fabric.errors import InvalidArgument
 from gateway.text_process import TextProcess
 from gateway.tokenizer import Tokenizer
 from gateway.validation import Prompt
@@ -17,7 +15,6 @@ from gateway.validation import Prompt
 _SMALL_CHARS = 4096
 # Longer jobs have a process of their own, so that a conversation never waits behind a book.
 _LONG_CHARS = 65_536
-_log = logs.get("gateway.texts")
 
 
 class Texts:
@@ -40,28 +37,9 @@ class Texts:
         if prompt.field == "token_ids" or self._tokenizer is None:
             return prompt.token_ids
         if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS:
-            return self._encode(self._tokenizer, prompt.text)
+            return self._tokenizer.encode(prompt.text)
         num_chars = len(prompt.text) + sum(len(role) + len(content) for role, content in prompt.turns)
         process = self._short if num_chars <= _LONG_CHARS else self._long
         return await process.encode(
             prompt.field, text=prompt.text, turns=prompt.turns, max_bytes=self._tokenizer.max_bytes(max_tokens)
         )
-
-    def _encode(self, tokenizer: Tokenizer, text: str) -> Sequence[int]:
-        try:
-            return tokenizer.encode(text)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
-            _log.warning("the tokenizer failed on a text", why=type(error).__name__)
-            raise tokenizer_failed("text", str(error)) from None
-
-
-def tokenizer_failed(field: str, why: str) -> InvalidArgument:
-    """Make the error for a text that the model's tokenizer cannot take."""
-    return InvalidArgument(
-        f"the model's tokenizer fails on it: {why[:200]}",
-        field=field,
-        remedy="send token_ids, or another text",
-        reason="TOKENIZER_FAILED",
-    )

@@ -1,58 +1,88 @@
 """The model's tokenizer and chat template, from the files of its checkpoint.
 
-Owns tokenizer.json, tokenizer_config.json and chat_template.jinja. Needs tokenizers and jinja2, not transformers.
-Knows no request; every method is pure and may run in any thread.
+Owns tokenizer.json, and what the files beside it add: special tokens and the template's source. Needs tokenizers and
+jinja2, not transformers, and gives what transformers' AutoTokenizer gives. Knows no request; every method is pure and
+may run in any thread.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import tokenizers
 
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+from gateway.answer_text import PromptEnd
 from gateway.chat import ChatTemplate
+from gateway.cleanup import clean_up
+from gateway.decoding import Decoding, is_library_failure
+from gateway.special_tokens import CONFIG, add_declared, declared_tokens, read_json
 
 # A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
 _NORMALIZED_SHARE = 4
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 class Tokenizer:
     """Text to ids and back."""
 
-    __slots__ = ("_bytes_per_token", "_chat", "_inner")
+    __slots__ = ("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special")
 
-    def __init__(self, inner: tokenizers.Tokenizer, chat: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        chat: ChatTemplate | None = None,
+        *,
+        special: frozenset[str] | None = None,
+        cleans_up: bool = False,
+    ) -> None:
+        """`special`: texts of all special tokens, if others than those of `inner`; `cleans_up`: as transformers'."""
         inner.no_truncation()
         inner.no_padding()
+        if special is None:
+            special = frozenset(t.content for t in inner.get_added_tokens_decoder().values() if t.special)
         self._inner = inner
         self._chat = chat
+        self._special = special
+        self._decoding = Decoding(inner, special)
+        self._cleans_up = cleans_up
         longest = max((len(token.encode()) for token in inner.get_vocab(with_added_tokens=True)), default=1)
         self._bytes_per_token = longest * (_NORMALIZED_SHARE if inner.normalizer is not None else 1)
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer | None:
-        """Read a checkpoint's tokenizer; None where it has none.
+        """Read a checkpoint's tokenizer; None if it has no tokenizer.json.
 
-        FailedPrecondition where the files are there and broken.
+        FailedPrecondition if the files are broken.
         """
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             return None
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
+        except BaseException as error:  # tokenizers raises plain Exception, or panics
+            if not is_library_failure(error):
+                raise
             raise FailedPrecondition(f"{path} cannot be read: {error}", remedy="fetch the checkpoint again") from error
-        return cls(inner, _chat_template(model_dir))
+        config = read_json(model_dir / CONFIG)
+        declared = declared_tokens(model_dir, config)
+        special = add_declared(inner, declared)
+        inner.encode_special_tokens = config.get("split_special_tokens") is True
+        source = _template_source(model_dir, config)
+        chat = None if source is None else ChatTemplate(source, declared.names)
+        return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config))
 
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return self._chat is not None
+
+    @property
+    def undefined_names(self) -> Sequence[str]:
+        """Names that the chat template uses, nothing defines, and the template does not ask about."""
+        return () if self._chat is None else self._chat.undefined_names
 
     @property
     def vocab_size(self) -> int:
@@ -63,12 +93,20 @@ class Tokenizer:
         """Return how many bytes of UTF-8 a text can have at most that is encoded to so many tokens."""
         return num_tokens * self._bytes_per_token
 
+    def check_template(self) -> None:
+        """Render a trivial conversation. FailedPrecondition if the template cannot be rendered at all.
+
+        Takes as long as the template takes.
+        """
+        if self._chat is not None:
+            self._chat.check()
+
     def encode(self, text: str) -> list[int]:
-        """Give the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
-        return self._inner.encode(text, add_special_tokens=True).ids
+        """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
+        return self._encode(text, field="text", add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], *, max_bytes: int | None = None) -> list[int]:
-        """Give the ids of a conversation of (role, content), rendered by the checkpoint's template.
+        """Return the ids of a conversation of (role, content), rendered by the checkpoint's template.
 
         max_bytes: a rendered text of more bytes is refused before it is tokenised.
         """
@@ -87,41 +125,62 @@ class Tokenizer:
                 remedy="shorten it",
                 reason="PROMPT_TOO_LONG",
             )
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self._encode(text, field="chat", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Give the text of ids, without special tokens; ids that the tokenizer does not know have no text."""
-        return self._inner.decode(token_ids, skip_special_tokens=True)
+        """Return the text of ids, without special tokens; ids that the tokenizer does not know have no text."""
+        text = self._decoding.text(token_ids)
+        return clean_up(text) if self._cleans_up else text
+
+    def prompt_end(self, prompt_ids: Sequence[int]) -> PromptEnd:
+        """Return where the text of a prompt ends, for the texts of its answers. Work is bounded by a few ids."""
+        return PromptEnd(self._decoding, prompt_ids, cleans_up=self._cleans_up)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token that has exactly this text; None if there is none."""
+        return self._inner.token_to_id(text) if text in self._special else None
+
+    def _encode(self, text: str, *, field: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            if not is_library_failure(error):
+                raise
+            raise InvalidArgument(
+                f"the model's tokenizer cannot encode this text: {error}",
+                field=field,
+                remedy="send token_ids, or other text",
+                reason="TOKENIZER",
+            ) from None
 
 
-def _chat_template(model_dir: Path) -> ChatTemplate | None:
-    config = _read_json(model_dir / "tokenizer_config.json")
+def _template_source(model_dir: Path, config: Mapping[str, object]) -> str | None:
+    """Return the template of conversations, as AutoTokenizer chooses it among files and names."""
     file = model_dir / "chat_template.jinja"
-    source: object = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        # Named templates: a list of {"name", "template"}; conversations use "default".
-        entries = cast("list[dict[str, object]]", source)
-        source = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
-    if not isinstance(source, str):
-        return None
-    return ChatTemplate(source, _special_tokens(config))
+    if file.is_file():
+        return _read_text(file)
+    folder = model_dir / _NAMED_TEMPLATES
+    named = {path.stem: path for path in sorted(folder.glob("*.jinja"))} if folder.is_dir() else {}
+    if named:  # files win over the config, even if none of them is the default
+        return _read_text(named["default"]) if "default" in named else None
+    source = config.get("chat_template")
+    if isinstance(source, list):  # {"name", "template"} each
+        entries = [cast("dict[str, object]", e) for e in cast("list[object]", source) if isinstance(e, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in entries}
+    if isinstance(source, dict):
+        source = cast("dict[object, object]", source).get("default")
+    return source if isinstance(source, str) else None
 
 
-def _special_tokens(config: dict[str, object]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):  # an AddedToken written out
-            value = cast("dict[str, object]", value).get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
+def _read_text(path: Path) -> str:
     try:
-        return cast("dict[str, object]", json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise FailedPrecondition(f"{path} is not JSON: {error}", remedy="fetch the checkpoint again") from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(f"{path} cannot be read: {error}", remedy="fetch the checkpoint again") from error
+
+
+def _cleans_up(inner: tokenizers.Tokenizer, config: Mapping[str, object]) -> bool:
+    if not config.get("clean_up_tokenization_spaces"):
+        return False
+    is_forced = bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
+    return is_forced or type(inner.model).__name__ != "BPE"

@@ -8,7 +8,7 @@ and tokenised, and accept() takes the token ids. A router may trust what passed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from collegium.fabric.errors import InvalidArgument, NotFound
@@ -44,6 +44,7 @@ class Asked:
     sampling: pb.Sampling
     stopping: pb.Stopping
     stop_strings: tuple[str, ...]
+    stop_tokens: Mapping[int, str]
     num_choices: int
     num_logprobs: int | None
     model: pb.Model
@@ -71,8 +72,9 @@ class Asked:
             request_id=self.request_id,
             prompt_ids=prompt_ids,
             sampling=self.sampling,
-            stopping=check_stopping(self.stopping, room),
+            stopping=check_stopping(self.stopping, room, self.stop_tokens),
             stop_strings=self.stop_strings,
+            stop_tokens=self.stop_tokens,
             num_choices=self.num_choices,
             num_logprobs=self.num_logprobs,
         )
@@ -80,13 +82,19 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """A request that may go to a router. `sampling` has its seed, `stopping` its max_tokens and no stop strings."""
+    """A request that may go to a router. `sampling` has its seed, `stopping` its max_tokens and no stop strings.
+
+    stop_tokens: those of the stop strings that are special tokens, by id. `stopping` has them as stop ids too, so that
+    the router ends the choice. As special tokens have no text, a string that holds one within other text is found only
+    if the model writes that text in ordinary tokens.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: pb.Sampling
     stopping: pb.Stopping
     stop_strings: tuple[str, ...]
+    stop_tokens: Mapping[int, str]
     num_choices: int
     num_logprobs: int | None
 
@@ -118,12 +126,14 @@ def check_generate(
     request_id = check_request_id(request.request_id)
     if request.num_choices > MAX_CHOICES:
         raise _too_large("num_choices", request.num_choices, MAX_CHOICES)
+    stop_strings = _stop_strings(request.stopping.stop_strings, tokenizer)
     return Asked(
         request_id=request_id or draw_id(),
         prompt=_prompt(request, tokenizer, model),
         sampling=check_sampling(request.sampling, draw_seed),
         stopping=_check_stop_ids(request.stopping, model),
-        stop_strings=_stop_strings(request.stopping.stop_strings, tokenizer),
+        stop_strings=stop_strings,
+        stop_tokens=_stop_tokens(stop_strings, tokenizer, model),
         num_choices=request.num_choices or 1,
         num_logprobs=_num_logprobs(request, model),
         model=model,
@@ -230,8 +240,8 @@ def check_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> pb.Sa
     return checked
 
 
-def check_stopping(stopping: pb.Stopping, room: int) -> pb.Stopping:
-    """Check when choices end; max_tokens becomes at most `room`, and stop strings stay here."""
+def check_stopping(stopping: pb.Stopping, room: int, stop_tokens: Iterable[int] = ()) -> pb.Stopping:
+    """Check when choices end; max_tokens becomes at most `room`, stop tokens become ids, stop strings stay here."""
     max_tokens = min(stopping.max_tokens if stopping.HasField("max_tokens") else room, room)
     if stopping.min_tokens > max_tokens:
         raise InvalidArgument(
@@ -243,7 +253,7 @@ def check_stopping(stopping: pb.Stopping, room: int) -> pb.Stopping:
         max_tokens=max_tokens,
         min_tokens=stopping.min_tokens,
         ignore_eos=stopping.ignore_eos,
-        stop_ids=stopping.stop_ids,
+        stop_ids=dict.fromkeys((*stopping.stop_ids, *stop_tokens)),
     )
 
 
@@ -264,6 +274,13 @@ def _stop_strings(strings: Sequence[bytes], tokenizer: Tokenizer | None) -> tupl
             raise _too_large(f"{name} in bytes", len(raw), MAX_STOP_STRING_BYTES)
         found.append(_utf8(raw, name))
     return tuple(found)
+
+
+def _stop_tokens(strings: Sequence[str], tokenizer: Tokenizer | None, model: pb.Model) -> dict[int, str]:
+    found = {} if tokenizer is None else {tokenizer.special_id(string): string for string in strings}
+    return {
+        token_id: string for token_id, string in found.items() if token_id is not None and token_id < model.vocab_size
+    }
 
 
 def _num_logprobs(request: pb.GenerateRequest, model: pb.Model) -> int | None:

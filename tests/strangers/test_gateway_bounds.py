@@ -6,17 +6,20 @@ import asyncio
 import gc
 import tracemalloc
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import router_pb2
+from gateway import app as app_module
 from gateway import service as service_module
 from gateway.generation import Generation
 from gateway.stops import StopMatcher, StopStrings
@@ -291,36 +294,40 @@ async def test_texts_that_wait_are_bounded_in_bytes(router: FakeRouter, tmp_path
         await until(lambda: admission.num_requests == 0)
 
 
-class Panic(BaseException):
-    """As pyo3's, which is no Exception either."""
+class PanicException(BaseException):
+    """As pyo3's, which is no Exception either, and is known by its name."""
 
 
-@pytest.mark.parametrize("kind", [Panic, RuntimeError])
-async def test_a_tokenizer_that_fails_on_a_text_is_told_so(
-    router: FakeRouter, monkeypatch: pytest.MonkeyPatch, kind: Callable[[str], BaseException]
+class Failing:
+    """A tokenizer of the library that fails on one text and on one id, by what the library raises."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, kind: type[BaseException], poison: int) -> None:
+        self._inner, self._kind, self._poison = inner, kind, poison
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def encode(self, text: str, **options: Any) -> tokenizers.Encoding:
+        if text == "poison":
+            raise self._kind("index out of bounds")
+        return self._inner.encode(text, **options)
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        if self._poison in ids:
+            raise self._kind("index out of bounds")
+        return self._inner.decode(ids, **options)
+
+
+@pytest.mark.parametrize("kind", [PanicException, RuntimeError])
+async def test_a_tokenizer_that_fails_on_one_text_or_answer_fails_that_request_alone(
+    router: FakeRouter, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
-    def fail(*_: object) -> None:
-        raise kind("index out of bounds")
-
-    async with rig(router) as served:
-        with monkeypatch.context() as patched:
-            patched.setattr(Tokenizer, "encode", fail)
-            error = await error_of(served.stub.Generate(text_request("hello")))
-            assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TOKENIZER_FAILED")
-        assert len(token_ids(await gather(served.stub.Generate(text_request("hello", max_tokens=3))))) == 3
-
-
-async def test_a_tokenizer_that_fails_on_one_answer_fails_that_request_alone(
-    router: FakeRouter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def decode(self: Tokenizer, ids: list[int]) -> str:
-        if poison in ids:
-            raise Panic("index out of bounds")
-        return "a" * len(ids)
-
     poison = expected([1], 1)[0]
-    monkeypatch.setattr(Tokenizer, "decode", decode)
+    inner = Failing(tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json")), kind, poison)
+    monkeypatch.setattr(app_module.Tokenizer, "load", lambda _: Tokenizer(inner))  # type: ignore[arg-type]
     async with rig(router) as served:
+        error = await error_of(served.stub.Generate(text_request("poison")))
+        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TOKENIZER")
         router.hold()
         bad = served.stub.Generate(ids_request(1, max_tokens=9))
         good = served.stub.Generate(ids_request(2, max_tokens=9))

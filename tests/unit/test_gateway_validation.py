@@ -159,10 +159,15 @@ def test_a_score_takes_the_models_whole_length_and_no_more() -> None:
 
 def resumed(progress: list[pb.ChoiceProgress], **fields: object) -> list[Choice]:
     accepted = check(**({"text": b"a"} | fields))
-    decode = None if TOKENIZER is None else TOKENIZER.decode
     choices = [
-        Choice(i, decode=decode, stops=StopStrings(accepted.stop_strings), min_tokens=accepted.stopping.min_tokens)
-        for i in range(accepted.num_choices)
+        Choice(
+            index,
+            prompt_end=None if TOKENIZER is None else TOKENIZER.prompt_end(accepted.prompt_ids),
+            stops=StopStrings(accepted.stop_strings),
+            stop_tokens=accepted.stop_tokens,
+            min_tokens=accepted.stopping.min_tokens,
+        )
+        for index in range(accepted.num_choices)
     ]
     for _ in restore(choices, check_progress(progress, accepted, MODEL), accepted, MODEL):
         pass
