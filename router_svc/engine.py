@@ -529,10 +529,19 @@ class Engine:
             params=sequence.sampling,
             position=len(sequence.output_ids),
             choice_index=sequence.choice_index,
-            tokens=self._counts.get(sequence),
+            tokens=self._counts_of(sequence) if sequence.sampling.has_penalties else None,
             banned_ids=sequence.banned_ids(),
             num_logprobs=sequence.num_logprobs,
         )
+
+    def _counts_of(self, sequence: Sequence) -> TokenCounts:
+        """Find or make the counts of a sequence. What a prompt costs in them, its choices share."""
+        counts = self._counts.get(sequence)
+        if counts is None:
+            siblings = self._of(sequence.owner, sequence.request_id, None)
+            like = next((self._counts[one] for one in siblings if one in self._counts), None)
+            counts = self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids, like=like)
+        return counts
 
     def _trace(self, step: Step) -> Span | None:
         """Open the span of a step that sampled sequences have rows in: under the first one's, linked to the others'."""
@@ -588,8 +597,6 @@ class Engine:
                 num_prompt=len(sequence.prompt_ids),
                 num_given=len(sequence.output_ids),
             )
-            if sequence.sampling.has_penalties:
-                self._counts[sequence] = TokenCounts(sequence.prompt_ids, sequence.output_ids)
             self._scheduler.add(sequence)
             self.totals.prompt_tokens += len(sequence.prompt_ids)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from collegium.fabric.errors import ResourceExhausted
@@ -19,7 +20,7 @@ from router_svc import engine as engine_module
 from router_svc import messages
 from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertFailedError, ExpertsUnavailableError
-from router_svc.recorder import StepChoices
+from router_svc.recorder import LayerChoices, StepChoices
 from router_svc.scheduler import Step
 from router_svc.sequence import Sequence, StopRules
 from router_svc.sequence_life import SequenceLife
@@ -211,6 +212,9 @@ SEQUENCE_FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Engine], None]] = {
         "sample",
         raising(engine_module.sample, lambda logits, rows: any(row.num_logprobs == 7 for row in rows)),
     ),
+    "its counts": lambda patch, engine: patch.setattr(
+        engine_module, "TokenCounts", raising(engine_module.TokenCounts, lambda prompt, *_, **__: prompt == [50, 51])
+    ),
     "taking a token": lambda patch, engine: patch.setattr(
         engine, "_take", raising(engine._take, lambda sequence, *_: is_bad(sequence) and len(sequence.output_ids) == 3)
     ),
@@ -231,7 +235,7 @@ def test_what_fails_for_one_sequence_of_a_step_ends_it_alone(
     rig: RouterRig, answers: Outcomes, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     SEQUENCE_FAULTS[what](monkeypatch, rig.engine)
-    outcomes = rig.ask(*crowd(rig, num_logprobs=7))
+    outcomes = rig.ask(*crowd(rig, num_logprobs=7, sampling=ipb.Sampling(presence_penalty=1.0)))
     check_canaries(outcomes, answers)
     check_failed(outcomes, "STEP_FAILED")
     monkeypatch.undo()
@@ -247,9 +251,6 @@ def test_a_score_that_fails_ends_alone(rig: RouterRig, answers: Outcomes, monkey
 
 
 COMMAND_FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Engine], None]] = {
-    "its counts": lambda patch, engine: patch.setattr(
-        engine_module, "TokenCounts", raising(engine_module.TokenCounts, lambda prompt, _: prompt == [50, 51])
-    ),
     "its times": lambda patch, engine: patch.setattr(
         engine_module, "SequenceLife", raising(SequenceLife, lambda _, request_id, *__, **___: request_id == "bad")
     ),
@@ -265,7 +266,7 @@ def test_a_submission_that_fails_half_way_ends_alone_and_gives_everything_back(
 ) -> None:
     COMMAND_FAULTS[what](monkeypatch, rig.engine)
     choices = [pb.ChoiceStart(choice_index=index) for index in range(3)]
-    outcomes = rig.ask(*crowd(rig, choices=choices, sampling=ipb.Sampling(presence_penalty=1.0)))
+    outcomes = rig.ask(*crowd(rig, choices=choices))
     check_canaries(outcomes, answers)
     for index in range(3):
         failure = outcomes["bad", index].failure
@@ -416,6 +417,26 @@ async def test_streams_and_traces_beyond_a_limit_are_refused(rig: RouterRig) -> 
             await stream.aclose()
     assert rig.engine.recorder._listeners == ()
     assert len(outboxes) == 0
+
+
+async def test_a_trace_that_is_not_read_keeps_a_bounded_number_of_choices(rig: RouterRig) -> None:
+    service = RouterService(Outboxes(asyncio.get_running_loop()))
+    service.open(rig.engine, rig.model, [1])
+    trace: Any = service.Trace(pb.TraceRequest(), None)  # type: ignore[arg-type]
+    await anext(trace)
+    (listener,) = rig.engine.recorder._listeners
+    shape, missed = (100_000, 8), np.zeros(0, np.uint16)
+    layer = LayerChoices(layer=0, ids=np.zeros(shape, np.int64), weights=np.zeros(shape, np.float32), missed=missed)
+    step = StepChoices(step=1, sequences=[1], positions=[0], num_decode_rows=0, layers=[layer])
+    for _ in range(20):
+        listener(step)
+    await asyncio.sleep(0)
+    (steps,) = service._traces
+    assert steps.qsize() <= 7
+    while not steps.empty():
+        last = steps.get_nowait()
+    assert isinstance(last, ResourceExhausted) and last.reason == "SLOW_READER"
+    await trace.aclose()
 
 
 async def test_a_gateway_that_reads_nothing_is_cut_off_by_bytes_too(rig: RouterRig) -> None:
