@@ -15,7 +15,7 @@ from router_svc.sequence import Finish, Sequence, StopRules
 from router_svc.submissions import MAX_CHOICES, check_submission
 
 _TRACED_CHOICES = 100_000  # of one message of a trace: some 600 kB
-_FRAME_NEWS = 1024  # refusals in one frame
+FRAME_NEWS = 1024  # refusals that are gathered into one frame
 _REFUSAL_CHARS = 65_536  # of ids in the refusal of one submission
 
 _FINISH = {
@@ -87,10 +87,9 @@ def hand_over(submission: router_pb2.Submission) -> list[router_pb2.SequenceNews
     return _failed(submission, grpc.StatusCode.UNAVAILABLE, "the router is draining", "DRAINING")
 
 
-def frames_of(news: Seq[router_pb2.SequenceNews]) -> Iterator[router_pb2.AttachResponse]:
-    """Make the frames, between steps, that hold such news."""
-    for at in range(0, len(news), _FRAME_NEWS):
-        yield router_pb2.AttachResponse(news=news[at : at + _FRAME_NEWS])
+def frame_between(news: Seq[router_pb2.SequenceNews]) -> router_pb2.AttachResponse:
+    """Make a frame, between steps, that holds such news."""
+    return router_pb2.AttachResponse(news=news)
 
 
 def trace_header(model: inference_pb2.Model, expert_bytes: Seq[int]) -> router_pb2.TraceResponse:

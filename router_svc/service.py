@@ -17,7 +17,16 @@ from collegium.fabric import logs
 from collegium.fabric.errors import CollegiumError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 from router_svc.engine import Engine, Ref
-from router_svc.messages import frame_of, frames_of, hand_over, refusal, sequences_of, trace_header, trace_messages
+from router_svc.messages import (
+    FRAME_NEWS,
+    frame_between,
+    frame_of,
+    hand_over,
+    refusal,
+    sequences_of,
+    trace_header,
+    trace_messages,
+)
 from router_svc.news import Load, News
 from router_svc.recorder import StepChoices
 from router_svc.submissions import MAX_REQUEST_ID_CHARS, can_name, check_frame
@@ -59,6 +68,11 @@ class Outboxes:
 
     def __len__(self) -> int:
         return len(self._attached)
+
+    def is_cut(self, owner: int) -> bool:
+        """True if an owner's stream ends because it is not read."""
+        attached = self._attached.get(owner)
+        return attached is None or attached.is_cut
 
     def close(self, owner: int) -> None:
         """Forget an owner."""
@@ -197,7 +211,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
                         attached.gateway_id = frame.gateway_id
                         _log.info("gateway attached", gateway_id=frame.gateway_id)
                     self._take(engine, owner, frame)
-                except CollegiumError as error:
+                except InvalidArgument as error:
+                    engine.totals.refused[error.reason] += 1
                     attached.error = error
                     return
                 if engine.num_commands > _MAX_COMMANDS:  # its step takes long, or the gateway asks too much of it
@@ -222,30 +237,32 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
         refused: list[router_pb2.SequenceNews] = []
         for submission in frame.submissions:
+            if self._outboxes.is_cut(owner):
+                return
             if self.is_draining:
                 refused += hand_over(submission)
-                continue
-            try:
-                sequences = sequences_of(submission, owner, self._model)
-            except InvalidArgument as error:
-                refused += self._refuse(engine, submission, error)
-            except Exception as error:
-                _log.exception(
-                    "a submission could not be read", request_id=submission.request_id[:MAX_REQUEST_ID_CHARS]
-                )
-                message = f"the router could not read the submission ({type(error).__name__}); its log has the details"
-                refused += self._refuse(engine, submission, Internal(message, reason="SUBMISSION_FAILED"))
             else:
-                engine.submit(sequences)
-        for answer in frames_of(refused):
-            self._outboxes.put(owner, answer)
+                refused += self._submit(engine, owner, submission)
+            if len(refused) >= FRAME_NEWS:
+                self._outboxes.put(owner, frame_between(refused))
+                refused = []
+        if refused:
+            self._outboxes.put(owner, frame_between(refused))
         engine.cancel_all(owner, _named(frame.cancellations))
         engine.pause_all(owner, _named(frame.pauses), is_paused=True)
         engine.pause_all(owner, _named(frame.unpauses), is_paused=False)
 
-    def _refuse(
-        self, engine: Engine, submission: router_pb2.Submission, error: CollegiumError
-    ) -> list[router_pb2.SequenceNews]:
+    def _submit(self, engine: Engine, owner: int, submission: router_pb2.Submission) -> list[router_pb2.SequenceNews]:
+        """Hand a submission to the engine; returns the news that refuse it, if it is wrong."""
+        try:
+            engine.submit(sequences_of(submission, owner, self._model))
+            return []
+        except InvalidArgument as wrong:
+            error: CollegiumError = wrong
+        except Exception as fault:
+            _log.exception("a submission could not be read", request_id=submission.request_id[:MAX_REQUEST_ID_CHARS])
+            message = f"the router could not read the submission ({type(fault).__name__}); its log has the details"
+            error = Internal(message, reason="SUBMISSION_FAILED")
         engine.totals.refused[error.reason] += 1
         return refusal(submission, error)
 

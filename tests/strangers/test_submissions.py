@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import struct
@@ -16,6 +17,7 @@ from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as ipb
 from collegium.v1 import router_pb2 as pb
 from router_svc.messages import sequences_of
+from router_svc.service import Outboxes, RouterService
 from router_svc.submissions import MAX_FRAME_ITEMS
 from tests.oracle import Oracle
 from tests.router_rig import MAX_MODEL_LEN, RouterRig, router_rig
@@ -232,6 +234,20 @@ def test_many_wrong_submissions_in_one_frame_are_refused_in_few_frames(rig: Rout
     wrong = [rig.submission(f"wrong-{number}", prompt_ids=[]) for number in range(5000)]
     outcomes = rig.ask(*wrong)
     assert len(outcomes) == 5000  # more than an outbox holds frames
+
+
+async def test_refusals_that_nobody_reads_end_the_stream_before_they_are_all_made(rig: RouterRig) -> None:
+    outboxes = Outboxes(asyncio.get_running_loop())
+    service = RouterService(outboxes)
+    service.open(rig.engine, rig.model, [1])
+    rig.engine._deliver = outboxes.deliver
+    owner, attached = outboxes.open()
+    wrong = rig.submission("r" * 250, prompt_ids=[], choices=starts(*range(64)))
+    before = rig.engine.totals.refused["INVALID_SUBMISSION"]
+    service._take(rig.engine, owner, pb.AttachRequest(submissions=[wrong] * 10_000))
+    assert attached.is_cut
+    assert rig.engine.totals.refused["INVALID_SUBMISSION"] - before < 5000
+    assert attached.outbox.qsize() == 1
 
 
 def _floats() -> st.SearchStrategy[float]:
