@@ -115,7 +115,7 @@ SERVED: list[dict[str, Any]] = [
     {"traceparent": TRACEPARENT},
     stopping(stop_ids=range(256), min_tokens=6),
     stopping(min_tokens=6, ignore_eos=False),
-    stopping(max_tokens=2**32 - 1, min_tokens=MAX_MODEL_LEN),
+    {"prompt_ids": [5] * (MAX_MODEL_LEN - 9), **stopping(max_tokens=2**32 - 1, min_tokens=MAX_MODEL_LEN)},
     sampling(top_k=2**32 - 1, temperature=3e38),
     sampling(temperature=1e-45, top_p=1e-45, min_p=1.0),
     sampling(repetition_penalty=1e-45),
