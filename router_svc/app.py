@@ -104,7 +104,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     server = rpc.Server("router", services=("collegium.v1.Router",))
     loop = asyncio.get_running_loop()
     outboxes = Outboxes(loop)
-    service = RouterService(outboxes)
+    service = RouterService(outboxes, max_gateways=config.max_gateways, max_traces=config.max_traces)
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
     metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
@@ -137,6 +137,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         on_end=lambda: loop.call_soon_threadsafe(stop.request),  # without an engine: end, and be started anew
         unsafe_routing=unsafe_routing,
         num_micro_batches=config.micro_batches,
+        max_queued_seqs=config.max_queued_seqs,
+        max_queued_tokens=config.max_queued_tokens,
     )
     membership = Membership(
         config.balancer,

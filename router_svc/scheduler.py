@@ -59,6 +59,14 @@ class Step:
         """What it holds: "decode", "prefill" or "mixed"."""
         return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
 
+    def halves(self) -> "tuple[Step, Step]":
+        """Part the sequences into two steps of about as many each. Needs two sequences or more."""
+        middle, num_decodes = len(self.rows) // 2, len(self.decodes)
+        return (
+            Step(decodes=self.decodes[:middle], chunks=self.chunks[: max(0, middle - num_decodes)]),
+            Step(decodes=self.decodes[middle:], chunks=self.chunks[max(0, middle - num_decodes) :]),
+        )
+
     def split(self, num_parts: int) -> "list[Step]":
         """Part the packed batch into steps of as many rows each as can be, in its order; a chunk may be parted.
 
@@ -119,10 +127,12 @@ class Scheduler:
     def end(self, sequence: Sequence) -> None:
         """Take a sequence out and give its blocks back. Nothing happens where it is out already."""
         was_running, sequence.is_running = sequence.is_running, False
-        if was_running:
-            self._running.remove(sequence)
-        self._release(sequence)
-        self._waiting.leave(sequence, was_running=was_running)
+        try:
+            self._release(sequence)
+        finally:
+            if was_running:
+                self._running.remove(sequence)
+            self._waiting.leave(sequence, was_running=was_running)
 
     def schedule(self) -> Step | None:
         """Form the next step, or None where nothing can be computed.
@@ -138,19 +148,24 @@ class Scheduler:
         if not planned:
             return None
         decodes = [Row(sequence=s, begin=s.num_computed, num_rows=1) for s in decoding if planned.pop(s, 0)]
-        chunks = [Row(sequence=s, begin=s.num_computed, num_rows=num_rows) for s, num_rows in planned.items()]
+        prompts = sorted(planned, key=lambda s: s.arrival)
+        chunks = [Row(sequence=s, begin=s.num_computed, num_rows=planned[s]) for s in prompts]
         return Step(decodes=tuple(decodes), chunks=tuple(chunks))
 
     def commit(self, step: Step) -> None:
         """Note that a step's rows are in the cache; full blocks become findable."""
         for row in step.rows:
-            sequence = row.sequence
-            if sequence.has_ended:
-                continue
-            before, sequence.num_computed = sequence.num_computed, row.end
-            names = sequence.block_names(row.end)
-            for idx in range(len(sequence.block_names(before)), len(names)):
-                self.pool.name(sequence.blocks[idx], names[idx])
+            self.commit_row(row)
+
+    def commit_row(self, row: Row) -> None:
+        """Note that one sequence's rows are in the cache."""
+        sequence = row.sequence
+        if sequence.has_ended:
+            return
+        before, sequence.num_computed = sequence.num_computed, row.end
+        names = sequence.block_names(row.end)
+        for idx in range(len(sequence.block_names(before)), len(names)):
+            self.pool.name(sequence.blocks[idx], names[idx])
 
     def _plan(self) -> tuple[list[Sequence], dict[Sequence, int]]:
         """Say how many rows each sequence gets in the next step, and give it the blocks for them.

@@ -116,6 +116,8 @@ class Sequence:
     def block_names(self, num_tokens: int) -> list[bytes]:
         """Names of the full blocks among the first `num_tokens` tokens, in order. Computed once each."""
         full = num_tokens // BLOCK_TOKENS
+        if not self._names and self.leader is not None:
+            self._names = self.leader._names[: len(self.prompt_ids) // BLOCK_TOKENS]
         while len(self._names) < full:
             begin = len(self._names) * BLOCK_TOKENS
             parent = self._names[-1] if self._names else ROOT

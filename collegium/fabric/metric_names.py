@@ -165,6 +165,9 @@ _ROUTER = (
         "From a sequence's first token to its last one, failures left out",
         vllm=True,
     ),
+    _counter(
+        "router", "submissions_refused_total", "Submissions, streams and traces refused as wrong or too many", "reason"
+    ),
     _counter("router", "prefilled_tokens_total", "Prompt tokens computed"),
     _counter("router", "sampled_tokens_total", "Tokens drawn, replays included"),
     _counter("router", "steps_total", "Steps by the kinds of rows that they held", "kind"),

@@ -360,6 +360,11 @@ def test_a_replay_of_any_number_of_distinct_ids_counts_as_if_each_was_added(num_
     counted = dict(zip(replayed.ids[: replayed.num_ids].tolist(), replayed.counts.tolist(), strict=False))
     assert counted == dict(zip(grown.ids[: grown.num_ids].tolist(), grown.counts.tolist(), strict=False))
     assert sum(counted.values()) == len(output)
+    other = TokenCounts(prompt, output[::2], like=replayed)  # shares the prompt, and no count
+    assert other._of_prompt is replayed._of_prompt
+    apart = TokenCounts(prompt, output[::2])
+    assert other.ids[: other.num_ids].tolist() == apart.ids[: apart.num_ids].tolist()
+    assert other.counts[: other.num_ids].tolist() == apart.counts[: apart.num_ids].tolist()
 
 
 @pytest.mark.parametrize(
