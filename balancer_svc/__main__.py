@@ -46,6 +46,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         window_s=options.window_s,
         rebalance_s=options.rebalance_s,
         lead_ttl_s=options.lead_ttl_ms / 1e3,
+        max_workers=options.max_workers,
     )
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)

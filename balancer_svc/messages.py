@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from balancer_svc.planner import Model, Planner
 from balancer_svc.roster import Member, Roster
+from collegium.fabric.channels import MAX_MESSAGE_BYTES
 from collegium.fabric.views import to_proto
 from collegium.model.placement import LayerSize
 from collegium.v1 import balancer_pb2 as pb
+
+_MAX_VIEW_BYTES = MAX_MESSAGE_BYTES // 2  # beyond, a view goes without counters: only status pages miss them
 
 
 def to_message(member: Member) -> pb.Member:
@@ -74,4 +77,7 @@ def to_view(roster: Roster, planner: Planner, balance: pb.Balance | None = None)
     )
     if planner.planned is not None:
         view.planned.CopyFrom(to_proto(planner.planned))
+    if view.ByteSize() > _MAX_VIEW_BYTES:
+        for member in view.members:
+            member.ClearField("counters")
     return view

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from collegium.fabric.bounds import MAX_WORKERS
 from collegium.fabric.settings import ByteSize, ServiceSettings, setting
 
 
@@ -25,6 +26,12 @@ class BalancerSettings(ServiceSettings):
         "workers to wait for before the first placement; 0: plan when no new one came for --settle-ms",
         default=0,
         at_least=0,
+    )
+    max_workers: int = setting(
+        "most workers that Scale may ask for, at most 4096: what the machines can run that workers are started on",
+        default=256,
+        at_least=1,
+        at_most=MAX_WORKERS,
     )
     settle_ms: int = setting("quiet time before the first placement, in ms", default=500, at_least=0)
     patience_ms: int = setting("longest wait for --expected-workers, in ms", default=20_000, at_least=0)

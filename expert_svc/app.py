@@ -198,7 +198,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
 
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
-        follower = asyncio.create_task(HomeKeeper(buffer, membership, on_ready).follow(), name="homes")
+        keeper = HomeKeeper(buffer, membership, on_ready, num_experts=[len(layer.experts) for layer in manifest.layers])
+        follower = asyncio.create_task(keeper.follow(), name="homes")
         follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()

@@ -12,7 +12,7 @@ import grpc
 import torch
 
 from collegium.fabric import logs
-from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable, shown
 from collegium.fabric.hosts import host_identity
 from collegium.link.base import ExpectedLink, WorkerPort
 from collegium.link.frame import SECRET_BYTES
@@ -106,7 +106,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             )
         if request.dtype != dtype:
             raise FailedPrecondition(
-                f"the router sends {request.dtype} rows, the worker computes in {dtype}",
+                f"the router sends {shown(request.dtype)} rows, the worker computes in {dtype}",
                 reason="DTYPE_DIFFERS",
                 field="dtype",
                 remedy="start both with the same --dtype",
@@ -120,7 +120,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             if transport == "tcp" and "tcp" in offered:
                 return "tcp", self._data_address or offered["tcp"]
         raise FailedPrecondition(
-            f"no common transport: the router takes {', '.join(request.transports)}, "
+            f"no common transport: the router takes {shown(', '.join(request.transports))}, "
             f"the worker offers {', '.join(offered)}",
             reason="NO_TRANSPORT",
             field="transports",

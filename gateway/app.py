@@ -17,7 +17,7 @@ from collegium.fabric import logs, metrics, rpc
 from collegium.fabric.leases import Membership
 from collegium.v1 import balancer_pb2, inference_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
-from gateway.admission import Admission
+from gateway.admission import Admission, Limits
 from gateway.auth import KeyInterceptor, KeyRing
 from gateway.cluster import ClusterView
 from gateway.counts import Counts
@@ -25,6 +25,8 @@ from gateway.pool import RouterPool
 from gateway.relay import Relay
 from gateway.service import InferenceService
 from gateway.settings import GatewaySettings
+from gateway.text_process import TextProcess
+from gateway.texts import Texts
 from gateway.tokenizer import Tokenizer
 
 SERVICE_NAME = "collegium.v1.Inference"
@@ -94,18 +96,21 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
-    admission = Admission(
-        max_requests=options.max_requests,
-        max_queued_tokens=options.max_queued_tokens,
-        clock=asyncio.get_running_loop().time,
+    limits = Limits(
+        requests=options.max_requests,
+        sequences=options.max_sequences,
+        output_tokens=options.max_output_tokens,
+        queued_tokens=options.max_queued_tokens,
     )
+    admission = Admission(limits, clock=asyncio.get_running_loop().time, on_refusal=counts.note_refusal)
     server = _server(options)
     async with AsyncExitStack() as stack:
         serving = Serving(server)
         pool = await stack.enter_async_context(
             RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set)
         )
-        stack.callback(metrics.expose(lambda: _series(counts, admission, pool)))
+        texts = await stack.enter_async_context(_texts(options, tokenizer))
+        stack.callback(metrics.expose(lambda: _series(counts, admission, pool, texts)))
         balancer_channel = None
         if options.balancer:
             balancer_channel = await stack.enter_async_context(rpc.channel(options.balancer))
@@ -116,10 +121,16 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             channel=balancer_channel,
             membership=lambda: serving.membership,
         )
-        relay = Relay(
-            pool, admission, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s
+        relay = Relay(pool, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s)
+        service = InferenceService(
+            pool=pool,
+            admission=admission,
+            relay=relay,
+            tokenizer=tokenizer,
+            texts=texts,
+            cluster=cluster,
+            counts=counts,
         )
-        service = InferenceService(pool=pool, relay=relay, tokenizer=tokenizer, cluster=cluster, counts=counts)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server.grpc)
         address = rpc.advertised(await server.start(options.bind), options.advertise)
         stack.push_async_callback(server.stop, 0)
@@ -160,8 +171,7 @@ def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[st
 
 
 async def _follow(membership: Membership, pool: RouterPool) -> None:
-    async for view in membership.views():
-        pool.set_addresses(router_addresses(view))
+    await membership.follow(lambda view: pool.set_addresses(router_addresses(view)))
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -191,8 +201,28 @@ def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, 
     )
 
 
-def _series(counts: Counts, admission: Admission, pool: RouterPool) -> dict[str, float]:
+@asynccontextmanager
+async def _texts(options: GatewaySettings, tokenizer: Tokenizer | None) -> AsyncGenerator[Texts, None]:
+    short, long = (
+        TextProcess(options.model, limit_s=options.text_limit_s, memory_bytes=int(options.text_memory))
+        for _ in range(2)
+    )
+    starting = None
+    if tokenizer is not None and tokenizer.has_chat_template:
+        starting = asyncio.create_task(short.start(), name="text-process")
+    try:
+        yield Texts(tokenizer, short, long)
+    finally:
+        if starting is not None:
+            await _end(starting)
+        await short.close()
+        await long.close()
+
+
+def _series(counts: Counts, admission: Admission, pool: RouterPool, texts: Texts) -> dict[str, float]:
     return counts.series() | {
+        "collegium_texts_refused_total": texts.num_refusals,
+        "collegium_running_sequences": admission.num_sequences,
         "collegium_queued_tokens": admission.queued_tokens,
         "collegium_routers_attached": sum(attachment.is_attached for attachment in pool.attachments),
     }

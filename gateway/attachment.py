@@ -16,7 +16,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.fabric import logs
-from collegium.fabric.errors import CollegiumError, FailedPrecondition, Unavailable, from_rpc_error
+from collegium.fabric.errors import CollegiumError, FailedPrecondition, Internal, Unavailable, from_rpc_error
 from collegium.v1 import inference_pb2, router_pb2_grpc
 from collegium.v1 import router_pb2 as pb
 from gateway.choose import Candidate
@@ -41,8 +41,16 @@ class Sitter(Protocol):
         """Note where it sits."""
         ...
 
+    def stand_up(self) -> None:
+        """Forget where it sat."""
+        ...
+
     def take_news(self, news: pb.SequenceNews) -> None:
         """Take the news of one choice."""
+        ...
+
+    def fail(self, error: CollegiumError) -> None:
+        """End by an error."""
         ...
 
     def lose_router(self, why: CollegiumError) -> None:
@@ -234,7 +242,14 @@ class Attachment:
                 self._outbox.close(seat.submission_id)
         if news.failure.reason == HANDED_OVER and self._is_healthy:
             self._set_healthy(False)  # its health says so too, but maybe later
-        seat.sitter.take_news(news)
+        try:
+            seat.sitter.take_news(news)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:  # a panic of the tokenizers library is no Exception
+            # What one request's text brings about must not end the stream that all others are on.
+            _log.exception("news could not be taken", submission=seat.submission_id)
+            seat.sitter.fail(Internal("the gateway failed on this request's news; its log has the details"))
 
     async def _write(self, stream: Stream) -> None:
         # A broken stream ends the reader, which ends this task.

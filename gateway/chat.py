@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,6 +31,15 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Unfolded(CodeGenerator):
+    """Leaves constant expressions to the rendering, which is bounded in time and memory; compiling is not."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
 class ChatTemplate:
     """One compiled template with the special tokens that it may name."""
 
@@ -37,12 +47,16 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # else what is constant is computed now, in the gateway: 9 ** 99999999 takes an hour
+            extensions=[_GenerationBlock, loopcontrols],
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
             raise FailedPrecondition(
                 f"the checkpoint's chat template cannot be compiled: {error}", remedy="fetch the checkpoint again"
             ) from error

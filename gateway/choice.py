@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from collegium.v1 import inference_pb2 as pb
 from gateway.detokenizer import Detokenizer
-from gateway.stops import StopMatcher
+from gateway.stops import StopMatcher, StopStrings
 
 RUNNING = pb.FINISH_REASON_UNSPECIFIED
+_NO_STOPS = StopStrings()
 
 
 class Choice:
-    """One of a request's answers. Without `decode` (no tokenizer) its text stays empty."""
+    """One of a request's answers. Without `decode` (no tokenizer) its text stays empty; `stops` is its request's."""
 
     __slots__ = (
         "_delivered_ids",
@@ -39,7 +40,7 @@ class Choice:
         index: int,
         *,
         decode: Callable[[Sequence[int]], str] | None,
-        stop_strings: Sequence[str] = (),
+        stops: StopStrings = _NO_STOPS,
         min_tokens: int = 0,
     ) -> None:
         self.index = index
@@ -47,7 +48,7 @@ class Choice:
         self.finish_reason: pb.FinishReason = RUNNING
         self.stop_reason = ""
         self._detokenizer = None if decode is None else Detokenizer(decode)
-        self._stops = StopMatcher(stop_strings)
+        self._stops = StopMatcher(stops)
         self._min_tokens = min_tokens
         self._text = ""  # certain and not delivered
         self._logprobs: list[pb.TokenLogprobs] = []  # of the ids that are not delivered

@@ -16,19 +16,23 @@ import tokenizers
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from gateway.chat import ChatTemplate
 
+# A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
+_NORMALIZED_SHARE = 4
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class Tokenizer:
     """Text to ids and back."""
 
-    __slots__ = ("_chat", "_inner")
+    __slots__ = ("_bytes_per_token", "_chat", "_inner")
 
     def __init__(self, inner: tokenizers.Tokenizer, chat: ChatTemplate | None = None) -> None:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self._chat = chat
+        longest = max((len(token.encode()) for token in inner.get_vocab(with_added_tokens=True)), default=1)
+        self._bytes_per_token = longest * (_NORMALIZED_SHARE if inner.normalizer is not None else 1)
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer | None:
@@ -55,12 +59,19 @@ class Tokenizer:
         """Ids that the tokenizer knows, added ones included."""
         return self._inner.get_vocab_size(with_added_tokens=True)
 
+    def max_bytes(self, num_tokens: int) -> int:
+        """Return how many bytes of UTF-8 a text can have at most that is encoded to so many tokens."""
+        return num_tokens * self._bytes_per_token
+
     def encode(self, text: str) -> list[int]:
         """Give the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
         return self._inner.encode(text, add_special_tokens=True).ids
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Give the ids of a conversation of (role, content), rendered by the checkpoint's template."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]], *, max_bytes: int | None = None) -> list[int]:
+        """Give the ids of a conversation of (role, content), rendered by the checkpoint's template.
+
+        max_bytes: a rendered text of more bytes is refused before it is tokenised.
+        """
         if self._chat is None:
             raise InvalidArgument(
                 "this model has no chat template",
@@ -68,7 +79,15 @@ class Tokenizer:
                 remedy="send text or token_ids",
                 reason="NO_CHAT_TEMPLATE",
             )
-        return self._inner.encode(self._chat.render(messages), add_special_tokens=False).ids
+        text = self._chat.render(messages)
+        if max_bytes is not None and (size := len(text.encode())) > max_bytes:
+            raise InvalidArgument(
+                f"the conversation is rendered to {size} bytes, and at most {max_bytes} fit into the model's length",
+                field="chat.messages",
+                remedy="shorten it",
+                reason="PROMPT_TOO_LONG",
+            )
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Give the text of ids, without special tokens; ids that the tokenizer does not know have no text."""

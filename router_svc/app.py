@@ -7,6 +7,7 @@ import torch
 
 from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry
 from collegium.fabric.errors import FailedPrecondition
+from collegium.fabric.faults import Faults
 from collegium.fabric.leases import Membership
 from collegium.model.architectures import CheckpointError, UnsupportedModelError
 from collegium.model.calibration import settle_kernel
@@ -195,6 +196,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             max_rows=config.max_batch_tokens,
             transport=config.link_transport,
             d_model=manifest.d_model,
+            num_experts=[len(layer.experts) for layer in manifest.layers],
             on_change=on_change,
         )
         keeper.router_id = membership.member_id
@@ -232,18 +234,24 @@ def _failure(ended: BaseException | None) -> BaseException | None:
 
 async def _report(membership: Membership, loads: LoadCounts) -> None:
     """Tell the balancer what the gates chose, as long as anything new was chosen."""
-    told = -1
+    told, faults = -1, Faults(_log, "reporting the load")
     while True:
         await asyncio.sleep(_REPORT_EVERY_S)
-        counted = int(loads.activations.sum())
-        if counted != told and await membership.report_load(loads.to_message(membership.member_id)):
-            told = counted
+        try:
+            counted = int(loads.activations.sum())
+            if counted != told and await membership.report_load(loads.to_message(membership.member_id)):
+                told = counted
+            faults.clear()
+        except Exception as error:
+            await asyncio.sleep(faults.note(error))
 
 
 async def _follow(
     membership: Membership, keeper: LinkKeeper, service: RouterService, on_change: Callable[[], None]
 ) -> None:
-    async for view in membership.views():
+    def take(view: balancer_pb2.WatchPlacementResponse) -> None:
         service.router_id = keeper.router_id = membership.member_id
         keeper.take(view)
         on_change()
+
+    await membership.follow(take)

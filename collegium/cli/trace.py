@@ -21,7 +21,7 @@ import typer
 
 from collegium.buffering.traces import DECODE, PREFILL, TraceWriter
 from collegium.cli import target as t
-from collegium.fabric.channels import channel_options, split_address
+from collegium.fabric.channels import blocking_channel, split_address
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, SettingsError, Unavailable, from_rpc_error
 from collegium.v1 import router_pb2, router_pb2_grpc
 
@@ -96,7 +96,7 @@ class Streams:
     def __enter__(self) -> Streams:
         """Open the streams."""
         for index, address in enumerate(self._addresses):
-            channel = grpc.insecure_channel(address, options=channel_options())
+            channel = blocking_channel(address)
             self._channels.append(channel)
             threading.Thread(target=self._read, args=(index, channel), name=f"trace-{address}", daemon=True).start()
         return self

@@ -21,7 +21,17 @@ from typing import Any, TypeVar, overload
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.errors import SettingsError
 
-__all__ = ["ByteSize", "MemoryBudget", "ServiceSettings", "parse", "read", "render_help", "setting"]
+__all__ = [
+    "ByteSize",
+    "Described",
+    "MemoryBudget",
+    "ServiceSettings",
+    "describe",
+    "parse",
+    "read",
+    "render_help",
+    "setting",
+]
 
 T = TypeVar("T")
 _KEY = "collegium.setting"
@@ -168,6 +178,46 @@ def render_help(cls: type[object], *, prog: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """One setting as documents show it; default: as text, "none" or "required"."""
+
+    flag: str
+    variable: str
+    default: str
+    bounds: str
+    help: str
+
+
+def describe(cls: type[object]) -> list[Described]:
+    """Return all settings of a class, in its order."""
+    found: list[Described] = []
+    for name, (field, hint) in _fields(cls).items():
+        meta = _meta(field)
+        default = field.default
+        bounds = [
+            f"{word} {ByteSize(int(bound)) if hint is ByteSize else f'{bound:g}'}"
+            for word, bound in (("at least", meta.at_least), ("at most", meta.at_most))
+            if bound is not None
+        ]
+        bounds += [f"one of {', '.join(meta.choices)}"] if meta.choices else []
+        unit = "" if hint is bool else meta.unit or _type_name(hint)
+        found.append(
+            Described(
+                flag=f"--{_kebab(name)} {unit}".rstrip(),
+                variable=_env_name(name, meta),
+                default="required"
+                if default is _MISSING
+                else "none"
+                if default in (None, "", ())
+                else _written(default),
+                bounds=", ".join(bounds),
+                help=meta.help,
+            )
+        )
+    return found
+
+
 def _fields(cls: type[object]) -> dict[str, tuple[dataclasses.Field[object], object]]:
     hints = typing.get_type_hints(cls)
     return {f.name: (f, hints[f.name]) for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -243,7 +293,10 @@ def _convert(text: str, hint: object) -> object:
     if hint is MemoryBudget:
         return MemoryBudget.parse(text)
     if hint is Path:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:  # no HOME, and no such user
+            raise ValueError("there is no home for its ~; give the whole path") from None
     if hint is str:
         return text
     raise TypeError(f"settings do not know the type {hint!r}")

@@ -5,7 +5,6 @@ torch nor transformers, so that a gateway or a worker can ask. Sources: the arch
 transformers 5.23.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +12,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
+from collegium.model.checkpoint_files import CheckpointError, has_file, read_json
+
 
 class UnsupportedModelError(ValueError):
     """The checkpoint's model type, or a feature of it, is not served."""
-
-
-class CheckpointError(ValueError):
-    """The checkpoint is incomplete or damaged."""
 
 
 class Layout(StrEnum):
@@ -170,15 +167,9 @@ def read_config(model_dir: Path) -> dict[str, object]:
     path = model_dir / "config.json"
     if not model_dir.is_dir():
         raise CheckpointError(f"model directory {model_dir} does not exist or is not a directory")
-    try:
-        config: object = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return cast(dict[str, object], config)
+    if not has_file(path):
+        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint")
+    return read_json(path)
 
 
 def architecture_of(config: Mapping[str, object]) -> Architecture:

@@ -30,6 +30,7 @@ from collegium.model.architectures import (
     read_config,
     role_of,
 )
+from collegium.model.cache_root import cache_file
 
 VERSION = 1
 
@@ -113,8 +114,8 @@ def ensure_manifest(
 ) -> Path:
     """Return the path of the checkpoint's manifest, made now unless a cached one still fits its files.
 
-    `progress(done_bytes, total_bytes)` is called as the pass goes on. The cache lies under XDG_CACHE_HOME (or
-    ~/.cache). Folders are made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
+    `progress(done_bytes, total_bytes)` is called as the pass goes on. cache_root says where the cache is. Folders are
+    made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
     """
     model_dir = model_dir.resolve()
     files = _files_of(model_dir)
@@ -288,12 +289,11 @@ def _files_of(model_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def _cache_path(model_dir: Path, files: Mapping[str, tuple[int, int]]) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     config_mtime = (model_dir / "config.json").stat().st_mtime_ns
     name = hashlib.blake2b(
         json.dumps([VERSION, str(model_dir), config_mtime, files]).encode(), digest_size=12
     ).hexdigest()
-    return root / "collegium" / "manifests" / f"{name}.json"
+    return cache_file(f"manifests/{name}.json")
 
 
 @dataclass(frozen=True, slots=True)

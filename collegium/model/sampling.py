@@ -80,7 +80,7 @@ class TokenCounts:
         for token_id in dict.fromkeys(prompt_ids):
             self._slot(token_id)
         for token_id, count in Counter(output_ids).items():
-            self.counts[self._slot(token_id)] += count
+            self._add(token_id, count)
 
     @property
     def num_ids(self) -> int:
@@ -89,8 +89,11 @@ class TokenCounts:
 
     def add(self, token_id: int) -> None:
         """Count one more token of the output."""
+        self._add(token_id, 1)
+
+    def _add(self, token_id: int, count: int) -> None:
         slot = self._slot(token_id)  # first, since it may replace the array
-        self.counts[slot] += 1
+        self.counts[slot] += count
 
     def _slot(self, token_id: int) -> int:
         slot = self._slots.get(token_id)

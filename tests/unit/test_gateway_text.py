@@ -14,7 +14,7 @@ from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
 from gateway.detokenizer import Detokenizer
-from gateway.stops import StopMatcher
+from gateway.stops import StopMatcher, StopStrings
 from gateway.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
@@ -133,7 +133,7 @@ def reference(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 def test_the_stop_string_that_ends_first_wins_however_the_text_is_cut(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     given_out, found, rest = "", None, text
     while rest and found is None:
         size = data.draw(st.integers(1, len(rest)))
@@ -146,7 +146,7 @@ def test_the_stop_string_that_ends_first_wins_however_the_text_is_cut(
 
 @given(ALPHABET, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_text_is_held_back_only_while_it_may_become_a_stop_string(text: str, stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     given_out = ""
     for position, character in enumerate(text, start=1):
         piece, found = matcher.feed(character)
@@ -159,7 +159,7 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(text: str, sto
 
 def test_a_stop_string_over_several_tokens_is_not_delivered_and_ids_end_where_it_ends() -> None:
     token_ids = encode("one two END three")
-    choice = Choice(0, decode=decode, stop_strings=["END"])
+    choice = Choice(0, decode=decode, stops=StopStrings(["END"]))
     assert choice.add(token_ids)
     chunk = choice.take()
     assert chunk is not None
@@ -173,7 +173,7 @@ def test_a_stop_string_over_several_tokens_is_not_delivered_and_ids_end_where_it
 
 def test_a_stop_string_before_min_tokens_passes_as_text() -> None:
     token_ids = encode(" a a a a a")
-    choice = Choice(0, decode=decode, stop_strings=["a"], min_tokens=3)
+    choice = Choice(0, decode=decode, stops=StopStrings(["a"]), min_tokens=3)
     choice.add(token_ids)
     chunk = choice.take()
     assert chunk is not None
@@ -182,7 +182,7 @@ def test_a_stop_string_before_min_tokens_passes_as_text() -> None:
 
 
 def test_text_that_was_held_back_comes_out_at_the_end() -> None:
-    choice = Choice(0, decode=decode, stop_strings=["hello world"])
+    choice = Choice(0, decode=decode, stops=StopStrings(["hello world"]))
     choice.add(encode("hello"))
     first = choice.take()
     assert first is not None
