@@ -58,13 +58,13 @@ def from_message(message: pb.Member) -> Member:
 def to_shape(model: Model) -> pb.ModelShape:
     """Write a model's shape."""
     layers = [pb.LayerShape(num_experts=layer.num_experts, expert_bytes=layer.expert_bytes) for layer in model.layers]
-    return pb.ModelShape(digest=model.digest, layers=layers)
+    return pb.ModelShape(digest=model.digest, layers=layers, parts=model.parts)
 
 
 def from_shape(shape: pb.ModelShape) -> Model:
     """Read a model's shape."""
     layers = tuple(LayerSize(num_experts=layer.num_experts, expert_bytes=layer.expert_bytes) for layer in shape.layers)
-    return Model(digest=shape.digest, layers=layers)
+    return Model(digest=shape.digest, layers=layers, parts=dict(shape.parts))
 
 
 def to_view(roster: Roster, planner: Planner, balance: pb.Balance | None = None) -> pb.WatchPlacementResponse:

@@ -31,6 +31,7 @@ from collegium.fabric import logs
 from collegium.fabric.bounds import MAX_MEMBERS
 from collegium.fabric.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable, shown
 from collegium.fabric.faults import Faults
+from collegium.fabric.model_shape import tell_other_model
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -133,7 +134,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._planner.restore(memory.model, memory.placement)
         self._planner.follow(memory.placement, memory.planned, self._clock())
         self._planner.see_epoch(memory.newest_epoch)
-        self._planner.wanted_workers = memory.wanted_workers
+        self._take_wanted(memory.wanted_workers)
         self._restore_windows(memory.windows)
         self._roster.restore(memory.members, self._clock())
         self._token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
@@ -255,7 +256,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 retry_after_s=self._roster.ttl_s,
             )
         now_s = self._clock()
-        if request.role == pb.ROLE_WORKER:
+        if request.role == pb.ROLE_WORKER or (request.role == pb.ROLE_ROUTER and request.HasField("model")):
             self._take_model(request)
         member = Member(
             member_id=f"{_ROLES[request.role]}-{secrets.token_hex(5)}",
@@ -285,6 +286,9 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         """Extend a lease."""
         self._require_memory()
         validation.check_renew(request, self._planner.newest_epoch)
+        known = self._roster.get(request.member_id)
+        if known is not None and known.role == pb.ROLE_WORKER and self._planner.model is None:
+            raise self._lapsed(request.member_id)  # the memory lost the model, and workers tell it when they join
         member = self._roster.renew(request.member_id, self._clock())
         if member is None:
             raise self._lapsed(request.member_id)
@@ -473,10 +477,14 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._tell_all()
             return
         self._token = token
+        if memory.has_lost:
+            self._tell_all()
         changed = self._roster.merge(memory.members, now_s, unsaved=self._backlog.members)
         for record in memory.members:
             self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
-        if memory.model is not None and not self._backlog.model:
+        if memory.model is None:
+            self._backlog.model |= self.is_leader and self._planner.model is not None
+        elif not self._backlog.model:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
             changed |= self._planner.follow(memory.placement, memory.planned, now_s)
@@ -488,7 +496,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._restore_windows(memory.windows)
             self._measure()
         if not self._backlog.wanted:
-            self._planner.wanted_workers = memory.wanted_workers
+            self._take_wanted(memory.wanted_workers)
             self._keep_wanted(self._roster.members(pb.ROLE_WORKER))
         if self.is_leader:
             for router_id, counts in memory.reports.items():
@@ -498,6 +506,20 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             await self._save_balance()
         if changed:
             self._show()
+
+    def _take_wanted(self, num_workers: int) -> None:
+        """Take how many workers are remembered as wanted; 0 is never wanted, so it means that nothing is remembered."""
+        if num_workers > self._max_workers:
+            _log.warning(
+                "the number of workers in Redis is above the maximum and is dropped",
+                key="wanted",
+                wanted=num_workers,
+                maximum=self._max_workers,
+            )
+        if 0 < num_workers <= self._max_workers:
+            self._planner.wanted_workers = num_workers
+        elif self.is_leader or num_workers:
+            self._backlog.wanted = self._planner.wanted_workers != num_workers
 
     async def _save_balance(self) -> None:
         try:
@@ -549,13 +571,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         model = from_shape(request.model)
         known = self._planner.model
         others = [worker for worker in self._roster.members(pb.ROLE_WORKER) if worker.address != request.address]
-        if known is not None and known.digest != model.digest and others:
-            raise FailedPrecondition(
-                f"this worker serves the model {model.digest[:12]}, the cluster {known.digest[:12]}",
-                reason="OTHER_MODEL",
-                field="model.digest",
-                remedy="give every worker the manifest and dtype of the same checkpoint",
-            )
+        if known is not None and others:
+            told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+            if told:
+                raise FailedPrecondition(
+                    f"this {_ROLES[request.role]} serves another model than the cluster's workers: {told}",
+                    reason="OTHER_MODEL",
+                    field="model.digest",
+                    remedy="give every worker and router the same checkpoint and dtype",
+                )
+        if request.role != pb.ROLE_WORKER:  # the workers' model is the cluster's
+            return
         if known is not None:
             is_in_use = bool(others) or self._planner.in_force.has_shape(known.layers)
             validation.check_same_shape(known, model, is_in_use=is_in_use)

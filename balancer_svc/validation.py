@@ -40,18 +40,22 @@ def check_join(request: pb.JoinRequest, newest_epoch: int) -> None:
         return
     if not request.HasField("model") or not request.model.layers:
         raise InvalidArgument("is missing", reason="NO_MODEL", field="model", remedy="a worker says what it serves")
-    layers = request.model.layers
-    for what, number, most in (
-        ("experts", sum(layer.num_experts for layer in layers), MAX_EXPERTS_IN_ALL),
-        ("bytes of experts", sum(layer.num_experts * layer.expert_bytes for layer in layers), MAX_MODEL_BYTES),
-    ):
-        if number > most:
-            raise InvalidArgument(
-                f"has {number} {what} in all",
-                reason="OUT_OF_BOUNDS",
-                field="model.layers",
-                remedy=f"give at most {most}",
-            )
+    problem = problem_of(request.model)
+    if problem:
+        raise InvalidArgument(
+            problem, reason="OUT_OF_BOUNDS", field="model.layers", remedy="give fewer, or smaller ones"
+        )
+
+
+def problem_of(model: pb.ModelShape) -> str:
+    """Say what is wrong with a model whose fields are in their bounds; empty if nothing is."""
+    if not model.layers:
+        return "has no layers"
+    num_experts = sum(layer.num_experts for layer in model.layers)
+    if num_experts > MAX_EXPERTS_IN_ALL:
+        return f"has {num_experts} experts in all; the maximum is {MAX_EXPERTS_IN_ALL}"
+    num_bytes = sum(layer.num_experts * layer.expert_bytes for layer in model.layers)
+    return "" if num_bytes <= MAX_MODEL_BYTES else f"has {num_bytes} bytes in all; the maximum is {MAX_MODEL_BYTES}"
 
 
 def check_renew(request: pb.RenewRequest, newest_epoch: int) -> None:

@@ -42,6 +42,11 @@ def absolute_entries(paths: str) -> list[str]:
 
 def command() -> int:
     """Be the command `collegium`; gives the exit status."""
+    for descriptor in range(3):  # one that the shell closed would become the first file that is opened
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     guard()
     from collegium.cli.main import main
 

@@ -14,7 +14,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from collegium.fabric import logs, metrics, rpc
+from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
+from collegium.model.checkpoint_files import CheckpointError
+from collegium.model.identity import read_text_sources
 from collegium.v1 import balancer_pb2, inference_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
 from gateway.admission import Admission, Limits
@@ -94,6 +97,10 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
     tokenizer = Tokenizer.load(options.model)
     if tokenizer is None:
         _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
+    try:
+        own_parts = read_text_sources(options.model)
+    except CheckpointError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
     limits = Limits(
@@ -107,7 +114,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
     async with AsyncExitStack() as stack:
         serving = Serving(server)
         pool = await stack.enter_async_context(
-            RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set)
+            RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set, own_parts=own_parts)
         )
         texts = await stack.enter_async_context(_texts(options, tokenizer))
         stack.callback(metrics.expose(lambda: _series(counts, admission, pool, texts)))

@@ -25,6 +25,7 @@ from gateway.outbox import Outbox
 _DESCRIBE_S = 5.0
 _BACKOFF_S = (0.1, 2.0)
 HANDED_OVER = "DRAINING"  # the reason of a failure by which a router sends back what it has not begun
+OTHER_MODEL = "OTHER_MODEL"  # the reason for which a router that runs is not used
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = logs.get("gateway.routers")
 Stream = aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
@@ -97,9 +98,10 @@ class Attachment:
         *,
         gateway_id: str,
         connect: Callable[[str], aio.Channel],
-        is_welcome: Callable[[inference_pb2.Model], bool],
+        why_not: Callable[[inference_pb2.Model], str],
         on_change: Callable[[Attachment], None],
     ) -> None:
+        """`why_not` says why a model that a router describes cannot be served here; "" if it can."""
         self.address = address
         self.router_id = ""
         self.model: inference_pb2.Model | None = None
@@ -107,7 +109,7 @@ class Attachment:
         self.is_attached = False
         self._gateway_id = gateway_id
         self._connect = connect
-        self._is_welcome = is_welcome
+        self._why_not = why_not
         self._on_change = on_change
         self._is_healthy = False
         self._outbox = Outbox()
@@ -169,11 +171,12 @@ class Attachment:
         pause_s = _BACKOFF_S[0]
         last_words = ""
         while True:
+            is_refused = False
             try:
                 await self._attend()
                 words = "the router ended the stream"
             except CollegiumError as error:
-                words = error.message
+                words, is_refused = error.message, error.reason == OTHER_MODEL
             except aio.AioRpcError as error:
                 words = from_rpc_error(error).message
             except TimeoutError:
@@ -181,7 +184,8 @@ class Attachment:
             if self._end(Unavailable(f"router {self.address}: {words}", reason="ROUTER_LOST")):
                 pause_s, last_words = _BACKOFF_S[0], ""
             if words != last_words:
-                _log.info("router not attached", address=self.address, why=words)
+                say = _log.warning if is_refused else _log.info
+                say("router not attached", address=self.address, why=words)
                 last_words = words
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _BACKOFF_S[1])
@@ -203,8 +207,8 @@ class Attachment:
         if not isinstance(first, pb.AttachResponse):
             await _raise_status(stream)
             return
-        if not self._is_welcome(described.model):
-            raise FailedPrecondition(f"it runs another model, {described.model.name!r}", reason="OTHER_MODEL")
+        if why := self._why_not(described.model):
+            raise FailedPrecondition(f"it runs another model: {why}", reason=OTHER_MODEL)
         self.router_id, self.model = described.router_id, described.model
         self.load.CopyFrom(first.load)
         self.is_attached = True

@@ -9,10 +9,8 @@ from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.faults import Faults
 from collegium.fabric.leases import Membership
-from collegium.model.architectures import CheckpointError, UnsupportedModelError
-from collegium.model.calibration import settle_kernel
-from collegium.model.kernels import KernelUnavailableError
-from collegium.model.manifest import Manifest, ensure_manifest, load_manifest
+from collegium.fabric.model_shape import shape_of
+from collegium.model.manifest import Manifest
 from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
 from router_svc.counters import read_counters
 from router_svc.engine import Engine
@@ -21,7 +19,8 @@ from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
 from router_svc.load_counts import LoadCounts
-from router_svc.model_loader import RouterModel, load_router_model
+from router_svc.loading import load
+from router_svc.model_loader import RouterModel
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
 from router_svc.token_memory import TokenMemory
@@ -29,39 +28,6 @@ from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_un
 
 _log = logs.get("router")
 _REPORT_EVERY_S = 1.0
-
-
-def load(config: Settings) -> tuple[RouterModel, Manifest]:
-    """Load what the settings name. Raises FailedPrecondition with what is wrong and what to do."""
-    try:
-        manifest = load_manifest(config.manifest or ensure_manifest(config.model))
-        dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
-        torch.set_num_threads(config.threads or torch.get_num_threads())  # a thread's own setting: this one measures
-        settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
-        model = load_router_model(config.model, dtype, torch.device(config.device), config.modelling)
-        _check_agreement(manifest, model)
-    except (CheckpointError, UnsupportedModelError) as error:
-        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
-    except KernelUnavailableError as error:
-        raise FailedPrecondition(
-            str(error), reason="KERNEL_UNAVAILABLE", field="--kernel", remedy="use --kernel=auto"
-        ) from error
-    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
-        raise FailedPrecondition(
-            str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
-        ) from error
-    return model, manifest
-
-
-def _check_agreement(manifest: Manifest, model: RouterModel) -> None:
-    of_manifest = (manifest.model_type, manifest.top_k, tuple(x.decoder_layer for x in manifest.layers))
-    of_model = (model.model_type, model.top_k, model.moe_layers)
-    num_experts = {len(layer.experts) for layer in manifest.layers}
-    if of_manifest != of_model or num_experts != {model.num_experts}:
-        raise CheckpointError(
-            f"the manifest is of another checkpoint: it has (type, top-k, MoE layers) {of_manifest} and {num_experts} "
-            f"experts, the model {of_model} and {model.num_experts}; run `collegium manifest` on the model's folder"
-        )
 
 
 def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
@@ -72,10 +38,12 @@ def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
     per_block = model.cache_bytes_per_token() * BLOCK_TOKENS
     if config.max_model_len > model.max_positions:
         raise FailedPrecondition(
-            f"--max-model-len {config.max_model_len} is more than the model's {model.max_positions} positions",
+            f"--max-model-len {config.max_model_len} is more than the model's {model.max_positions} positions, "
+            "the rotary scaling of its config.json included",
             reason="MODEL_LEN_TOO_LARGE",
             field="--max-model-len",
-            remedy="lower it, or leave it out",
+            remedy=f"give at most {model.max_positions}, or leave it out; if the model's card tells of longer texts, "
+            "add the rope_scaling that it names to config.json",
         )
     longest = config.max_model_len or model.max_positions
     num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_blocks_for(longest))
@@ -107,7 +75,7 @@ def read_unsafe_routing(config: Settings, model: RouterModel) -> UnsafeRouting |
     return routing
 
 
-def describe(config: Settings, model: RouterModel, max_model_len: int) -> inference_pb2.Model:
+def describe(config: Settings, model: RouterModel, manifest: Manifest, max_model_len: int) -> inference_pb2.Model:
     """Make the public description of the model."""
     return inference_pb2.Model(
         name=config.model_name or config.model.resolve().name,
@@ -119,6 +87,8 @@ def describe(config: Settings, model: RouterModel, max_model_len: int) -> infere
         num_experts=model.num_experts,
         top_k=model.top_k,
         dtype=str(model.dtype).removeprefix("torch."),
+        digest=manifest.digest,
+        parts=manifest.parts,
     )
 
 
@@ -174,12 +144,13 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         rpc.advertised(bound, config.advertise),
         metrics_url,
         num_threads,
+        model=shape_of(manifest, str(model.dtype).removeprefix("torch.")),
         counters=lambda: read_counters(engine, calls),
         join_limit_s=config.balancer_wait_s,
     )
     async with membership:
         service.router_id = membership.member_id
-        service.open(engine, describe(config, model, max_model_len), expert_bytes(manifest, model))
+        service.open(engine, describe(config, model, manifest, max_model_len), expert_bytes(manifest, model))
 
         def on_change() -> None:
             is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
@@ -193,6 +164,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             calls,
             model,
             digest=manifest.digest,
+            parts=manifest.parts,
             max_rows=config.max_batch_tokens,
             transport=config.link_transport,
             d_model=manifest.d_model,

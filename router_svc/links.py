@@ -5,7 +5,7 @@ Owned by the event loop; connecting itself runs in a thread. Says whether the ro
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 
@@ -35,14 +35,19 @@ class LinkKeeper:
         model: RouterModel,
         *,
         digest: str,
+        parts: Mapping[str, str],
         max_rows: int,
         transport: str,
         d_model: int,
         num_experts: Sequence[int],
         on_change: Callable[[], None],
     ):
-        """`num_experts`: by MoE layer. `on_change` is called on the event loop whenever a link came or went."""
+        """`digest`, `parts`: the manifest's; `num_experts`: by MoE layer.
+
+        `on_change` is called on the event loop whenever a link came or went.
+        """
         self._calls, self._model = calls, model
+        self._parts = parts
         self._digest, self._max_rows, self._d_model = digest, max_rows, d_model
         self._transports = ["unix", "tcp"] if transport == "auto" else [transport]
         self._num_experts = list(num_experts)
@@ -143,6 +148,7 @@ class LinkKeeper:
             transports=self._transports,
             max_rows=self._max_rows,
             host=host_identity(),
+            model_parts=self._parts,
         )
         async with rpc.channel(address) as channel:
             try:

@@ -14,7 +14,11 @@ class Settings(ServiceSettings):
     model: Path = setting("folder of the checkpoint")
     manifest: Path | None = setting("manifest of the checkpoint; empty: found or made in the cache", default=None)
     model_name: str = setting("name that requests use; empty: the folder's name", default="")
-    dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting(
+        "type of weights and rows; auto: bfloat16 where all experts are stored in it, else float32, also for float16",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     kernel: str = setting(
         "what multiplies matrices on a CPU; auto: the fastest as measured, once for each machine and shape",
         default="auto",

@@ -26,6 +26,7 @@ DECIDED = (
     "EXPECTED_WORKERS",
     "HEALTH_BIND",
     "IDLE_START",
+    "MAX_WORKERS",
     "METRICS_BIND",
     "ROUTERS",
     "THREADS",

@@ -66,14 +66,16 @@ def stream_completion(
         sampling: dict[str, Any] = {}
         if demand.temperature > 0:
             sampling = {"temperature": demand.temperature, "top_k": demand.top_k, "seed": demand.seed}
-        for chunk in client.generate(**prompt, max_tokens=demand.max_tokens, **sampling):
-            if chunk.token_ids and not num_tokens:
-                first_s = time.monotonic() - start_s
-            num_tokens += len(chunk.token_ids)
-            out.write(chunk.text if "prompt" in prompt else " ".join(map(str, [*chunk.token_ids, ""])))
-            out.flush()
-            finish = chunk.finish_reason or finish
-        out.write("\n")
+        try:
+            for chunk in client.generate(**prompt, max_tokens=demand.max_tokens, **sampling):
+                if chunk.token_ids and not num_tokens:
+                    first_s = time.monotonic() - start_s
+                num_tokens += len(chunk.token_ids)
+                out.write(chunk.text if "prompt" in prompt else " ".join(map(str, [*chunk.token_ids, ""])))
+                out.flush()
+                finish = chunk.finish_reason or finish
+        finally:
+            out.write("\n")
         total_s = time.monotonic() - start_s
     return Completion(num_tokens=num_tokens, first_token_s=first_s, total_s=total_s, finish_reason=finish)
 

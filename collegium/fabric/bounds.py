@@ -36,6 +36,7 @@ MAX_EXACT = 2**53
 # Choices of one expert since a router's start: nine years at a million a second. The sum over a layer's MAX_EXPERTS
 # experts and both kinds of rows is at most 2^61.
 MAX_CHOICES = 2**48
+MAX_PARTS = 16  # of a checkpoint's identity: twice as many as there are
 MAX_HOMES = 2**20  # of a layer, replicas included
 
 
@@ -144,6 +145,21 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedTexts:
+    """Texts by name, names bounded as the texts are."""
+
+    most_items: int
+    each: Text
+
+    def check(self, field: str, value: Any) -> None:
+        """Raise OutOfBoundsError."""
+        _check_length(field, value, self.most_items)
+        for name, text in value.items():
+            self.each.check(f"{field}, a name in it,", name)
+            self.each.check(f"{field}[{shown(name)}]", text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Messages:
     """A list of messages, each checked by its own row of the table."""
 
@@ -173,7 +189,7 @@ class Flag:
         """Raise nothing."""
 
 
-Rule = Number | Real | Text | Numbers | Texts | Counters | Messages | Nested | Flag
+Rule = Number | Real | Text | Numbers | Texts | NamedTexts | Counters | Messages | Nested | Flag
 
 _ADDRESS_PATTERN = re.compile(r"[!-~]+:[0-9]{1,5}")
 ID = Text(most=MAX_ID, is_needed=True, form="an id")
@@ -188,7 +204,11 @@ _CHOICES = Numbers(most_items=MAX_EXPERTS, most=MAX_CHOICES)
 
 # By message, every field of it.
 BOUNDS: Mapping[str, Mapping[str, Rule]] = {
-    "ModelShape": {"digest": ID, "layers": Messages(most_items=MAX_LAYERS)},
+    "ModelShape": {
+        "digest": ID,
+        "layers": Messages(most_items=MAX_LAYERS),
+        "parts": NamedTexts(most_items=MAX_PARTS, each=Text(most=MAX_ID)),
+    },
     "LayerShape": {
         "num_experts": Number(least=1, most=MAX_EXPERTS),
         "expert_bytes": Number(least=1, most=MAX_EXPERT_BYTES),

@@ -202,7 +202,8 @@ def _driven(generate: Callable[[Any, Context], AsyncIterator[Any]]) -> Behaviour
 
 def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
     async def guarded(request: Any, context: Context) -> Any:
-        span = None
+        span: Span | None = None
+        refusal: CollegiumError | None = None
         if not method.startswith(_QUIET):
             traceparent = _traceparent_of(context)
             # Of what callers ask a share is traced; what services ask each other is so for the sake of a caller alone.
@@ -214,8 +215,7 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
         try:
             return await behaviour(request, context)
         except CollegiumError as error:
-            _mark(span, error)
-            _refuse(context, error)
+            refusal = error.with_traceback(None)
         except aio.AbortError:
             raise
         except asyncio.CancelledError:
@@ -226,22 +226,27 @@ def _guarded(behaviour: Behaviour, method: str) -> Behaviour:
             raise
         except BaseException:  # a panic of a library written in Rust is no Exception
             _log.exception("a call failed by a fault of ours", method=method)
-            fault = Internal("internal error; the server's log has the details", reason="FAULT")
-            _mark(span, fault)
-            _refuse(context, fault)
+            refusal = Internal("internal error; the server's log has the details", reason="FAULT")
         finally:
+            if span is not None and refusal is not None:
+                _mark(span, refusal)
             if span is not None:
                 span.end()
+        # gRPC keeps what abort() raises, and by way of its traceback this frame, until the cycle collector comes by: by
+        # now neither holds the request or anything that was made for it.
+        del request
+        assert refusal is not None
+        await _abort(context, refusal)
 
     return guarded
 
 
-def _refuse(context: Context, error: CollegiumError) -> None:
-    # Not by abort(): what it raises is kept by gRPC's own state of the call, and with it, by way of its traceback, the
-    # request and everything that was made for it, until the cycle collector comes by.
-    context.set_trailing_metadata(trailing_metadata(error))
-    context.set_code(error.code)
-    context.set_details(status_message(error))
+async def _abort(context: Context, error: CollegiumError) -> None:
+    try:
+        await context.abort(error.code, status_message(error), trailing_metadata(error))
+    except aio.InternalError:
+        # The caller has just left, which done() does not tell: gRPC would log this as an error of the server.
+        raise asyncio.CancelledError from None
 
 
 def _traceparent_of(context: Context) -> str:

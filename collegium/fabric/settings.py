@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from collegium.fabric.bounds import MAX_THREADS
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.errors import SettingsError
 
@@ -124,7 +125,7 @@ class ServiceSettings:
         "how often metrics go to the OTLP endpoint; 0: never", default=15.0, at_least=0.0, unit="S"
     )
     trace_ratio: float = setting("share of requests that are traced", default=0.01, at_least=0.0, at_most=1.0)
-    threads: int = setting("compute threads; 0: as many as there are cores", default=0, at_least=0)
+    threads: int = setting("compute threads; 0: as many as there are cores", default=0, at_least=0, at_most=MAX_THREADS)
 
 
 S = TypeVar("S")

@@ -16,6 +16,7 @@ CONFIG_BYTES = 4 << 20  # config.json, generation_config.json, chat templates: p
 TOKENIZER_BYTES = 256 << 20  # the largest published tokenizer.json has 35 MB
 MAX_DEPTH = 64  # of JSON objects and arrays inside each other; published files have fewer than 10
 _SHOWN_CHARACTERS = 120
+_REFETCH = "fetch the checkpoint again"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -43,7 +44,7 @@ def open_file(path: Path) -> BinaryIO:
         # Without O_NONBLOCK, opening a FIFO waits for a writer and opening a device may do anything.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        why = "is a link to a file that does not exist" if path.is_symlink() else "is missing"
+        why = "is a link to a file that does not exist" if os.path.islink(path) else "is missing"
         raise CheckpointError(f"{path} {why}; fetch the checkpoint again") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL byte
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -82,28 +83,30 @@ def read_text(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> str:
         raise CheckpointError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def read_json(path: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, object]:
+def read_json(path: Path, *, limit_bytes: int = CONFIG_BYTES, remedy: str = _REFETCH) -> dict[str, object]:
     """Read a JSON object. Raises CheckpointError as read_text and parse_json."""
-    return parse_json(read_bytes(path, limit_bytes=limit_bytes), f"{path}")
+    return parse_json(read_bytes(path, limit_bytes=limit_bytes), f"{path}", remedy)
 
 
-def parse_json(data: bytes, name: str) -> dict[str, object]:
+def parse_json(data: bytes, name: str, remedy: str = _REFETCH) -> dict[str, object]:
     """Parse a JSON object that must be UTF-8, at most MAX_DEPTH deep and without two values for one name.
 
-    `name` begins every message. Raises CheckpointError.
+    `name` begins every message, `remedy` ends it. Raises CheckpointError.
     """
     try:
         value: object = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{name} cannot be read: it is not UTF-8 text (byte {error.start})") from None
+        raise CheckpointError(f"{name} cannot be read: it is not UTF-8 text (byte {error.start}); {remedy}") from None
     except RecursionError:
-        raise CheckpointError(f"{name} cannot be read: its JSON is nested more than {MAX_DEPTH} deep") from None
+        raise CheckpointError(
+            f"{name} cannot be read: its JSON is nested more than {MAX_DEPTH} deep; {remedy}"
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"{name} cannot be read: it is not JSON: {shown(error)}") from None
+        raise CheckpointError(f"{name} cannot be read: it is not JSON: {shown(error)}; {remedy}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} is not a JSON object but {kind_of(value)}")
+        raise CheckpointError(f"{name} is not a JSON object but {kind_of(value)}; {remedy}")
     if not _is_shallow(cast("dict[str, object]", value)):
-        raise CheckpointError(f"{name} cannot be read: its JSON is nested more than {MAX_DEPTH} deep")
+        raise CheckpointError(f"{name} cannot be read: its JSON is nested more than {MAX_DEPTH} deep; {remedy}")
     return cast("dict[str, object]", value)
 
 

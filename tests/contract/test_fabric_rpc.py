@@ -24,6 +24,7 @@ from collegium.fabric.errors import (
     Unavailable,
     from_rpc_error,
 )
+from collegium.fabric.interceptors import StatusInterceptor
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 
@@ -110,6 +111,31 @@ async def test_a_cancelled_stream_runs_its_handlers_finally_at_once() -> None:
         assert not servicer.ended.is_set()
         watch.cancel()
         await servicer.ended.wait()
+
+
+async def test_a_status_that_finds_its_caller_gone_is_a_cancelled_call_and_no_fault() -> None:
+    class Gone:
+        """A call's context at the moment when the caller's end of the stream has just gone."""
+
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        async def read(self) -> object:
+            return object()
+
+        async def abort(self, *_: object) -> None:
+            raise aio.InternalError("Failed execute_batch")
+
+    async def refuse(request: Any, context: Any) -> None:
+        raise Unavailable("not now")
+
+    async def find(_: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+    details: Any = type("Details", (), {"method": "/a.B/C", "invocation_metadata": ()})()
+    handler: Any = await StatusInterceptor(()).intercept_service(find, details)
+    with pytest.raises(asyncio.CancelledError):
+        await handler.stream_unary(None, Gone())
 
 
 async def test_a_service_that_is_added_late_is_unavailable_until_then() -> None:
