@@ -19,11 +19,11 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from collegium.fabric.hosts import host_identity
+from collegium.fabric.model_shape import shape_of
 from collegium.link.frame import HEADER_BYTES, LinkShape
 from collegium.model.manifest import Manifest
 from collegium.v1 import balancer_pb2 as bpb
 from collegium.v1 import expert_pb2, expert_pb2_grpc
-from expert_svc.app import shape_of
 from tests.strangers.fuzz import frames
 from tests.strangers.fuzz.grammar import F, Words, broken, message, wild_number
 from tests.strangers.rigs.calls import OK, OPEN, Method, methods_of, open_call, status_of
@@ -62,7 +62,7 @@ class Knowledge:
     @property
     def shape(self) -> bpb.ModelShape:
         """The shape of the model served."""
-        return shape_of(self.manifest, torch.float32)
+        return shape_of(self.manifest, "float32")
 
     @property
     def words(self) -> Words:
