@@ -20,6 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.cli.cluster import Cluster, ClusterSpec
+from collegium.fabric.model_shape import shape_of
 from collegium.model.manifest import ensure_manifest, load_manifest
 from tests.redis_server import RedisServer
 from tests.strangers.rigs.canary import Canary, Visit
@@ -28,6 +29,7 @@ from tests.strangers.rigs.footprint import Footprint, footprint, is_alive, liste
 DEMO = Path(__file__).parents[3] / "models" / "demo-lm"
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 4096
+NUM_LAYERS = 6
 LIMIT_S = 60.0  # a guard: nothing takes as long on a cluster that works
 RSS_MB = 50.0  # what a process may keep of an attack
 # A gRPC server's own threads come and go with its connections; they are few and bounded by the number of cores.
@@ -64,7 +66,7 @@ class Target:
         self._canary_pause_s = canary_pause_s
         checkpoint = make_checkpoint(folder / "checkpoint")
         manifest = ensure_manifest(checkpoint, out=folder / "manifest.json")
-        self.digest = load_manifest(manifest).digest
+        self.shape = shape_of(load_manifest(manifest), "float32")
         self.lines: list[tuple[str, str]] = []
         self.redis = RedisServer(_made(folder / "redis"))
         health = ("--health-bind", "127.0.0.1:0")
