@@ -62,7 +62,11 @@ def attacked(target: Target, attack: Attack, count: int) -> list[Visit]:
     since, began_s = len(target.lines), time.monotonic()
     for name in attack.peak_mb:
         reset_peak(target.pids[name])
-    attack.run(target, count)
+    try:
+        attack.run(target, count)
+    except AssertionError as error:
+        error.add_note("\n".join(target.tracebacks(since)[:3]))
+        raise
     peaks = {name: peak_mb(target.pids[name]) - before[name].rss_mb for name in attack.peak_mb}
     after = target.wait_for_canary(2)
     visits = target.canary.visits(began_s, after[-1].ended_s)

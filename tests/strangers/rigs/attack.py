@@ -55,23 +55,34 @@ def channels(target: Target, process: str, count: int) -> Iterator[list[grpc.Cha
         yield [stack.enter_context(grpc.insecure_channel(target.address(process), options=own)) for _ in range(count)]
 
 
-def status(call: Any) -> str:
+class Ending(str):
+    """The name of a status, which shows what was said with it."""
+
+    details: str
+
+    def __new__(cls, name: str, details: str = "") -> Ending:
+        """Make one."""
+        made = super().__new__(cls, name)
+        made.details = details
+        return made
+
+    def __format__(self, form: str) -> str:
+        """Show the name and what was said."""
+        return f"{self!s} ({self.details[:200]})" if self.details else str(self)
+
+
+def status(call: Any) -> Ending:
     """Return how a call has ended, reading what it answers."""
-    try:
-        for _ in call:
-            pass
-    except grpc.RpcError as error:
-        return error.code().name  # type: ignore[attr-defined]
-    return "OK"
+    return unary_status(lambda: [None for _ in call])
 
 
-def unary_status(make: Callable[[], object]) -> str:
+def unary_status(make: Callable[[], object]) -> Ending:
     """Return how a unary call ends."""
     try:
         make()
     except grpc.RpcError as error:
-        return error.code().name  # type: ignore[attr-defined]
-    return "OK"
+        return Ending(error.code().name, str(error.details()))  # type: ignore[attr-defined]
+    return Ending("OK")
 
 
 def at_once(count: int, run: Callable[[int], None]) -> None:

@@ -20,7 +20,7 @@ from collegium.v1 import balancer_pb2_grpc, expert_pb2, expert_pb2_grpc, router_
 from collegium.v1 import inference_pb2 as ipb
 from tests.strangers.rigs.attack import FAULTS, REFUSED, SOON_S, Attack, left_calls, status, unary_status
 from tests.strangers.rigs.calls import OK
-from tests.strangers.rigs.target import LIMIT_S, MAX_MODEL_LEN, VOCAB_SIZE, Target
+from tests.strangers.rigs.target import LIMIT_S, MAX_MODEL_LEN, NUM_LAYERS, VOCAB_SIZE, Target
 
 U32, U63, U64 = 2**32 - 1, 2**63, 2**64 - 1
 BALANCER, ROUTER, WORKER, SICK = "balancer", "router-0", "worker-0", "worker-1"
@@ -42,17 +42,17 @@ def view_of(stub: Any) -> bpb.WatchPlacementResponse:
 
 def wild_joins(target: Target, count: int) -> None:
     """Join with numbers that no member has; what is let in leaves again, and the placement stays what it was."""
-    true = bpb.ModelShape(digest=target.digest)
+    true = target.shape
     worker = {"role": bpb.ROLE_WORKER, "address": _NOBODY, "num_threads": 1}
     refused = [
         bpb.JoinRequest(role=bpb.ROLE_GATEWAY, address=_NOBODY, seen_epoch=U64),
         bpb.JoinRequest(role=bpb.ROLE_ROUTER, address=_NOBODY, seen_epoch=U63),
-        bpb.JoinRequest(**worker, model=_shape(target.digest, 1, 32, 1000)),
-        bpb.JoinRequest(**worker, model=_shape(target.digest, 6, 31, 1000)),
-        bpb.JoinRequest(**worker, model=true),
-        bpb.JoinRequest(**worker, model=_shape("another", 6, 32, 1000)),
-        bpb.JoinRequest(**worker, model=_shape(target.digest, 6, U32, U64)),
-        bpb.JoinRequest(**worker, model=_shape(target.digest, 6, 0, 0)),
+        bpb.JoinRequest(**worker, model=_other(true, layers=true.layers[:1])),
+        bpb.JoinRequest(**worker, model=_other(true, layers=[])),
+        bpb.JoinRequest(**worker, model=_other(true, layers=_layers(31, true.layers[0].expert_bytes))),
+        bpb.JoinRequest(**worker, model=_other(true, layers=_layers(U32, U64))),
+        bpb.JoinRequest(**worker, model=_other(true, layers=_layers(0, 0))),
+        bpb.JoinRequest(**worker, model=_other(true, digest="another")),
         bpb.JoinRequest(**worker),
         bpb.JoinRequest(role=9, address=_NOBODY),  # type: ignore[arg-type]
         bpb.JoinRequest(role=bpb.ROLE_GATEWAY, address=""),
@@ -116,7 +116,7 @@ def wild_loads(target: Target, count: int) -> None:
         member = stub.Join(bpb.JoinRequest(role=bpb.ROLE_ROUTER, address=_NOBODY), timeout=SOON_S).member_id
         try:
             for tokens in (U64, U63, U63 - 1, U63 // 2, U63 // 2 + 1)[:count]:
-                request = bpb.ReportLoadRequest(member_id=member, layers=[_load(tokens, 32)] * 6)
+                request = bpb.ReportLoadRequest(member_id=member, layers=[_load(tokens, 32)] * NUM_LAYERS)
                 ended = unary_status(lambda held=request: stub.ReportLoad(held, timeout=SOON_S))
                 if ended not in REFUSED:
                     wrong.append(f"counts of {tokens}: {ended}")
@@ -229,7 +229,7 @@ def wild_references(target: Target, count: int) -> None:
 
 def wild_links(target: Target, count: int) -> None:
     """OpenLink with names of 100 kB, of other models, with wild sizes, again and again."""
-    plain = {"model_digest": target.digest, "dtype": "float32", "transports": ["tcp"], "max_rows": 8}
+    plain = {"model_digest": target.shape.digest, "dtype": "float32", "transports": ["tcp"], "max_rows": 8}
     refused: list[dict[str, Any]] = [
         {"router_id": "r" * 100_000},
         {"max_rows": U32},
@@ -313,9 +313,14 @@ def sick_member(target: Target, count: int) -> None:
     target.note_processes()
 
 
-def _shape(digest: str, num_layers: int, num_experts: int, expert_bytes: int) -> bpb.ModelShape:
-    layer = bpb.LayerShape(num_experts=num_experts, expert_bytes=expert_bytes)
-    return bpb.ModelShape(digest=digest, layers=[layer] * num_layers)
+def _other(true: bpb.ModelShape, **changes: Any) -> bpb.ModelShape:
+    """Copy the model's shape and change something in it."""
+    fields = {"digest": true.digest, "layers": true.layers, "parts": true.parts}
+    return bpb.ModelShape(**(fields | changes))
+
+
+def _layers(num_experts: int, expert_bytes: int) -> list[bpb.LayerShape]:
+    return [bpb.LayerShape(num_experts=num_experts, expert_bytes=expert_bytes)] * NUM_LAYERS
 
 
 def _load(tokens: int, num_experts: int) -> bpb.LayerLoad:

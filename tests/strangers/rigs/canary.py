@@ -16,7 +16,6 @@ from collegium.client import Client
 MAX_TOKENS = 4
 _TIMEOUT_S = 90.0
 _CHECK_EVERY_S = 0.2
-_PAUSE_S = 0.01  # leaves the core to what is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,8 @@ def ask(client: Client, question: Question) -> tuple[int, ...]:
 class Canary:
     """Asks until closed. The first round, before anybody attacks, says what the right answers are."""
 
-    def __init__(self, targets: Sequence[str]) -> None:
+    def __init__(self, targets: Sequence[str], *, pause_s: float = 0.01) -> None:
+        self._pause_s = pause_s
         self._client = Client(targets, timeout_s=_TIMEOUT_S)
         self._right = {question: ask(self._client, question) for question in QUESTIONS}
         self._visits: list[Visit] = []
@@ -115,7 +115,7 @@ class Canary:
             with self._changed:
                 self._visits.append(Visit(began_s=began_s, ended_s=time.monotonic(), error=error))
                 self._changed.notify_all()
-            time.sleep(_PAUSE_S)
+            time.sleep(self._pause_s)
 
 
 def median_s(visits: Sequence[Visit]) -> float:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.cli.cluster import Cluster, ClusterSpec
+from collegium.fabric.model_shape import shape_of
 from collegium.model.manifest import ensure_manifest, load_manifest
 from tests.redis_server import RedisServer
 from tests.strangers.rigs.canary import Canary, Visit
@@ -26,11 +29,13 @@ from tests.strangers.rigs.footprint import Footprint, footprint, is_alive, liste
 DEMO = Path(__file__).parents[3] / "models" / "demo-lm"
 MAX_MODEL_LEN = 512
 VOCAB_SIZE = 4096
+NUM_LAYERS = 6
 LIMIT_S = 60.0  # a guard: nothing takes as long on a cluster that works
 RSS_MB = 50.0  # what a process may keep of an attack
 # A gRPC server's own threads come and go with its connections; they are few and bounded by the number of cores.
 NUM_SPARE_THREADS = 6
 _POLL_S = 0.05
+_BEGINNING = re.compile(r"\d\d:\d\d:\d\d\.\d+ [A-Z]+ |-{20}")  # of the next line of a log
 _TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -56,10 +61,12 @@ def make_checkpoint(folder: Path, template: str = _TEMPLATE) -> Path:
 class Target:
     """A cluster under attack, as a context manager. Belongs to the main thread but for its channels and the canary."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, canary_pause_s: float = 0.01) -> None:
+        """canary_pause_s: between its requests; leaves the cores to what is measured."""
+        self._canary_pause_s = canary_pause_s
         checkpoint = make_checkpoint(folder / "checkpoint")
         manifest = ensure_manifest(checkpoint, out=folder / "manifest.json")
-        self.digest = load_manifest(manifest).digest
+        self.shape = shape_of(load_manifest(manifest), "float32")
         self.lines: list[tuple[str, str]] = []
         self.redis = RedisServer(_made(folder / "redis"))
         health = ("--health-bind", "127.0.0.1:0")
@@ -83,7 +90,7 @@ class Target:
         try:
             self.cluster.__enter__()
             self.note_processes()
-            self._canary = Canary(self.cluster.targets)
+            self._canary = Canary(self.cluster.targets, pause_s=self._canary_pause_s)
         except BaseException:
             self.close()
             raise
@@ -158,12 +165,14 @@ class Target:
         return "\n".join(line for name, line in self.lines if name == process)[-150 * num_lines :]
 
     def tracebacks(self, since: int) -> list[str]:
-        """Return what was logged as a fault of the server's own from line `since` on."""
+        """Return what was logged as a fault of the server's own from line `since` on, each with its whole traceback."""
         found: list[str] = []
-        for at, (name, line) in enumerate(self.lines[since:], since):
-            if "Traceback (most recent call last)" in line or "panicked at" in line:
-                rest = [text for who, text in self.lines[at - 1 : at + 40] if who == name]
-                found.append(f"{name}: " + "\n".join(rest)[:3000])
+        for name in self.pids:
+            said = [line for who, line in self.lines[since:] if who == name]
+            for at, line in enumerate(said):
+                if "Traceback (most recent call last)" in line or "panicked at" in line:
+                    rest = itertools.takewhile(lambda text: not _BEGINNING.match(text), said[at:])
+                    found.append(f"{name}: {said[max(0, at - 1)]}\n" + "\n".join(rest))
         return found
 
     def watch(self, seconds: float) -> None:
