@@ -35,6 +35,7 @@ from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.health import SERVICE_NAME, Health
 from collegium.fabric.hosts import bracketed
 from collegium.fabric.interceptors import StatusInterceptor
+from collegium.fabric.secret_files import warn_if_open
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -196,6 +197,7 @@ def advertised(bound: str, advertise: str, setting: str = "--advertise") -> str:
 
 
 def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    warn_if_open(tls.key, "--tls-key")
     pair = (read_file(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
     return grpc.ssl_server_credentials([pair])
 
