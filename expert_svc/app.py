@@ -169,10 +169,19 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         data_address=rpc.advertised(tcp_address, config.data_advertise, "--data-advertise"),
         counters=counters.read,
     )
-    server = rpc.Server("worker", services=("collegium.v1.Expert",))
+    server = rpc.Server(
+        "worker",
+        services=("collegium.v1.Expert",),
+        options=rpc.limits(config.max_connections, config.max_streams),
+    )
     expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
+    metrics_url = metrics.serve_metrics(
+        config.metrics_bind,
+        advertise=config.advertise,
+        prefix=config.metrics_prefix,
+        max_connections=config.metrics_connections,
+    )
     metrics.expose(counters.read)
     membership = Membership(
         config.balancer,

@@ -191,8 +191,11 @@ def _server(options: GatewaySettings) -> rpc.Server:
     if options.tls_cert is not None and options.tls_key is not None:
         tls = rpc.TlsFiles(cert=options.tls_cert, key=options.tls_key)
     interceptors = [] if options.api_keys is None else [KeyInterceptor(KeyRing.load(options.api_keys))]
-    limit = ("grpc.max_receive_message_length", int(options.max_message_bytes))
-    return rpc.Server("gateway", services=(SERVICE_NAME,), options=(limit,), tls=tls, interceptors=interceptors)
+    bounds = (
+        ("grpc.max_receive_message_length", int(options.max_message_bytes)),
+        *rpc.limits(options.max_connections, options.max_streams),
+    )
+    return rpc.Server("gateway", services=(SERVICE_NAME,), options=bounds, tls=tls, interceptors=interceptors)
 
 
 def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, is_serving: bool) -> pb.MemberStatus:

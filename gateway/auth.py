@@ -18,6 +18,7 @@ from grpc import aio
 from collegium.fabric.api_keys import read_keys
 from collegium.fabric.errors import Unauthenticated
 from collegium.fabric.interceptors import Behaviour, refusing
+from collegium.fabric.secret_files import warn_if_open
 
 _OPEN_METHODS = "/grpc.health.v1.Health/"
 _METADATA_KEY = "authorization"
@@ -34,7 +35,11 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path) -> KeyRing:
-        """Read a file of keys; SettingsError where it cannot be read or holds none."""
+        """Read a file of keys; SettingsError where it cannot be read or holds none.
+
+        A file that other users can change or read is warned of.
+        """
+        warn_if_open(path, "--api-keys")
         return cls(read_keys(path))
 
     def accepts(self, key: str) -> bool:

@@ -101,13 +101,22 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
     telemetry.setup("router", config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    server = rpc.Server("router", services=("collegium.v1.Router",))
+    server = rpc.Server(
+        "router",
+        services=("collegium.v1.Router",),
+        options=rpc.limits(config.max_connections, config.max_streams),
+    )
     loop = asyncio.get_running_loop()
     outboxes = Outboxes(loop)
     service = RouterService(outboxes, max_gateways=config.max_gateways, max_traces=config.max_traces)
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
+    metrics_url = metrics.serve_metrics(
+        config.metrics_bind,
+        advertise=config.advertise,
+        prefix=config.metrics_prefix,
+        max_connections=config.metrics_connections,
+    )
     model, manifest = await asyncio.to_thread(load, config)
     metrics.registry().model_name = config.model_name or config.model.resolve().name
     num_blocks, max_model_len = plan_memory(config, model)

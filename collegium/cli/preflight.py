@@ -48,6 +48,8 @@ def check_tls(cert: Path | None, key: Path | None, ca: Path | None) -> None:
     _check_pem(key, "--tls-key", _KEY, "private key")
     if ca is not None:
         _check_pem(ca, "--tls-ca", _CERTIFICATE, "certificate")
+    if any(path.read_bytes() != read_file(path, flag) for path, flag in ((cert, "--tls-cert"), (key, "--tls-key"))):
+        return  # OpenSSL cannot read a file that begins with a byte order mark; the gateway reads it without
     try:
         # The password is for keys that have one: without it, OpenSSL would ask at the terminal. gRPC takes none.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from collegium.fabric.addresses import read_address
 from collegium.fabric.errors import SettingsError
 
+_UTF8_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGE_BYTES = 16 * 2**20
 Option = tuple[str, int | str]
 MESSAGE_LIMITS: tuple[Option, ...] = (
@@ -139,8 +140,11 @@ def split_address(address: str, setting: str) -> tuple[str, int]:
 
 
 def read_file(path: Path, setting: str) -> bytes:
-    """Read a file that a setting names; SettingsError says why it cannot be."""
+    """Read a PEM file that a setting names, without the byte order mark that some editors put before it.
+
+    SettingsError says why it cannot be read.
+    """
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(_UTF8_MARK)
     except OSError as error:
         raise SettingsError(f"{setting}={path} cannot be read: {error.strerror}") from error

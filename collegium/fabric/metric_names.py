@@ -268,6 +268,9 @@ _MEMBER = (
 )
 
 _PROCESS = (
+    _counter(
+        "process", "metrics_page_cuts_total", "Connections to the metrics page that were cut: too slow, or too many"
+    ),
     _counter("process", "loop_faults_total", "Turns of a background loop that failed and are tried again"),
     _histogram("process", "event_loop_lag_seconds", "How late the event loop ran what was due", buckets=_LAG_SECONDS),
 )

@@ -107,6 +107,21 @@ class ServiceSettings:
         "address for probes, HOST:PORT: plaintext grpc.health.v1, `live` and readiness; empty: none", default=""
     )
     metrics_bind: str = setting("address of the metrics page, HOST:PORT; empty: none", default="127.0.0.1:0")
+    metrics_connections: int = setting(
+        "connections to the metrics page at once; one more cuts the oldest", default=16, at_least=1, at_most=1024
+    )
+    max_connections: int = setting(
+        "connections to the gRPC port at once; 0: half of the descriptors that the process may open",
+        default=0,
+        at_least=0,
+        at_most=1_000_000,
+    )
+    max_streams: int = setting(
+        "calls at once on one connection to the gRPC port; a client keeps more waiting",
+        default=4096,
+        at_least=1,
+        at_most=1_000_000,
+    )
     metrics_prefix: str = setting(
         "names on the metrics page; vllm: those that vLLM has too as vLLM writes them",
         default="collegium",
