@@ -99,7 +99,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
 
     def _check(self, request: expert_pb2.OpenLinkRequest) -> None:
         dtype = str(self._dtype).removeprefix("torch.")
-        told = tell_other_model(self._digest, self._parts, shown(request.model_digest), request.model_parts)
+        told = tell_other_model(self._digest, self._parts, request.model_digest, request.model_parts)
         if request.model_digest != self._digest:
             raise FailedPrecondition(
                 f"the router serves another checkpoint than this worker: {told}",

@@ -107,6 +107,7 @@ class Attachment:
         self.model: inference_pb2.Model | None = None
         self.load = pb.RouterLoad()
         self.is_attached = False
+        self.last_words = ""  # why it could not be attached, since it last was
         self._gateway_id = gateway_id
         self._connect = connect
         self._why_not = why_not
@@ -169,7 +170,6 @@ class Attachment:
     async def run(self) -> None:
         """Keep the stream up, for ever, with growing pauses between attempts that failed."""
         pause_s = _BACKOFF_S[0]
-        last_words = ""
         while True:
             is_refused = False
             try:
@@ -182,11 +182,11 @@ class Attachment:
             except TimeoutError:
                 words = f"it sent no first frame within {_DESCRIBE_S:g} s"
             if self._end(Unavailable(f"router {self.address}: {words}", reason="ROUTER_LOST")):
-                pause_s, last_words = _BACKOFF_S[0], ""
-            if words != last_words:
+                pause_s, self.last_words = _BACKOFF_S[0], ""
+            if words != self.last_words:
                 say = _log.warning if is_refused else _log.info
                 say("router not attached", address=self.address, why=words)
-                last_words = words
+                self.last_words = words
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _BACKOFF_S[1])
 

@@ -179,13 +179,14 @@ def _tell_own(own: Mapping[str, str], model: pb.Model) -> str:
     shared = [name for name, part in own.items() if part and model.parts.get(name)]
     ours, theirs = ({name: parts[name] for name in shared} for parts in (own, model.parts))
     told = identity.tell_differences(ours, theirs)
-    return told and f"its {told} differs from this gateway's; give both the same checkpoint"
+    return told and f"its {told} from this gateway's; give both the same checkpoint"
 
 
 def _tell_others(known: pb.Model, model: pb.Model) -> str:
     """Say how a router's model differs from that of the routers that are attached."""
     if model.digest != known.digest:
-        return tell_other_model(model.digest, model.parts, known.digest, known.parts) + " from the attached routers'"
+        told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+        return f"compared with the attached routers, {told}"
     fields = ("name", "max_model_len", "dtype", "architecture", "vocab_size", "eos_ids", "top_k", "num_experts")
     named = next((f for f in fields if getattr(model, f) != getattr(known, f)), "description")
     ours, theirs = (shown(getattr(one, named, "")) for one in (known, model))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collegium.model import identity
+from collegium.model.checkpoint_files import shown
 from collegium.model.manifest_entries import Manifest
 from collegium.v1 import balancer_pb2 as pb
 
@@ -33,8 +34,8 @@ def tell_other_model(digest: str, parts: Mapping[str, str], their_digest: str, t
     if digest == their_digest and parts.get(identity.DTYPE) == their_parts.get(identity.DTYPE):
         return ""
     told = identity.tell_differences(parts, their_parts) if parts and their_parts else ""
-    digests = f"digests {digest[:12] or 'none'} and {their_digest[:12] or 'none'}"
-    return f"{told} differ ({digests})" if told else f"their {digests} differ"
+    digests = f"digests {shown(digest[:12]) or 'none'} and {shown(their_digest[:12]) or 'none'}"
+    return f"{told} ({digests})" if told else f"their {digests} differ"
 
 
 def _without_dtype(parts: Mapping[str, str]) -> dict[str, str]:

@@ -94,11 +94,13 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]
 
 
 def tell_differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Write the parts that differ for a message, such as "config.json and tokenizer"."""
+    """Write what differs for a message, such as "config.json and tokenizer differ"; "" if nothing does."""
     names = differences(ours, theirs)[: len(PARTS)]
     if DTYPE in names:  # this part is a word, not a digest
         names[names.index(DTYPE)] = f"{DTYPE} ({shown(ours.get(DTYPE))} and {shown(theirs.get(DTYPE))})"
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    if len(names) < 2:
+        return "".join(f"{name} differs" for name in names)
+    return f"{', '.join(names[:-1])} and {names[-1]} differ"
 
 
 def _digest_of_json(fields: Mapping[str, object]) -> str:

@@ -20,7 +20,7 @@ from collegium.model.checkpoint_files import CheckpointError, open_file, shown
 from collegium.model.checkpoint_survey import survey_checkpoint
 from collegium.model.manifest_entries import ExpertEntry, LayerEntry, Manifest, TensorRef
 from collegium.model.manifest_file import VERSION, ManifestPathError, load_manifest, write_manifest
-from collegium.model.router_tensors import RouterTensor
+from collegium.model.router_tensors import RouterTensor, common_name
 from collegium.model.safetensors_files import list_weight_files
 from collegium.model.served_dtype import auto_dtype
 
@@ -80,7 +80,7 @@ def check_folder(manifest: Manifest, model_dir: Path) -> None:
     known = {name: digest for name, digest in manifest.sources.items() if name in sources}
     if told := identity.tell_differences(known, sources):
         raise CheckpointError(
-            f"the manifest is of another checkpoint than {model_dir}: {told} differ; run `collegium manifest` on the "
+            f"the manifest is of another checkpoint than {model_dir}: {told}; run `collegium manifest` on the "
             "model's folder"
         )
 
@@ -139,7 +139,7 @@ def _digest_router(model_dir: Path, router: Sequence[RouterTensor], meter: "_Met
     for one in sorted(router, key=lambda one: (one.file, one.offset)):  # in the order of the disk
         digest = xxhash.xxh3_64()
         _update(digest, model_dir / one.file, one.key, one.offset, one.num_bytes)
-        sums.append([one.key, one.dtype, one.shape, digest.hexdigest()])
+        sums.append([common_name(one.key), one.dtype, one.shape, digest.hexdigest()])
         meter.add(one.num_bytes)
     return identity.digest_of(sorted(sums, key=str))
 

@@ -50,6 +50,17 @@ def layer_of(key: str) -> int:
     return int(match[1]) if match else -1
 
 
+def common_name(key: str) -> str:
+    """Return a tensor's name as both layouts of a checkpoint have it; for comparison, not for reading."""
+    match = _LAYER.fullmatch(key)
+    if match is None:
+        return key
+    rest = match[2].replace("block_sparse_moe.", "mlp.", 1)
+    for gate in ("mlp.router.layer.", "mlp.gate."):
+        rest = rest.replace(gate, "mlp.router.", 1) if rest.startswith(gate) else rest
+    return f"layers.{match[1]}.{rest}"
+
+
 def check_router_tensors(
     model_dir: Path,
     config: Mapping[str, object],
