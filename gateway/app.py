@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from collegium.fabric import logs, metrics, rpc
+from collegium.fabric.channels import check_target
 from collegium.fabric.leases import Membership
 from collegium.v1 import balancer_pb2, inference_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
@@ -92,6 +93,9 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
     tokenizer = Tokenizer.load(options.model)
     if tokenizer is None:
         _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
+    for setting, addresses in (("--balancer", [options.balancer]), ("--routers", options.routers)):
+        for address in filter(None, addresses):
+            check_target(address, setting)
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
     admission = Admission(

@@ -15,6 +15,7 @@ from typing import Any
 from grpc import aio
 
 from collegium.fabric import lifecycle, logs, metrics, rpc
+from collegium.fabric.channels import check_target
 from collegium.fabric.errors import CollegiumError, DeadlineExceeded, NotFound, Unavailable, from_rpc_error
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -126,6 +127,7 @@ class Membership:
 
     async def __aenter__(self) -> Membership:
         """Join and start renewing and watching."""
+        check_target(self._balancer_address, "--balancer")
         self._channel = rpc.channel(self._balancer_address, tls=self._tls)
         self._stub: Any = balancer_pb2_grpc.BalancerStub(self._channel)
         try:
