@@ -84,6 +84,14 @@ def test_the_command_runs_nothing_of_the_folder_that_it_is_started_in(hostile: P
     assert not (hostile / "MARK").exists()
 
 
+def test_python_c_runs_nothing_of_the_folder_either(hostile: Path) -> None:
+    (hostile / "collegium.py").unlink()  # which Python itself takes, before any code of ours
+    code = "import sys; from collegium.cli.main import main; sys.exit(main())"
+    done = run((sys.executable, "-c", code, "status", "--help"), hostile)
+    assert done.returncode == 0, done.stderr
+    assert not (hostile / "MARK").exists()
+
+
 def test_a_module_beside_the_script_is_not_run(hostile: Path, tmp_path: Path) -> None:
     (hostile / "script").write_text(
         f"import sys\nsys.path.append({ROOT!r})\nfrom collegium.launch import guard\nguard()\n"
