@@ -18,11 +18,12 @@ from collegium.fabric.leases import Membership
 from collegium.fabric.views import check_view, from_proto, to_proto
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
-from collegium.v1 import balancer_pb2_grpc
+from collegium.v1 import balancer_pb2_grpc, inference_pb2, router_pb2
 from expert_svc.homes import HomeKeeper
 from router_svc.links import LinkKeeper
 from tests.balancers import SHAPE, running_balancer
-from tests.gateway_rig import until
+from tests.fake_router import FakeRouter
+from tests.gateway_rig import rig, until
 
 LAYER = pb.LayerPlacement(offsets=[0, 1, 2], worker_idx=[0, 1])
 
@@ -240,6 +241,43 @@ async def test_a_balancer_whose_ticks_fail_goes_on_and_plans_as_soon_as_they_do_
         assert running.balancer.counters()["collegium_loop_faults_total"] == 5
     assert caplog.text.count("leading failed") == 1
     assert caplog.text.count("sharing with other balancers failed") == 1
+
+
+async def test_a_routers_stream_that_cannot_be_read_frees_its_requests_and_is_opened_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Sitter:
+        """A request whose router says what it cannot take."""
+
+        def __init__(self) -> None:
+            self.lost = asyncio.Event()
+            self.num_news = 0
+
+        def submission(self, submission_id: str, *, deadline_ms: int, traceparent: str) -> router_pb2.Submission:
+            choice = router_pb2.ChoiceStart(choice_index=0)
+            stopping, sampling = inference_pb2.Stopping(max_tokens=2), inference_pb2.Sampling(seed=1)
+            return router_pb2.Submission(
+                request_id=submission_id, prompt_ids=[1], choices=[choice], stopping=stopping, sampling=sampling
+            )
+
+        def sit(self, seat: Any) -> None: ...
+
+        def take_news(self, news: Any) -> None:
+            self.num_news += 1
+            raise OverflowError("a token beyond any vocabulary")
+
+        def lose_router(self, why: Any) -> None:
+            self.lost.set()
+
+    router = FakeRouter()
+    async with rig(router) as gateway, asyncio.timeout(30):
+        (attachment,) = gateway.gateway.pool.attachments
+        sitter: Any = Sitter()
+        attachment.seat(sitter, "r", deadline_ms=0, traceparent="")
+        await sitter.lost.wait()
+        assert sitter.num_news == 1
+        await until(lambda: attachment.is_attached)
+    assert caplog.text.count("the stream to router") == 1
 
 
 async def test_a_placement_of_another_shape_reaches_neither_rows_nor_weights() -> None:
