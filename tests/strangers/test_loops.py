@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from balancer_svc.memory_store import MemoryStore
 from balancer_svc.store import Memory
@@ -83,6 +85,30 @@ def test_a_view_that_is_wrong_anywhere_is_refused_whole(bad: pb.WatchPlacementRe
         check_view(bad)
     check_view(view(2, members=[member()]))
     check_view(pb.WatchPlacementResponse())
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 4_095, 4_096, 2**20, 2**31, 2**32 - 1])
+LAYERS = st.builds(layer, st.lists(NUMBERS, max_size=6), st.lists(NUMBERS, max_size=6))
+
+
+@given(
+    st.builds(
+        placed,
+        st.sampled_from([0, 1, 2**52, 2**53, 2**53 + 1, 2**64 - 1]),
+        worker_ids=st.lists(st.text(max_size=3), max_size=4),
+        layers=st.lists(LAYERS, max_size=3),
+    )
+)
+def test_whatever_placement_is_taken_has_a_home_for_each_expert(message: pb.Placement) -> None:
+    try:
+        taken = from_proto(message)
+    except ValueError:
+        return
+    for homes in taken.homes:
+        for expert in homes:
+            assert expert
+            assert all(0 <= w < len(taken.worker_ids) for w in expert)
+    assert to_proto(taken) == message
 
 
 def test_placements_survive_the_wire() -> None:
