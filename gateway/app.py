@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from collegium.fabric import logs, metrics, rpc
 from collegium.fabric.leases import Membership
@@ -20,11 +21,13 @@ from collegium.v1 import inference_pb2 as pb
 from gateway.admission import Admission
 from gateway.auth import KeyInterceptor, KeyRing
 from gateway.cluster import ClusterView
+from gateway.converted import tokenizer_folder
 from gateway.counts import Counts
 from gateway.pool import RouterPool
 from gateway.relay import Relay
 from gateway.service import InferenceService
 from gateway.settings import GatewaySettings
+from gateway.template_check import template_fault
 from gateway.tokenizer import Tokenizer
 
 SERVICE_NAME = "collegium.v1.Inference"
@@ -89,9 +92,7 @@ class Gateway:
 async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
     """Run a gateway; CollegiumError or SettingsError where it cannot start."""
     options.check()
-    tokenizer = Tokenizer.load(options.model)
-    if tokenizer is None:
-        _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
+    tokenizer = await _load_tokenizer(options.model)
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
     admission = Admission(
@@ -148,6 +149,24 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             service=service,
             serving=serving,
         )
+
+
+async def _load_tokenizer(model_dir: Path) -> Tokenizer | None:
+    folder = await tokenizer_folder(model_dir)
+    tokenizer = None if folder is None else Tokenizer.load(folder)
+    if folder is None or tokenizer is None or not tokenizer.has_chat_template:
+        return tokenizer
+    fault = await template_fault(folder)
+    if fault:
+        _log.warning("the checkpoint's chat template is broken: chat requests will fail", model=model_dir, fault=fault)
+    elif tokenizer.undefined_names:
+        _log.warning(
+            "the checkpoint's chat template uses names that nothing defines; they stay empty",
+            model=model_dir,
+            names=", ".join(tokenizer.undefined_names),
+            remedy="name these tokens in tokenizer_config.json",
+        )
+    return tokenizer
 
 
 def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[str]:

@@ -18,7 +18,7 @@ from gateway.answer_text import PromptEnd
 from gateway.chat import ChatTemplate
 from gateway.cleanup import clean_up
 from gateway.decoding import Decoding, is_library_failure
-from gateway.special_tokens import CONFIG, add_declared, declared_tokens, read_json
+from gateway.special_tokens import CONFIG, DeclaredTokens, add_declared, declared_tokens, read_json
 
 _NAMED_TEMPLATES = "additional_chat_templates"
 
@@ -66,8 +66,7 @@ class Tokenizer:
         declared = declared_tokens(model_dir, config)
         special = add_declared(inner, declared)
         inner.encode_special_tokens = config.get("split_special_tokens") is True
-        source = _template_source(model_dir, config)
-        chat = None if source is None else ChatTemplate(source, declared.names)
+        chat = _template(model_dir, config, declared)
         return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config))
 
     @property
@@ -84,14 +83,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids that the tokenizer knows, added ones included."""
         return self._inner.get_vocab_size(with_added_tokens=True)
-
-    def check_template(self) -> None:
-        """Render a trivial conversation. FailedPrecondition if the template cannot be rendered at all.
-
-        Takes as long as the template takes.
-        """
-        if self._chat is not None:
-            self._chat.check()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
@@ -133,6 +124,17 @@ class Tokenizer:
                 remedy="send token_ids, or other text",
                 reason="TOKENIZER",
             ) from None
+
+
+def read_template(model_dir: Path) -> ChatTemplate | None:
+    """Read a checkpoint's chat template alone. FailedPrecondition if it cannot be compiled."""
+    config = read_json(model_dir / CONFIG)
+    return _template(model_dir, config, declared_tokens(model_dir, config))
+
+
+def _template(model_dir: Path, config: Mapping[str, object], declared: DeclaredTokens) -> ChatTemplate | None:
+    source = _template_source(model_dir, config)
+    return None if source is None else ChatTemplate(source, declared.names)
 
 
 def _template_source(model_dir: Path, config: Mapping[str, object]) -> str | None:
