@@ -62,7 +62,7 @@ def _num_entries(model_dir: Path, sources: list[str]) -> int:
         return len(json.loads((model_dir / "vocab.json").read_text(encoding="utf-8")))
     if "vocab.txt" in sources:
         return len(set((model_dir / "vocab.txt").read_text(encoding="utf-8").splitlines()))
-    return 256
+    return 16
 
 
 def _is_installed(module: str) -> bool:
