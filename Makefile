@@ -60,8 +60,9 @@ format: setup ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup ## write docs/telemetry.md from the registries of names
+docs: setup ## write docs/telemetry.md and docs/settings.md from the registries of names and the services' settings
 	@$(BIN)/python -m collegium.fabric.telemetry_page > docs/telemetry.md
+	@$(BIN)/python docs/settings_page.py > docs/settings.md
 
 protos: setup ## write the stubs in collegium/v1 anew
 	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/collegium/v1/*.proto

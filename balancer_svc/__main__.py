@@ -46,12 +46,20 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         window_s=options.window_s,
         rebalance_s=options.rebalance_s,
         lead_ttl_s=options.lead_ttl_ms / 1e3,
+        max_workers=options.max_workers,
     )
-    server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
+    server = rpc.Server(
+        "balancer",
+        services=("collegium.v1.Balancer",),
+        options=rpc.limits(options.max_connections, options.max_streams),
+    )
     balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
     metrics.expose(balancer.counters)
     metrics_url = metrics.serve_metrics(
-        options.metrics_bind, advertise=options.advertise, prefix=options.metrics_prefix
+        options.metrics_bind,
+        advertise=options.advertise,
+        prefix=options.metrics_prefix,
+        max_connections=options.metrics_connections,
     )
     try:
         address = await server.start(options.bind)

@@ -59,6 +59,8 @@ class CostModel:
         if busy_s < _LEAST_BUSY_S:
             return
         self._last[worker_id] = dict(counters)
+        if min(gained(_ROWS), gained(_CALLS)) < 0:
+            return  # counters only grow: what these tell is no sample
         self._samples.append((worker_id, gained(_ROWS), gained(_CALLS), busy_s))
         self._load_s += max(0.0, gained(_LOAD_S))
         self._load_bytes += max(0.0, sum(gained(name) for name in _LOADED))

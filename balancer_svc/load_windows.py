@@ -1,6 +1,7 @@
 """What gates chose, window by window: routers' counts since their start become the load of stretches of time.
 
-Owns the windows. Pure: told the time. A window in which nothing was chosen says nothing and is not kept.
+Owns the windows, and that no sum over them wraps. Pure: told the time. A window in which nothing was chosen says
+nothing and is not kept.
 L layers, E experts of a layer, T windows.
 """
 
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from collegium.v1 import balancer_pb2 as pb
 
 Counts = NDArray[np.int64]
+# Choices of one expert in one window, of all routers together; what is above is not counted. The sum over a dozen
+# windows, both kinds of rows and 4,096 experts is below 2^62.
+MAX_IN_WINDOW = 2**44
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,8 @@ class LoadWindows:
         news = counts if before is None or before.shape != counts.shape or (counts < before).any() else counts - before
         if self._filling is None or self._filling.shape != news.shape:
             self._filling = np.zeros_like(news)
-        self._filling += news
+        # Both are at most MAX_CHOICES, so the sum does not wrap before it is cut.
+        self._filling = np.minimum(self._filling + news, MAX_IN_WINDOW)
 
     def roll(self, now_s: float, unix_ms: int) -> Window | None:
         """Close the window that fills when its time is over and give it; None where it is not or nothing was chosen."""

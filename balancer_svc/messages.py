@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from balancer_svc.planner import Model, Planner
 from balancer_svc.roster import Member, Roster
+from collegium.fabric.channels import MAX_MESSAGE_BYTES
 from collegium.fabric.views import to_proto
 from collegium.model.placement import LayerSize
 from collegium.v1 import balancer_pb2 as pb
+
+_MAX_VIEW_BYTES = MAX_MESSAGE_BYTES // 2  # beyond, a view goes without counters: only status pages miss them
 
 
 def to_message(member: Member) -> pb.Member:
@@ -55,13 +58,13 @@ def from_message(message: pb.Member) -> Member:
 def to_shape(model: Model) -> pb.ModelShape:
     """Write a model's shape."""
     layers = [pb.LayerShape(num_experts=layer.num_experts, expert_bytes=layer.expert_bytes) for layer in model.layers]
-    return pb.ModelShape(digest=model.digest, layers=layers)
+    return pb.ModelShape(digest=model.digest, layers=layers, parts=model.parts)
 
 
 def from_shape(shape: pb.ModelShape) -> Model:
     """Read a model's shape."""
     layers = tuple(LayerSize(num_experts=layer.num_experts, expert_bytes=layer.expert_bytes) for layer in shape.layers)
-    return Model(digest=shape.digest, layers=layers)
+    return Model(digest=shape.digest, layers=layers, parts=dict(shape.parts))
 
 
 def to_view(roster: Roster, planner: Planner, balance: pb.Balance | None = None) -> pb.WatchPlacementResponse:
@@ -74,4 +77,7 @@ def to_view(roster: Roster, planner: Planner, balance: pb.Balance | None = None)
     )
     if planner.planned is not None:
         view.planned.CopyFrom(to_proto(planner.planned))
+    if view.ByteSize() > _MAX_VIEW_BYTES:
+        for member in view.members:
+            member.ClearField("counters")
     return view

@@ -24,10 +24,11 @@ from collegium.v1 import balancer_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What placement needs to know of the model; equal digests mean equal checkpoints."""
+    """What placement needs to know of the model; equal digests mean equal checkpoints, and parts name what differs."""
 
     digest: str
     layers: tuple[LayerSize, ...]
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,14 +108,14 @@ class Planner:
         """Say what is to be done, given the members that are workers."""
         live = self.live(workers)
         ids = {worker.member_id for worker in live}
-        if self.planned is not None and set(self.planned.worker_ids) == ids:
+        if self.planned is not None and set(self.planned.worker_ids) == ids and self._fits(self.planned):
             planned = self.planned
             if all(worker.ready_plan >= planned.epoch for worker in live):
                 return Wish.PUBLISH
             return Wish.GIVE_UP if now_s - self._planned_s > self._ready_limit_s else Wish.NOTHING
         if self.model is None or not live or not all(worker.is_confirmed for worker in live):
             return Wish.NOTHING
-        if self.planned is None and set(self.in_force.worker_ids) == ids:
+        if self.planned is None and set(self.in_force.worker_ids) == ids and self._fits(self.in_force):
             return Wish.NOTHING
         if (
             self.planned is None
@@ -162,7 +163,8 @@ class Planner:
     def can_move(self, workers: Sequence[Member]) -> bool:
         """Whether nothing is under way and the placement in force is that of the live workers."""
         live = {worker.member_id for worker in self.live(workers)}
-        return self.model is not None and self.planned is None and live == set(self.in_force.worker_ids) != set()
+        has_settled = self.planned is None and live == set(self.in_force.worker_ids) != set()
+        return self.model is not None and has_settled and self._fits(self.in_force)
 
     def adopt(self, planned: Placement, now_s: float) -> None:
         """Make a placement the planned one; its epoch must be above all that were seen."""
@@ -233,6 +235,10 @@ class Planner:
         assert self.planned is not None, "nothing is planned"
         self.in_force, self.planned = self.planned, None
         return self.in_force
+
+    def _fits(self, placement: Placement) -> bool:
+        # What was remembered, or another balancer wrote, may be of another model.
+        return self.model is None or placement.has_shape(self.model.layers)
 
     def _has_settled(self, num_live: int, now_s: float) -> bool:
         if self._expected_workers:

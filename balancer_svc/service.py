@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from grpc import aio
 
+from balancer_svc import validation
 from balancer_svc.backlog import NUM_WINDOWS, Backlog
 from balancer_svc.balance import Account
 from balancer_svc.costs import CostModel
-from balancer_svc.load_windows import LoadWindows, Window, read_layers
+from balancer_svc.load_windows import LoadWindows, Window
 from balancer_svc.messages import from_shape, to_view
 from balancer_svc.planner import NO_LOAD, Load, Model, Planner, Wish
 from balancer_svc.rebalancing import has_even_layers
@@ -27,7 +28,10 @@ from balancer_svc.roster import Member, Roster
 from balancer_svc.store import NO_TOKEN, FencedError, Store, StoreError
 from balancer_svc.worker_totals import WorkerTotals
 from collegium.fabric import logs
-from collegium.fabric.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from collegium.fabric.bounds import MAX_MEMBERS
+from collegium.fabric.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable, shown
+from collegium.fabric.faults import Faults
+from collegium.fabric.model_shape import tell_other_model
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
@@ -36,6 +40,7 @@ _TICK_S = 0.1
 _COUNTERS_EVERY_S = 1.0
 _STORE_RETRY_S = 1.0
 _SHARE_EVERY_S = 1.0  # how often balancers look at what the others have written, at least
+_LONGEST_PAUSE_S = 2.0  # of a part of the tick that fails
 _ROLES = {pb.ROLE_GATEWAY: "gateway", pb.ROLE_ROUTER: "router", pb.ROLE_WORKER: "worker"}
 Context = aio.ServicerContext[Any, Any]
 
@@ -54,16 +59,17 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         window_s: float = 5.0,
         rebalance_s: float = 10.0,
         lead_ttl_s: float = 3.0,
+        max_workers: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """rebalance_s: time between looks at the load; 0: homes follow members alone. lead_ttl_s: how long another
-        balancer waits for this one to come back before it leads.
+        balancer waits for this one to come back before it leads. max_workers: the most that Scale may ask for.
         """
         self._roster = roster
         self._planner = planner
         self._store = store
         self._clock = clock
-        self._rebalance_s, self._lead_ttl_s = rebalance_s, lead_ttl_s
+        self._rebalance_s, self._lead_ttl_s, self._max_workers = rebalance_s, lead_ttl_s, max_workers
         self._share_every_s = min(_SHARE_EVERY_S, lead_ttl_s / 3)
         self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
         self._costs = CostModel()
@@ -82,6 +88,15 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._counters_s = self._shared_s = self._looked_s = clock()
         self._kick = asyncio.Event()
         self._is_over = False
+        self._parts: Sequence[tuple[Callable[[float], Awaitable[None]], Faults]] = [
+            (part, Faults(_log, what, longest_pause_s=_LONGEST_PAUSE_S, clock=clock))
+            for part, what in (
+                (self._share_when_due, "sharing with other balancers"),
+                (self._lead_when_due, "leading"),
+                (self._count_when_due, "adding up the workers"),
+                (self._remember_now, "writing to Redis"),
+            )
+        ]
         self._num_expiries = 0
         self._num_plans = 0
         self._num_store_failures = 0
@@ -104,6 +119,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 "collegium_lease_expiries_total": float(self._num_expiries),
                 "collegium_plans_total": float(self._num_plans),
                 "collegium_store_failures_total": float(self._num_store_failures),
+                "collegium_loop_faults_total": float(self.num_faults),
                 "collegium_balancer_is_leader": float(self.is_leader),
                 "collegium_balancer_has_memory": float(not self._is_store_lost),
             }
@@ -118,7 +134,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._planner.restore(memory.model, memory.placement)
         self._planner.follow(memory.placement, memory.planned, self._clock())
         self._planner.see_epoch(memory.newest_epoch)
-        self._planner.wanted_workers = memory.wanted_workers
+        self._take_wanted(memory.wanted_workers)
         self._restore_windows(memory.windows)
         self._roster.restore(memory.members, self._clock())
         self._token = await self._store.lead(self._balancer_id, self._lead_ttl_s)
@@ -159,21 +175,43 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 _log.debug("the lead could not be given back", why=str(error))
 
     async def tick(self) -> None:
-        """Do once what is due now."""
+        """Do once what is due now. What a part raises is logged once per kind, and that part is tried again later."""
         now_s = self._clock()
+        for part, faults in self._parts:
+            if now_s < faults.again_s:
+                continue
+            try:
+                await part(now_s)
+            except Exception as error:
+                faults.note(error)
+            else:
+                faults.clear()
+
+    @property
+    def num_faults(self) -> int:
+        """How many parts of ticks have failed by a fault of ours."""
+        return sum(faults.num_faults for _, faults in self._parts)
+
+    async def _share_when_due(self, now_s: float) -> None:
         if now_s - self._shared_s >= self._share_every_s:
             self._shared_s = now_s
             await self._share(now_s)
+
+    async def _lead_when_due(self, now_s: float) -> None:
         try:
             if self.is_leader and now_s >= self._leads_from_s:
                 await self._lead(now_s)
         except FencedError as error:
             self._step_down(str(error))
+
+    async def _count_when_due(self, now_s: float) -> None:
         if now_s - self._counters_s >= _COUNTERS_EVERY_S:
             self._counters_s = now_s
             workers = self._roster.members(pb.ROLE_WORKER) if self.is_leader else []
             self._worker_totals.note(((worker.member_id, worker.counters) for worker in workers), now_s)
             self._show()
+
+    async def _remember_now(self, now_s: float) -> None:
         await self._remember()
 
     async def _lead(self, now_s: float) -> None:
@@ -210,12 +248,15 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Grant a lease."""
         self._require_memory()
-        if request.role not in _ROLES:
-            raise InvalidArgument("not a role", reason="UNKNOWN_ROLE", field="role", remedy="say what the process is")
-        if not request.address:
-            raise InvalidArgument("is empty", reason="NO_ADDRESS", field="address", remedy="give HOST:PORT")
+        validation.check_join(request, self._planner.newest_epoch)
+        if len(self._roster) >= MAX_MEMBERS:
+            raise ResourceExhausted(
+                f"there are {len(self._roster)} members; the maximum is {MAX_MEMBERS}",
+                reason="TOO_MANY_MEMBERS",
+                retry_after_s=self._roster.ttl_s,
+            )
         now_s = self._clock()
-        if request.role == pb.ROLE_WORKER:
+        if request.role == pb.ROLE_WORKER or (request.role == pb.ROLE_ROUTER and request.HasField("model")):
             self._take_model(request)
         member = Member(
             member_id=f"{_ROLES[request.role]}-{secrets.token_hex(5)}",
@@ -244,6 +285,10 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
         """Extend a lease."""
         self._require_memory()
+        validation.check_renew(request, self._planner.newest_epoch)
+        known = self._roster.get(request.member_id)
+        if known is not None and known.role == pb.ROLE_WORKER and self._planner.model is None:
+            raise self._lapsed(request.member_id)  # the memory lost the model, and workers tell it when they join
         member = self._roster.renew(request.member_id, self._clock())
         if member is None:
             raise self._lapsed(request.member_id)
@@ -264,6 +309,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a lease."""
         self._require_memory()
+        validation.check(request)
         member = self._roster.leave(request.member_id)
         if member is not None:
             _log.info("left", member_id=request.member_id)
@@ -274,21 +320,10 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
         """Take what a router's gates have chosen."""
         self._require_memory()
+        validation.check(request)
         if self._roster.get(request.member_id) is None:
             raise self._lapsed(request.member_id)
-        try:
-            counts = read_layers(request.layers)
-        except ValueError as error:
-            raise InvalidArgument(str(error), reason="BAD_SHAPE", field="layers") from error
-        model = self._planner.model
-        shape = [len(layer.decode_tokens) for layer in request.layers]
-        if model is not None and shape != [layer.num_experts for layer in model.layers]:
-            raise InvalidArgument(
-                f"{len(shape)} layers of {shape[0]} experts, the model has {len(model.layers)}",
-                reason="BAD_SHAPE",
-                field="layers",
-                remedy="start routers and workers on the same checkpoint",
-            )
+        counts = validation.read_report(request, self._planner.model)
         if self.is_leader:
             self._windows.report(request.member_id, counts, self._clock())
         else:
@@ -298,8 +333,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         """Note how many workers there should be."""
         self._require_memory()
-        if not request.num_workers:
-            raise InvalidArgument("is 0", reason="NO_WORKER", field="num_workers", remedy="give at least 1")
+        validation.check_scale(request, self._max_workers)
         if self._planner.model is None:
             raise Unavailable("no worker has joined yet", reason="NO_MODEL", retry_after_s=1.0)
         self._planner.wanted_workers = request.num_workers
@@ -322,6 +356,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     ) -> AsyncIterator[pb.WatchPlacementResponse]:
         """Stream the view; a watch that breaks casts doubt on its member."""
         self._require_memory()
+        validation.check(request)
         last = None
         try:
             while not self._is_over:
@@ -442,10 +477,14 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._tell_all()
             return
         self._token = token
+        if memory.has_lost:
+            self._tell_all()
         changed = self._roster.merge(memory.members, now_s, unsaved=self._backlog.members)
         for record in memory.members:
             self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
-        if memory.model is not None and not self._backlog.model:
+        if memory.model is None:
+            self._backlog.model |= self.is_leader and self._planner.model is not None
+        elif not self._backlog.model:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
             changed |= self._planner.follow(memory.placement, memory.planned, now_s)
@@ -457,7 +496,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._restore_windows(memory.windows)
             self._measure()
         if not self._backlog.wanted:
-            self._planner.wanted_workers = memory.wanted_workers
+            self._take_wanted(memory.wanted_workers)
             self._keep_wanted(self._roster.members(pb.ROLE_WORKER))
         if self.is_leader:
             for router_id, counts in memory.reports.items():
@@ -467,6 +506,20 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             await self._save_balance()
         if changed:
             self._show()
+
+    def _take_wanted(self, num_workers: int) -> None:
+        """Take how many workers are remembered as wanted; 0 is never wanted, so it means that nothing is remembered."""
+        if num_workers > self._max_workers:
+            _log.warning(
+                "the number of workers in Redis is above the maximum and is dropped",
+                key="wanted",
+                wanted=num_workers,
+                maximum=self._max_workers,
+            )
+        if 0 < num_workers <= self._max_workers:
+            self._planner.wanted_workers = num_workers
+        elif self.is_leader or num_workers:
+            self._backlog.wanted = self._planner.wanted_workers != num_workers
 
     async def _save_balance(self) -> None:
         try:
@@ -515,18 +568,23 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     # --- what changes ---
 
     def _take_model(self, request: pb.JoinRequest) -> None:
-        if not request.HasField("model") or not request.model.layers:
-            raise InvalidArgument("is missing", reason="NO_MODEL", field="model", remedy="a worker says what it serves")
         model = from_shape(request.model)
         known = self._planner.model
         others = [worker for worker in self._roster.members(pb.ROLE_WORKER) if worker.address != request.address]
-        if known is not None and known.digest != model.digest and others:
-            raise FailedPrecondition(
-                f"this worker serves the model {model.digest[:12]}, the cluster {known.digest[:12]}",
-                reason="OTHER_MODEL",
-                field="model.digest",
-                remedy="give every worker the manifest and dtype of the same checkpoint",
-            )
+        if known is not None and others:
+            told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+            if told:
+                raise FailedPrecondition(
+                    f"this {_ROLES[request.role]} serves another model than the cluster's workers: {told}",
+                    reason="OTHER_MODEL",
+                    field="model.digest",
+                    remedy="give every worker and router the same checkpoint and dtype",
+                )
+        if request.role != pb.ROLE_WORKER:  # the workers' model is the cluster's
+            return
+        if known is not None:
+            is_in_use = bool(others) or self._planner.in_force.has_shape(known.layers)
+            validation.check_same_shape(known, model, is_in_use=is_in_use)
         self._adopt_model(model)
         self._backlog.model = True
 
@@ -551,7 +609,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
 
     def _lapsed(self, member_id: str) -> NotFound:
         return NotFound(
-            f"no lease {member_id!r}: it has lapsed, or never was",
+            f"no lease {shown(member_id)}: it has lapsed, or never was",
             reason="LEASE_LAPSED",
             field="member_id",
             remedy="join again",

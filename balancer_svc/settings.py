@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from collegium.fabric.bounds import MAX_TTL_MS, MAX_WORKERS
 from collegium.fabric.settings import ByteSize, ServiceSettings, setting
 
 
@@ -26,12 +27,18 @@ class BalancerSettings(ServiceSettings):
         default=0,
         at_least=0,
     )
+    max_workers: int = setting(
+        "most workers that Scale may ask for, at most 4096: what the machines can run that workers are started on",
+        default=256,
+        at_least=1,
+        at_most=MAX_WORKERS,
+    )
     settle_ms: int = setting("quiet time before the first placement, in ms", default=500, at_least=0)
     patience_ms: int = setting("longest wait for --expected-workers, in ms", default=20_000, at_least=0)
     rebalance_s: float = setting(
         "time between looks at the load, in s; 0: homes follow members alone", default=10.0, at_least=0.0
     )
-    window_s: float = setting("length of a window of load, in s", default=5.0, at_least=0.1)
+    window_s: float = setting("length of a window of load, in s", default=5.0, at_least=0.1, at_most=3600.0)
     target: float = setting(
         "time of a layer's busiest worker over the mean at which it is left as it is", default=1.05, at_least=1.0
     )
@@ -46,6 +53,11 @@ class BalancerSettings(ServiceSettings):
         "longest wait for a plan's experts to be loaded before it is given up, in s", default=120.0, at_least=1.0
     )
     lead_ttl_ms: int = setting(
-        "time after which another balancer leads where this one is silent, in ms", default=3_000, at_least=200
+        "time after which another balancer leads where this one is silent, in ms",
+        default=3_000,
+        at_least=200,
+        at_most=3_600_000,
     )
-    lease_ttl_ms: int = setting("time after which a silent member is lost, in ms", default=5_000, at_least=200)
+    lease_ttl_ms: int = setting(
+        "time after which a silent member is lost, in ms", default=5_000, at_least=200, at_most=MAX_TTL_MS
+    )

@@ -40,6 +40,7 @@ class Memory:
     balance: pb.Balance = field(default_factory=pb.Balance)  # of the balancer that leads
     windows: tuple[Window, ...] = ()  # oldest first
     reports: Mapping[str, Counts] = field(default_factory=dict[str, Counts])  # by router, its newest counts [3, L, E]
+    has_lost: bool = False  # a record could not be read and was removed: what we know of it is to be written again
 
 
 class Store(Protocol):

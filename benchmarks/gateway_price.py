@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from benchmarks.serving import FIRST_PLAIN_ID, ROOT
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
+from collegium.fabric.channels import channel as channel_to
 from collegium.model.manifest import ensure_manifest
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 
@@ -63,7 +63,7 @@ async def through_gateway(cluster: Cluster) -> AsyncIterator[Serve]:
 async def straight_to_router(cluster: Cluster) -> AsyncIterator[Serve]:
     """One stream to the router for all, as a gateway has."""
     waiting: dict[str, asyncio.Queue[int]] = {}
-    async with grpc.aio.insecure_channel(cluster.addresses("router")[0]) as channel:
+    async with channel_to(cluster.addresses("router")[0]) as channel:
         stub: Any = router_pb2_grpc.RouterStub(channel)
         stream = stub.Attach()
         await stream.write(router_pb2.AttachRequest(gateway_id="benchmark"))

@@ -18,7 +18,6 @@ import asyncio
 import json
 import statistics
 import sys
-import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.conditions import conditions
 from benchmarks.delay import HOST, DelayRelay, free_port
+from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, prompts_of, through_sdk
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.show import worker_counters
@@ -111,11 +111,10 @@ class Running:
         workers = {m.name: m.address for m in self._cluster.members if m.role == "worker"}
         (found,) = worker_counters(workers).values()
         found = {f"worker/{name}": value for name, value in found.items()}
-        with urllib.request.urlopen(self._metrics, timeout=5) as page:
-            for line in page.read().decode().splitlines():
-                if line.startswith("collegium_"):
-                    name, _, value = line.rpartition(" ")
-                    found[name] = float(value)
+        for line in read_page(self._metrics).splitlines():
+            if line.startswith("collegium_"):
+                name, _, value = line.rpartition(" ")
+                found[name] = float(value)
         return found
 
 

@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from benchmarks.conditions import conditions
 from benchmarks.delay import HOST, free_port
+from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, prompts_of, through_sdk
 from benchmarks.simulator import Costs, Shape, simulate
 from collegium.cli.cluster import Cluster, ClusterSpec
@@ -119,11 +119,10 @@ class Running:
     def _counted(self) -> dict[str, float]:
         found: dict[str, float] = {}
         if self._num_routers == 1:
-            with urllib.request.urlopen(self._metrics, timeout=5) as page:
-                for line in page.read().decode().splitlines():
-                    if line.startswith("collegium_"):
-                        name, _, value = line.rpartition(" ")
-                        found[name] = float(value)
+            for line in read_page(self._metrics).splitlines():
+                if line.startswith("collegium_"):
+                    name, _, value = line.rpartition(" ")
+                    found[name] = float(value)
         workers = {m.name: m.address for m in self._cluster.members if m.role == "worker"}
         for counters in worker_counters(workers).values():
             for name, value in counters.items():

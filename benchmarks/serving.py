@@ -45,6 +45,7 @@ from benchmarks.conditions import conditions
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
+from collegium.fabric.channels import channel as channel_to
 from collegium.model.manifest import ensure_manifest, load_manifest
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 
@@ -195,7 +196,7 @@ async def through_sdk(targets: Sequence[str], prompts: list[list[int]], max_toke
 async def _from_router(address: str, prompts: list[list[int]], max_tokens: int) -> Burst:
     """Talk to a router as a gateway does, without one."""
     stamps: list[list[float]] = [[] for _ in prompts]
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with channel_to(address) as channel:
         stub: Any = router_pb2_grpc.RouterStub(channel)
         stream = stub.Attach()
         await stream.write(router_pb2.AttachRequest(gateway_id="benchmark"))

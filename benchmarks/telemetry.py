@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.conditions import conditions
+from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, Burst, otlp_sink, prompts_of, through_sdk
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
@@ -78,8 +78,8 @@ def running(model: Path, way: str, endpoint: str) -> Iterator[Cluster]:
         def scrape() -> None:
             while not stopping.wait(SCRAPE_S):
                 for url in pages:
-                    with suppress(OSError), urllib.request.urlopen(url, timeout=SCRAPE_S) as page:
-                        page.read()
+                    with suppress(OSError):
+                        read_page(url, SCRAPE_S)
 
         scraper = threading.Thread(target=scrape, name="scraper")
         if is_on:

@@ -2,7 +2,7 @@
 
 import sys
 
-from collegium.cli.main import main
+from collegium.launch import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

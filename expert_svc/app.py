@@ -10,13 +10,16 @@ import torch
 from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
+from collegium.fabric.model_shape import shape_of
 from collegium.link.base import Arrival, WorkerPort
 from collegium.link.tcp_port import TcpPort
-from collegium.model.architectures import CheckpointError
+from collegium.model.allocation import first_line, is_out_of_memory
 from collegium.model.calibration import settle_kernel
+from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.device_experts import has_triton
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, load_manifest
+from collegium.model.served_dtype import tell_dtype
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
 from expert_svc.counters import WorkerCounters
@@ -29,15 +32,6 @@ from expert_svc.settings import Settings
 
 _LOOK_EVERY_S = 0.02
 _log = logs.get("worker")
-
-
-def shape_of(manifest: Manifest, dtype: torch.dtype) -> balancer_pb2.ModelShape:
-    """Describe the model to the balancer."""
-    layers = [
-        balancer_pb2.LayerShape(num_experts=len(layer.experts), expert_bytes=manifest.num_params * dtype.itemsize)
-        for layer in manifest.layers
-    ]
-    return balancer_pb2.ModelShape(digest=manifest.digest, layers=layers)
 
 
 def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> None:
@@ -78,7 +72,7 @@ def choose_device(config: Settings) -> torch.device | None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
         raise FailedPrecondition(
-            str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
+            first_line(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
         ) from error
     if not has_triton():
         raise FailedPrecondition(
@@ -112,6 +106,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     except CheckpointError as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_MANIFEST", field="--manifest") from error
     dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
+    if config.dtype == "auto" and (told := tell_dtype(manifest.stored_dtypes, manifest.dtype)):
+        _log.warning(told, manifest=str(config.manifest))
     num_threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(num_threads)
     device = choose_device(config)
@@ -140,7 +136,9 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             can_prefetch=config.prefetch != "off",
             device=device,
         )
-    except (MemoryError, RuntimeError) as error:  # torch's own, where the system gives no more
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise FailedPrecondition(
             f"the memory that --expert-memory and --host-memory ask for cannot be had: {error}",
             reason="OUT_OF_MEMORY",
@@ -171,10 +169,19 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         data_address=rpc.advertised(tcp_address, config.data_advertise, "--data-advertise"),
         counters=counters.read,
     )
-    server = rpc.Server("worker", services=("collegium.v1.Expert",))
+    server = rpc.Server(
+        "worker",
+        services=("collegium.v1.Expert",),
+        options=rpc.limits(config.max_connections, config.max_streams),
+    )
     expert_pb2_grpc.add_ExpertServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
+    metrics_url = metrics.serve_metrics(
+        config.metrics_bind,
+        advertise=config.advertise,
+        prefix=config.metrics_prefix,
+        max_connections=config.metrics_connections,
+    )
     metrics.expose(counters.read)
     membership = Membership(
         config.balancer,
@@ -182,7 +189,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         rpc.advertised(bound, config.advertise),
         metrics_url,
         num_threads,
-        model=shape_of(manifest, dtype),
+        model=shape_of(manifest, str(dtype).removeprefix("torch.")),
         capacity_bytes=buffer.budget_bytes,
         counters=counters.read,
         failure_domain=config.failure_domain,
@@ -198,7 +205,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
 
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
-        follower = asyncio.create_task(HomeKeeper(buffer, membership, on_ready).follow(), name="homes")
+        keeper = HomeKeeper(buffer, membership, on_ready, num_experts=[len(layer.experts) for layer in manifest.layers])
+        follower = asyncio.create_task(keeper.follow(), name="homes")
         follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:
             await stop.wait()

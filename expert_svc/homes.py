@@ -6,7 +6,7 @@ homes of the plan in force and of the coming one are kept together until the com
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from collegium.buffering.policies import ExpertId
 from collegium.fabric import logs
@@ -14,6 +14,7 @@ from collegium.fabric.idle import run_idle
 from collegium.fabric.leases import Membership
 from collegium.fabric.views import from_proto
 from collegium.model.architectures import CheckpointError
+from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2
 from expert_svc.buffer import ExpertBuffer
 
@@ -26,20 +27,30 @@ _ACKNOWLEDGE_S = 2.0
 class HomeKeeper:
     """Follows the cluster's view for one worker."""
 
-    def __init__(self, buffer: ExpertBuffer, membership: Membership, on_ready: Callable[[], None]):
-        """`on_ready` is called whenever a view is taken, once a plan has named this worker and its homes are warm."""
+    def __init__(
+        self,
+        buffer: ExpertBuffer,
+        membership: Membership,
+        on_ready: Callable[[], None],
+        *,
+        num_experts: Sequence[int] | None = None,
+    ):
+        """`on_ready` is called whenever a view is taken, once a plan has named this worker and its homes are warm.
+
+        `num_experts`: by MoE layer of the model; None: whatever a placement lists.
+        """
+        self._num_experts = None if num_experts is None else list(num_experts)
         self._buffer, self._membership, self._on_ready = buffer, membership, on_ready
         self._ready_plan = 0
 
     async def follow(self) -> None:
         """Take every view until cancelled."""
-        async for view in self._membership.views():
-            await self.take(view)
+        await self._membership.follow(self.take)
 
     async def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
         """Load what the coming plan gives this worker, then drop what no plan does."""
         worker_id = self._membership.member_id
-        placement, planned = from_proto(view.placement), from_proto(view.planned)
+        placement, planned = self._read(view.placement), self._read(view.planned)
         current, coming = placement.experts_of(worker_id), planned.experts_of(worker_id)
         self._buffer.set_homes([*current, *coming])
         if planned.epoch > self._ready_plan and worker_id in planned.worker_ids:
@@ -55,6 +66,13 @@ class HomeKeeper:
                 _log.info("experts released", num_experts=gone, epoch=placement.epoch)
         if self._ready_plan or worker_id in placement.worker_ids:  # one that no plan has named yet has loaded nothing
             self._on_ready()
+
+    def _read(self, message: balancer_pb2.Placement) -> Placement:
+        placement = from_proto(message)
+        shape = [len(layer) for layer in placement.homes]
+        if placement.worker_ids and self._num_experts not in (None, shape):
+            raise ValueError(f"placement {placement.epoch} has {len(shape)} layers of another model's experts")
+        return placement
 
     async def _seen_by_routers(self, epoch: int) -> None:
         """Wait until every router says that it uses an epoch, or 2 s: a stale table costs a miss, never an answer."""

@@ -12,8 +12,9 @@ import grpc
 import torch
 
 from collegium.fabric import logs
-from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument, Unavailable, shown
 from collegium.fabric.hosts import host_identity
+from collegium.fabric.model_shape import tell_other_model
 from collegium.link.base import ExpectedLink, WorkerPort
 from collegium.link.frame import SECRET_BYTES
 from collegium.model.manifest import Manifest
@@ -43,6 +44,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         """`data_address` is what routers are told for transport "tcp"."""
         self._port, self._buffer, self._manifest, self._dtype = port, buffer, manifest, dtype
         self._data_address, self._counters = data_address, counters
+        self._digest, self._parts = manifest.digest, manifest.parts
         self.worker_id = ""  # set by whoever holds the lease
         self._ids = itertools.count(1)
         self.is_draining = False
@@ -97,16 +99,17 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
 
     def _check(self, request: expert_pb2.OpenLinkRequest) -> None:
         dtype = str(self._dtype).removeprefix("torch.")
-        if request.model_digest != self._manifest.digest:
+        told = tell_other_model(self._digest, self._parts, request.model_digest, request.model_parts)
+        if request.model_digest != self._digest:
             raise FailedPrecondition(
-                f"the router serves another checkpoint (digest {request.model_digest}, worker {self._manifest.digest})",
+                f"the router serves another checkpoint than this worker: {told}",
                 reason="MODEL_DIFFERS",
                 field="model_digest",
                 remedy="start routers and workers on the same checkpoint",
             )
         if request.dtype != dtype:
             raise FailedPrecondition(
-                f"the router sends {request.dtype} rows, the worker computes in {dtype}",
+                f"the router sends {shown(request.dtype)} rows, the worker computes in {dtype}",
                 reason="DTYPE_DIFFERS",
                 field="dtype",
                 remedy="start both with the same --dtype",
@@ -120,7 +123,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
             if transport == "tcp" and "tcp" in offered:
                 return "tcp", self._data_address or offered["tcp"]
         raise FailedPrecondition(
-            f"no common transport: the router takes {', '.join(request.transports)}, "
+            f"no common transport: the router takes {shown(', '.join(request.transports))}, "
             f"the worker offers {', '.join(offered)}",
             reason="NO_TRANSPORT",
             field="transports",

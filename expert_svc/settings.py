@@ -12,7 +12,11 @@ class Settings(ServiceSettings):
     """Flags and environment of `python -m expert_svc`."""
 
     manifest: Path = setting("manifest of the checkpoint, made by `collegium manifest`")
-    dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting(
+        "type of weights and rows; auto: bfloat16 where all experts are stored in it, else float32, also for float16",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     kernel: str = setting(
         "what multiplies matrices on a CPU; auto: the fastest as measured, once for each machine and shape",
         default="auto",

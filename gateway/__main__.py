@@ -12,7 +12,12 @@ from gateway.settings import GatewaySettings
 
 async def serve(options: GatewaySettings, stop: lifecycle.Stop) -> None:
     """Serve until asked to stop, then let running requests end."""
-    url = metrics.serve_metrics(options.metrics_bind, advertise=options.advertise, prefix=options.metrics_prefix)
+    url = metrics.serve_metrics(
+        options.metrics_bind,
+        advertise=options.advertise,
+        prefix=options.metrics_prefix,
+        max_connections=options.metrics_connections,
+    )
     async with open_gateway(options, url) as gateway:
         await stop.wait()
         await gateway.drain(options.drain_s)

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.fabric import logs, metrics, rpc
+from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
+from collegium.model.checkpoint_files import CheckpointError
+from collegium.model.identity import read_text_sources
 from collegium.v1 import balancer_pb2, inference_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
-from gateway.admission import Admission
+from gateway.admission import Admission, Limits
 from gateway.auth import KeyInterceptor, KeyRing
 from gateway.cluster import ClusterView
 from gateway.converted import tokenizer_folder
@@ -27,7 +30,8 @@ from gateway.pool import RouterPool
 from gateway.relay import Relay
 from gateway.service import InferenceService
 from gateway.settings import GatewaySettings
-from gateway.template_check import template_fault
+from gateway.text_process import TextProcess
+from gateway.texts import Texts
 from gateway.tokenizer import Tokenizer
 
 SERVICE_NAME = "collegium.v1.Inference"
@@ -92,21 +96,29 @@ class Gateway:
 async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
     """Run a gateway; CollegiumError or SettingsError where it cannot start."""
     options.check()
-    tokenizer = await _load_tokenizer(options.model)
+    tokenizer_dir = await tokenizer_folder(options.model)
+    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+    try:
+        own_parts = read_text_sources(options.model)
+    except CheckpointError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
-    admission = Admission(
-        max_requests=options.max_requests,
-        max_queued_tokens=options.max_queued_tokens,
-        clock=asyncio.get_running_loop().time,
+    limits = Limits(
+        requests=options.max_requests,
+        sequences=options.max_sequences,
+        output_tokens=options.max_output_tokens,
+        queued_tokens=options.max_queued_tokens,
     )
+    admission = Admission(limits, clock=asyncio.get_running_loop().time, on_refusal=counts.note_refusal)
     server = _server(options)
     async with AsyncExitStack() as stack:
         serving = Serving(server)
         pool = await stack.enter_async_context(
-            RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set)
+            RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set, own_parts=own_parts)
         )
-        stack.callback(metrics.expose(lambda: _series(counts, admission, pool)))
+        texts = await stack.enter_async_context(_texts(options, tokenizer, tokenizer_dir or options.model))
+        stack.callback(metrics.expose(lambda: _series(counts, admission, pool, texts)))
         balancer_channel = None
         if options.balancer:
             balancer_channel = await stack.enter_async_context(rpc.channel(options.balancer))
@@ -117,10 +129,16 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             channel=balancer_channel,
             membership=lambda: serving.membership,
         )
-        relay = Relay(
-            pool, admission, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s
+        relay = Relay(pool, counts, router_wait_s=options.router_wait_s, stall_timeout_s=options.stall_timeout_s)
+        service = InferenceService(
+            pool=pool,
+            admission=admission,
+            relay=relay,
+            tokenizer=tokenizer,
+            texts=texts,
+            cluster=cluster,
+            counts=counts,
         )
-        service = InferenceService(pool=pool, relay=relay, tokenizer=tokenizer, cluster=cluster, counts=counts)
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server.grpc)
         address = rpc.advertised(await server.start(options.bind), options.advertise)
         stack.push_async_callback(server.stop, 0)
@@ -151,24 +169,6 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         )
 
 
-async def _load_tokenizer(model_dir: Path) -> Tokenizer | None:
-    folder = await tokenizer_folder(model_dir)
-    tokenizer = None if folder is None else Tokenizer.load(folder)
-    if folder is None or tokenizer is None or not tokenizer.has_chat_template:
-        return tokenizer
-    fault = await template_fault(folder)
-    if fault:
-        _log.warning("the checkpoint's chat template is broken: chat requests will fail", model=model_dir, fault=fault)
-    elif tokenizer.undefined_names:
-        _log.warning(
-            "the checkpoint's chat template uses names that nothing defines; they stay empty",
-            model=model_dir,
-            names=", ".join(tokenizer.undefined_names),
-            remedy="name these tokens in tokenizer_config.json",
-        )
-    return tokenizer
-
-
 def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[str]:
     """Name the routers that can take work, as the balancer sees them."""
     return [
@@ -179,8 +179,7 @@ def router_addresses(view: balancer_pb2.WatchPlacementResponse) -> Collection[st
 
 
 async def _follow(membership: Membership, pool: RouterPool) -> None:
-    async for view in membership.views():
-        pool.set_addresses(router_addresses(view))
+    await membership.follow(lambda view: pool.set_addresses(router_addresses(view)))
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -193,8 +192,11 @@ def _server(options: GatewaySettings) -> rpc.Server:
     if options.tls_cert is not None and options.tls_key is not None:
         tls = rpc.TlsFiles(cert=options.tls_cert, key=options.tls_key)
     interceptors = [] if options.api_keys is None else [KeyInterceptor(KeyRing.load(options.api_keys))]
-    limit = ("grpc.max_receive_message_length", int(options.max_message_bytes))
-    return rpc.Server("gateway", services=(SERVICE_NAME,), options=(limit,), tls=tls, interceptors=interceptors)
+    bounds = (
+        ("grpc.max_receive_message_length", int(options.max_message_bytes)),
+        *rpc.limits(options.max_connections, options.max_streams),
+    )
+    return rpc.Server("gateway", services=(SERVICE_NAME,), options=bounds, tls=tls, interceptors=interceptors)
 
 
 def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, is_serving: bool) -> pb.MemberStatus:
@@ -210,8 +212,44 @@ def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, 
     )
 
 
-def _series(counts: Counts, admission: Admission, pool: RouterPool) -> dict[str, float]:
+@asynccontextmanager
+async def _texts(
+    options: GatewaySettings, tokenizer: Tokenizer | None, tokenizer_dir: Path
+) -> AsyncGenerator[Texts, None]:
+    short, long = (
+        TextProcess(tokenizer_dir, limit_s=options.text_limit_s, memory_bytes=int(options.text_memory))
+        for _ in range(2)
+    )
+    checking = None
+    if tokenizer is not None and tokenizer.has_chat_template:
+        checking = asyncio.create_task(_check_template(short, tokenizer, options.model), name="check-template")
+    try:
+        yield Texts(tokenizer, short, long)
+    finally:
+        if checking is not None:
+            await _end(checking)
+        await short.close()
+        await long.close()
+
+
+async def _check_template(process: TextProcess, tokenizer: Tokenizer, model_dir: Path) -> None:
+    """Tell of a chat template that is broken or incomplete; start the process that renders it, before the first job."""
+    if tokenizer.undefined_names:
+        _log.warning(
+            "the checkpoint's chat template uses names that nothing defines; they stay empty",
+            model=model_dir,
+            names=", ".join(tokenizer.undefined_names),
+            remedy="name these tokens in tokenizer_config.json",
+        )
+    fault = await process.template_fault()
+    if fault:
+        _log.warning("the checkpoint's chat template is broken: chat requests fail", model=model_dir, fault=fault)
+
+
+def _series(counts: Counts, admission: Admission, pool: RouterPool, texts: Texts) -> dict[str, float]:
     return counts.series() | {
+        "collegium_texts_refused_total": texts.num_refusals,
+        "collegium_running_sequences": admission.num_sequences,
         "collegium_queued_tokens": admission.queued_tokens,
         "collegium_routers_attached": sum(attachment.is_attached for attachment in pool.attachments),
     }

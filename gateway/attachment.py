@@ -16,7 +16,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.fabric import logs
-from collegium.fabric.errors import CollegiumError, FailedPrecondition, Unavailable, from_rpc_error
+from collegium.fabric.errors import CollegiumError, FailedPrecondition, Internal, Unavailable, from_rpc_error
 from collegium.v1 import inference_pb2, router_pb2_grpc
 from collegium.v1 import router_pb2 as pb
 from gateway.choose import Candidate
@@ -25,6 +25,7 @@ from gateway.outbox import Outbox
 _DESCRIBE_S = 5.0
 _BACKOFF_S = (0.1, 2.0)
 HANDED_OVER = "DRAINING"  # the reason of a failure by which a router sends back what it has not begun
+OTHER_MODEL = "OTHER_MODEL"  # the reason for which a router that runs is not used
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _log = logs.get("gateway.routers")
 Stream = aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
@@ -41,8 +42,16 @@ class Sitter(Protocol):
         """Note where it sits."""
         ...
 
+    def stand_up(self) -> None:
+        """Forget where it sat."""
+        ...
+
     def take_news(self, news: pb.SequenceNews) -> None:
         """Take the news of one choice."""
+        ...
+
+    def fail(self, error: CollegiumError) -> None:
+        """End by an error."""
         ...
 
     def lose_router(self, why: CollegiumError) -> None:
@@ -89,17 +98,19 @@ class Attachment:
         *,
         gateway_id: str,
         connect: Callable[[str], aio.Channel],
-        is_welcome: Callable[[inference_pb2.Model], bool],
+        why_not: Callable[[inference_pb2.Model], str],
         on_change: Callable[[Attachment], None],
     ) -> None:
+        """`why_not` says why a model that a router describes cannot be served here; "" if it can."""
         self.address = address
         self.router_id = ""
         self.model: inference_pb2.Model | None = None
         self.load = pb.RouterLoad()
         self.is_attached = False
+        self.last_words = ""  # why it could not be attached, since it last was
         self._gateway_id = gateway_id
         self._connect = connect
-        self._is_welcome = is_welcome
+        self._why_not = why_not
         self._on_change = on_change
         self._is_healthy = False
         self._outbox = Outbox()
@@ -159,22 +170,23 @@ class Attachment:
     async def run(self) -> None:
         """Keep the stream up, for ever, with growing pauses between attempts that failed."""
         pause_s = _BACKOFF_S[0]
-        last_words = ""
         while True:
+            is_refused = False
             try:
                 await self._attend()
                 words = "the router ended the stream"
             except CollegiumError as error:
-                words = error.message
+                words, is_refused = error.message, error.reason == OTHER_MODEL
             except aio.AioRpcError as error:
                 words = from_rpc_error(error).message
             except TimeoutError:
                 words = f"it sent no first frame within {_DESCRIBE_S:g} s"
             if self._end(Unavailable(f"router {self.address}: {words}", reason="ROUTER_LOST")):
-                pause_s, last_words = _BACKOFF_S[0], ""
-            if words != last_words:
-                _log.info("router not attached", address=self.address, why=words)
-                last_words = words
+                pause_s, self.last_words = _BACKOFF_S[0], ""
+            if words != self.last_words:
+                say = _log.warning if is_refused else _log.info
+                say("router not attached", address=self.address, why=words)
+                self.last_words = words
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _BACKOFF_S[1])
 
@@ -195,8 +207,8 @@ class Attachment:
         if not isinstance(first, pb.AttachResponse):
             await _raise_status(stream)
             return
-        if not self._is_welcome(described.model):
-            raise FailedPrecondition(f"it runs another model, {described.model.name!r}", reason="OTHER_MODEL")
+        if why := self._why_not(described.model):
+            raise FailedPrecondition(f"it runs another model: {why}", reason=OTHER_MODEL)
         self.router_id, self.model = described.router_id, described.model
         self.load.CopyFrom(first.load)
         self.is_attached = True
@@ -234,7 +246,16 @@ class Attachment:
                 self._outbox.close(seat.submission_id)
         if news.failure.reason == HANDED_OVER and self._is_healthy:
             self._set_healthy(False)  # its health says so too, but maybe later
-        seat.sitter.take_news(news)
+        try:
+            seat.sitter.take_news(news)
+        except CollegiumError as error:
+            seat.sitter.fail(error.with_traceback(None))
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:  # a panic of the tokenizers library is no Exception
+            # What one request's text brings about must not end the stream that all others are on.
+            _log.exception("news could not be taken", submission=seat.submission_id)
+            seat.sitter.fail(Internal("the gateway failed on this request's news; its log has the details"))
 
     async def _write(self, stream: Stream) -> None:
         # A broken stream ends the reader, which ends this task.

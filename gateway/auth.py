@@ -17,6 +17,8 @@ from grpc import aio
 
 from collegium.fabric.api_keys import read_keys
 from collegium.fabric.errors import Unauthenticated
+from collegium.fabric.interceptors import Behaviour, refusing
+from collegium.fabric.secret_files import warn_if_open
 
 _OPEN_METHODS = "/grpc.health.v1.Health/"
 _METADATA_KEY = "authorization"
@@ -33,7 +35,11 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path) -> KeyRing:
-        """Read a file of keys; SettingsError where it cannot be read or holds none."""
+        """Read a file of keys; SettingsError where it cannot be read or holds none.
+
+        A file that other users can change or read is warned of.
+        """
+        warn_if_open(path, "--api-keys")
         return cls(read_keys(path))
 
     def accepts(self, key: str) -> bool:
@@ -67,17 +73,17 @@ class KeyInterceptor(aio.ServerInterceptor):
             and self._ring.accepts(given[len(_SCHEME) :].strip())
         ):
             return await continuation(handler_call_details)
-        return _refusing("there is no API key" if given is None else "the API key is not known")
+        why = "there is no API key" if given is None else "the API key is not known"
+        return refusing(_refuse(why))
 
 
-def _refusing(why: str) -> grpc.RpcMethodHandler[Any, Any]:
+def _refuse(why: str) -> Behaviour:
     async def refuse(_: Any, __: aio.ServicerContext[Any, Any]) -> Any:
         raise Unauthenticated(
             why, field=_METADATA_KEY, remedy="send the metadata authorization: Bearer KEY", reason="API_KEY"
         )
 
-    # On the wire a refusal looks the same for every kind of method.
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return refuse
 
 
 def _digest(key: str) -> bytes:

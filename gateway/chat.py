@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import jinja2
 from jinja2 import meta, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -74,6 +75,23 @@ class _Namespace(Namespace):
         Namespace.__setitem__(self, name, value)
 
 
+class _Unfolded(CodeGenerator):
+    """Leaves constant expressions to the rendering, which is bounded in time and memory; compiling is not."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class _Tracking(_Unfolded, meta.TrackingCodeGenerator):
+    """As jinja2.meta.find_undeclared_variables, computing no constant."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.optimizer = None
+
+
 class ChatTemplate:
     """One compiled template with the special tokens that it may name."""
 
@@ -83,9 +101,10 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
+            optimized=False,  # else what is constant is computed now, in the gateway: 9 ** 99999999 takes an hour
             extensions=[_GenerationBlock, loopcontrols],
-            optimized=False,  # else constants are computed while compiling: 'x' * 10**9
         )
+        environment.code_generator_class = _Unfolded
         environment.filters["tojson"] = _to_json
         environment.globals |= {
             "raise_exception": _raise_exception,
@@ -119,7 +138,9 @@ class ChatTemplate:
                 remedy="use the roles and the order that the model was trained on",
                 reason="CHAT_TEMPLATE",
             ) from error
-        except (MemoryError, RecursionError) as error:
+        except MemoryError:  # for the owner of the process
+            raise
+        except RecursionError as error:
             raise _unusable(error) from error
         except Exception as error:  # a template is a program: it may raise anything
             self.check()
@@ -138,6 +159,8 @@ class ChatTemplate:
                 self._render(messages)
             except _Refused:
                 return
+            except MemoryError:
+                raise
             except Exception as error:
                 failure = failure or error
             else:
@@ -154,7 +177,9 @@ class ChatTemplate:
 def _unguarded(tree: nodes.Template) -> set[str]:
     """Return names from outside that a template uses without ever asking whether they are there."""
     guarded = {name.name for guard in _guards(tree) for name in guard.find_all(nodes.Name)}
-    return meta.find_undeclared_variables(tree) - guarded - {n.name for n in _bare_guards(tree)}
+    tracking = _Tracking(tree.environment)
+    tracking.visit(tree)
+    return tracking.undeclared_identifiers - guarded - {n.name for n in _bare_guards(tree)}
 
 
 def _guards(tree: nodes.Template) -> Iterator[nodes.Node]:

@@ -12,16 +12,18 @@ from types import MappingProxyType
 
 from collegium.v1 import inference_pb2 as pb
 from gateway.answer_text import PromptEnd
-from gateway.stops import StopMatcher
+from gateway.stops import StopMatcher, StopStrings
 
 RUNNING = pb.FINISH_REASON_UNSPECIFIED
+_NO_STOPS = StopStrings()
 _NO_TOKENS: Mapping[int, str] = MappingProxyType({})
 
 
 class Choice:
     """One of a request's answers. Without the prompt's end (no tokenizer) its text stays empty.
 
-    stop_tokens: special tokens that are stop strings, by id. They have no text, so that only their ids can be found.
+    stops: its request's stop strings. stop_tokens: those of them that are special tokens, by id: as these have no
+    text, only their ids can be found.
     """
 
     __slots__ = (
@@ -44,7 +46,7 @@ class Choice:
         index: int,
         *,
         prompt_end: PromptEnd | None,
-        stop_strings: Sequence[str] = (),
+        stops: StopStrings = _NO_STOPS,
         stop_tokens: Mapping[int, str] = _NO_TOKENS,
         min_tokens: int = 0,
     ) -> None:
@@ -52,7 +54,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.finish_reason: pb.FinishReason = RUNNING
         self.stop_reason = ""
-        self._words = None if prompt_end is None else prompt_end.answer(StopMatcher(stop_strings))
+        self._words = None if prompt_end is None else prompt_end.answer(StopMatcher(stops))
         self._stop_tokens = stop_tokens
         self._min_tokens = min_tokens
         self._text = ""  # certain and not delivered

@@ -15,6 +15,7 @@ from grpc import aio
 
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument, from_rpc_error
 from collegium.fabric.leases import Membership
+from collegium.fabric.views import check_view
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 from collegium.v1 import inference_pb2 as pb
 from gateway.pool import RouterPool
@@ -63,9 +64,10 @@ class ClusterView:
             response: balancer_pb2.GetPlacementResponse = await stub.GetPlacement(
                 balancer_pb2.GetPlacementRequest(), timeout=_ASK_S
             )
+            check_view(response.view)
             view = response.view
             self._answered_s = time.monotonic()
-        except aio.AioRpcError:
+        except (aio.AioRpcError, ValueError):  # or what it answered cannot be used
             membership = self._membership()
             heard_s = self._answered_s if membership is None else max(self._answered_s, membership.viewed_s)
             state, stale_ms = "LOST", max(1, round((time.monotonic() - heard_s) * 1e3))

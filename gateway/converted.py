@@ -6,18 +6,21 @@ since a gateway itself does without transformers.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import collegium
 from collegium.fabric import logs
-from collegium.fabric.errors import CollegiumError
-from gateway.children import run_child
+from collegium.fabric.errors import CollegiumError, FailedPrecondition
 
 TOKENIZER = "tokenizer.json"
 _VERSION = 1
@@ -28,6 +31,9 @@ _SOURCES = (
     *("spiece.model", "spm.model", "sentencepiece.bpe.model", "sentencepiece.model", "bpe.codes"),
 )
 _ALSO_READ = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FAILED = 3  # the child's exit status if it has said why
+_MAX_CHARS = 500  # of what a child says
+_ROOT = str(Path(collegium.__file__).resolve().parent.parent)
 _log = logs.get("gateway")
 
 
@@ -107,3 +113,30 @@ def _digest(model_dir: Path, sources: Sequence[str]) -> str:
         library = ""
     form = json.dumps([_VERSION, library, str(model_dir), files])
     return hashlib.blake2b(form.encode(), digest_size=12).hexdigest()
+
+
+async def run_child(module: str, arguments: Sequence[str], *, limit_s: float) -> None:
+    """Run `python -P -m module arguments`. FailedPrecondition with the child's own words if it fails or hangs."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", module, *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": _ROOT, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        start_new_session=True,  # signals of a terminal are for the gateway
+    )
+    try:
+        async with asyncio.timeout(limit_s):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        raise FailedPrecondition(f"it took longer than {limit_s:g} s") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        words = said.decode(errors="replace").strip()
+        if process.returncode != _FAILED or not words:
+            words = f"its process exited with status {process.returncode}"
+        raise FailedPrecondition(words[:_MAX_CHARS])

@@ -19,6 +19,10 @@ class Counts:
     successes: Counter[str] = field(default_factory=Counter[str])  # by finish reason
     failures: Counter[str] = field(default_factory=Counter[str])  # by canonical status
 
+    def note_refusal(self) -> None:
+        """Count a request that admission refused."""
+        self.shed += 1
+
     def series(self) -> dict[str, float]:
         """Give the totals by their registered names."""
         totals: dict[str, float] = {

@@ -94,6 +94,10 @@ class Generation:
         self.lost = None
         self._is_paused = False
 
+    def stand_up(self) -> None:
+        """Forget the router; a request and its seat that knew each other would outlive both."""
+        self._seat = None
+
     def take_news(self, news: router_pb2.SequenceNews) -> None:
         """Add what a step brought for one choice."""
         choice = self._choices.get(news.choice_index)
@@ -101,10 +105,10 @@ class Generation:
             return
         self.cached_prompt_tokens = max(self.cached_prompt_tokens, news.cached_prompt_tokens)
         if news.HasField("failure"):
-            self._fail(from_code(news.failure.code, news.failure.message, news.failure.reason))
+            self.fail(from_code(news.failure.code, news.failure.message, news.failure.reason))
             return
-        if self.accepted.num_logprobs is not None and len(news.logprobs) != len(news.token_ids):
-            self._fail(Internal("a router sent tokens without their log-probabilities", reason="ROUTER_FAULT"))
+        if fault := self._fault_of(news):
+            self.fail(Internal(fault, reason="ROUTER_FAULT"))
             return
         try:
             is_stopped = choice.add(news.token_ids, news.logprobs)
@@ -155,9 +159,17 @@ class Generation:
             response.usage.output_tokens = total_tokens(self._choices.values())
         return response
 
-    def _fail(self, error: CollegiumError) -> None:
+    def fail(self, error: CollegiumError) -> None:
+        """End the request by an error, or move it to another router if that may help."""
         if isinstance(error, Unavailable):
             self.lose_router(error)
         else:
             self.error = error
             self.changed.set()
+
+    def _fault_of(self, news: router_pb2.SequenceNews) -> str:
+        if self.accepted.num_logprobs is not None and len(news.logprobs) != len(news.token_ids):
+            return "a router sent tokens without their log-probabilities"
+        if news.finish_reason not in pb.FinishReason.values():
+            return f"a router sent the unknown finish reason {news.finish_reason}"
+        return ""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 
 from grpc import aio
 
 from collegium.fabric import logs, metrics
 from collegium.fabric.errors import Unavailable
+from collegium.fabric.model_shape import tell_other_model
+from collegium.model import identity
+from collegium.model.checkpoint_files import shown
 from collegium.v1 import inference_pb2 as pb
 from gateway.attachment import Attachment
 from gateway.choose import PrefixTable, choose
@@ -32,9 +35,12 @@ class RouterPool:
         gateway_id: str,
         connect: Callable[[str], aio.Channel],
         on_serving: Callable[[bool], None] = lambda _: None,
+        own_parts: Mapping[str, str] | None = None,
     ) -> None:
+        """`own_parts`: digests of this gateway's tokenizer and template, which routers' checkpoints must share."""
         self._gateway_id = gateway_id
         self._connect = connect
+        self._own_parts = own_parts or {}
         self._on_serving = on_serving
         self._attachments: dict[str, Attachment] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -94,7 +100,7 @@ class RouterPool:
                     address,
                     gateway_id=self._gateway_id,
                     connect=self._connect,
-                    is_welcome=self._is_welcome,
+                    why_not=self._why_not,
                     on_change=self._take_change,
                 )
                 self._attachments[address] = attachment
@@ -134,14 +140,17 @@ class RouterPool:
             self._can_serve.clear()
         return able
 
-    def _is_welcome(self, model: pb.Model) -> bool:
+    def _why_not(self, model: pb.Model) -> str:
+        """Say why a router that runs this model cannot be used; "" if it can, and then it is the model."""
+        if why := _tell_own(self._own_parts, model):
+            return why
         # All routers must grow the same tokens. With none attached the cluster may have changed its model.
         is_first = not any(attachment.is_attached for attachment in self._attachments.values())
         if is_first and model != self._model:
             self._model = model
             metrics.registry().model_name = model.name
             _log.info("serving", model=model.name, architecture=model.architecture, max_model_len=model.max_model_len)
-        return model == self._model
+        return "" if model == self._model or self._model is None else _tell_others(self._model, model)
 
     def _take_change(self, attachment: Attachment) -> None:
         if not attachment.is_attached:
@@ -163,3 +172,22 @@ class RouterPool:
             task = self._tasks.pop(address, None)
             if task is not None:
                 task.cancel()
+
+
+def _tell_own(own: Mapping[str, str], model: pb.Model) -> str:
+    """Say how a router's tokenizer or template differs from this gateway's. A side that has none cannot differ."""
+    shared = [name for name, part in own.items() if part and model.parts.get(name)]
+    ours, theirs = ({name: parts[name] for name in shared} for parts in (own, model.parts))
+    told = identity.tell_differences(ours, theirs)
+    return told and f"its {told} from this gateway's; give both the same checkpoint"
+
+
+def _tell_others(known: pb.Model, model: pb.Model) -> str:
+    """Say how a router's model differs from that of the routers that are attached."""
+    if model.digest != known.digest:
+        told = tell_other_model(model.digest, model.parts, known.digest, known.parts)
+        return f"compared with the attached routers, {told}"
+    fields = ("name", "max_model_len", "dtype", "architecture", "vocab_size", "eos_ids", "top_k", "num_experts")
+    named = next((f for f in fields if getattr(model, f) != getattr(known, f)), "description")
+    ours, theirs = (shown(getattr(one, named, "")) for one in (known, model))
+    return f"its {named} is {theirs}, the attached routers' {ours}"

@@ -1,7 +1,7 @@
-"""Carry one request from admission to its last chunk, over as many routers as it takes.
+"""Carry one admitted request to its last chunk, over as many routers as it takes.
 
-Owns the order of things: admit, choose a router, deliver what comes, replay when the router is lost, give everything
-back. Knows no proto service; the caller gives a function that writes a message.
+Owns the order of things: choose a router, deliver what comes, replay when the router is lost, give everything back.
+Knows no proto service; the caller gives a function that writes a message.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Protocol
 from grpc import aio
 
 from collegium.fabric import logs, metrics, tracing
-from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded, ResourceExhausted, Unavailable
+from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded, Unavailable
 from collegium.v1 import inference_pb2 as pb
-from gateway.admission import Admission, Ticket
 from gateway.attachment import HANDED_OVER, Attachment, Seat, Sitter
 from gateway.counts import Counts
 from gateway.generation import Generation
@@ -55,26 +54,24 @@ class Relay:
     def __init__(
         self,
         pool: RouterPool,
-        admission: Admission,
         counts: Counts,
         *,
         router_wait_s: float,
         stall_timeout_s: float,
     ) -> None:
         self._pool = pool
-        self._admission = admission
         self._counts = counts
         self._router_wait_s = router_wait_s
         self._stall_timeout_s = stall_timeout_s
 
-    async def generate(self, generation: Generation, write: Write, arrival: Arrival) -> None:
+    async def generate(
+        self, generation: Generation, write: Write, arrival: Arrival, on_first_token: Callable[[], None]
+    ) -> None:
         """Serve a generation to its end. Raises what the caller should be told."""
-        delivery = _Delivery(generation, write, arrival, self._counts, self._stall_timeout_s)
+        delivery = _Delivery(generation, write, arrival, self._counts, self._stall_timeout_s, on_first_token)
         if generation.is_finished:  # a resumed stream that had only its end left
             await delivery.step()
             return
-        ticket = self._admit(generation.accepted.prompt_ids)
-        delivery.on_first_token = lambda: self._admission.start(ticket)
         try:
             async with asyncio.timeout_at(arrival.deadline_s):
                 accepted = generation.accepted
@@ -82,20 +79,16 @@ class Relay:
         except TimeoutError:
             raise _too_late() from None
         finally:
-            self._admission.release(ticket)
             delivery.count()
 
     async def score(self, scoring: Scoring, token_ids: Sequence[int], arrival: Arrival) -> pb.ScoreResponse:
         """Serve a scoring to its end."""
         if not scoring.is_finished:
-            ticket = self._admit(token_ids)
             try:
                 async with asyncio.timeout_at(arrival.deadline_s):
                     await self._over_routers(scoring, "score", token_ids, _Waiting(scoring), arrival)
             except TimeoutError:
                 raise _too_late() from None
-            finally:
-                self._admission.release(ticket)
         return scoring.result()
 
     async def _over_routers(
@@ -142,23 +135,20 @@ class Relay:
             picking.cancel()
             changing.cancel()
 
-    def _admit(self, token_ids: Sequence[int]) -> Ticket:
-        try:
-            ticket = self._admission.admit(len(token_ids))
-        except ResourceExhausted:
-            self._counts.shed += 1
-            raise
-        self._counts.prompt_tokens += len(token_ids)
-        return ticket
-
 
 class _Delivery:
     """The caller's side of a generation."""
 
     def __init__(
-        self, generation: Generation, write: Write, arrival: Arrival, counts: Counts, stall_timeout_s: float
+        self,
+        generation: Generation,
+        write: Write,
+        arrival: Arrival,
+        counts: Counts,
+        stall_timeout_s: float,
+        on_first_token: Callable[[], None],
     ) -> None:
-        self.on_first_token: Callable[[], None] = _nothing
+        self._on_first_token = on_first_token
         self._generation = generation
         self._write = write
         self._counts = counts
@@ -202,7 +192,7 @@ class _Delivery:
             return
         now_s = asyncio.get_running_loop().time()
         if self._num_tokens == 0:
-            self.on_first_token()
+            self._on_first_token()
             self._generation.first_token_s = now_s
             metrics.histogram("collegium_time_to_first_token_seconds").observe(now_s - self._arrived_s)
         else:
@@ -230,18 +220,22 @@ async def _sit_out(work: Work, seat: Seat, end: _Delivery | _Waiting) -> bool:
             await work.changed.wait()
             work.changed.clear()
             if work.error is not None:
-                raise work.error
+                raise _taken_from(work)
             if await end.step():
                 return True
             if work.lost is not None:
                 return False
     finally:
         seat.leave()
+        work.stand_up()
+
+
+def _taken_from(work: Work) -> CollegiumError:
+    # Kept by the request or by a frame that it passes, an error would keep both by way of its traceback.
+    error, work.error = work.error, None
+    assert error is not None
+    return error
 
 
 def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded("the caller's deadline has passed", remedy="give more time, or ask for fewer tokens")
-
-
-def _nothing() -> None:
-    return None

@@ -50,14 +50,21 @@ class Scoring:
         """Note that a router works on it now."""
         self.lost = None
 
+    def stand_up(self) -> None:
+        """Nothing is kept of the router."""
+
+    def fail(self, error: CollegiumError) -> None:
+        """End by an error, or start again on another router if that may help."""
+        if isinstance(error, Unavailable):
+            self.lost = error
+        else:
+            self.error = error
+        self.changed.set()
+
     def take_news(self, news: router_pb2.SequenceNews) -> None:
         """Add the log-probabilities that a step brought."""
         if news.HasField("failure"):
-            error = from_code(news.failure.code, news.failure.message, news.failure.reason)
-            if isinstance(error, Unavailable):
-                self.lost = error
-            else:
-                self.error = error
+            self.fail(from_code(news.failure.code, news.failure.message, news.failure.reason))
         self._logprobs.extend(entry.chosen for entry in news.logprobs)
         too_many = len(self._logprobs) > len(self._token_ids)
         if too_many or (news.finish_reason and not self.is_finished):

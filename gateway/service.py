@@ -1,6 +1,7 @@
-"""collegium.v1.Inference: check, hand to the relay, write.
+"""collegium.v1.Inference: check, admit, make token ids, hand to the relay, write.
 
-Owns the register of running requests, which Cancel looks into. Everything else is in the parts that it is given.
+Owns the register of running requests, which Cancel looks into. Everything else is in the parts that it is given. A
+request is admitted before anything is done for it that costs more than reading it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import asyncio
 import secrets
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from grpc import aio
 
@@ -19,6 +22,7 @@ from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
 from gateway import validation
 from gateway.account import SCORE, Account, Accounts
+from gateway.admission import Admission, Ticket
 from gateway.choice import Choice
 from gateway.cluster import ClusterView
 from gateway.counts import Counts
@@ -27,23 +31,34 @@ from gateway.pool import RouterPool
 from gateway.relay import Relay, Write
 from gateway.restore import restore
 from gateway.scoring import Scoring
+from gateway.stops import StopStrings
+from gateway.texts import Texts
 from gateway.tokenizer import Tokenizer
+from gateway.validation import Accepted, Progress
 
-# Requests of more bytes than this are tokenised outside the loop's thread: about a millisecond of work.
-_SMALL_BYTES = 4096
 Context = aio.ServicerContext[Any, Any]
-T = TypeVar("T")
+_NOTHING: Mapping[int, Progress] = MappingProxyType({})
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """The public service of a gateway; owned by the event loop's thread."""
 
     def __init__(
-        self, *, pool: RouterPool, relay: Relay, tokenizer: Tokenizer | None, cluster: ClusterView, counts: Counts
+        self,
+        *,
+        pool: RouterPool,
+        admission: Admission,
+        relay: Relay,
+        tokenizer: Tokenizer | None,
+        texts: Texts,
+        cluster: ClusterView,
+        counts: Counts,
     ) -> None:
         self._pool = pool
+        self._admission = admission
         self._relay = relay
         self._tokenizer = tokenizer
+        self._texts = texts
         self._cluster = cluster
         self._counts = counts
         self._accounts = Accounts(counts, lambda: pool.model_name)
@@ -58,10 +73,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream a new request."""
         async with self._accounts.of(_operation(request), context.time_remaining(), request.request_id) as account:
-            model = self._pool.model
-            accepted = await self._check(request.ByteSize(), lambda: self._accept(request, model))
-            choices = self._choices(accepted)
-            await self._stream(Generation(accepted, choices, model=model.name), context.write, account)
+            await self._generate(request, (), context.write, account)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
         """Stream the rest of a request that began elsewhere."""
@@ -69,23 +81,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async def write(response: pb.GenerateResponse) -> None:
             await context.write(pb.ResumeResponse(response=response))
 
-        def check() -> Generation:
-            if request.progress and not request.request.sampling.HasField("seed"):
+        wanted = request.request
+        async with self._accounts.of(_operation(wanted), context.time_remaining(), wanted.request_id) as account:
+            if request.progress and not wanted.sampling.HasField("seed"):
                 raise InvalidArgument(
                     "without its seed the request would continue differently",
                     field="request.sampling.seed",
                     remedy="give the seed of StreamStart",
                 )
-            accepted = self._accept(request.request, model)
-            choices = self._choices(accepted)
-            restore(choices, validation.check_progress(request.progress, accepted, model), accepted, model)
-            return Generation(accepted, choices, model=model.name)
-
-        async with self._accounts.of(
-            _operation(request.request), context.time_remaining(), request.request.request_id
-        ) as account:
-            model = self._pool.model
-            await self._stream(await self._check(request.ByteSize(), check), write, account)
+            await self._generate(wanted, request.progress, write, account)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a running request: its stream ends well, with FINISH_REASON_CANCELLED."""
@@ -100,10 +104,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Score a text in one answer."""
         async with self._accounts.of(SCORE, context.time_remaining()) as account:
             model = self._pool.model
-            token_ids = await self._check(
-                request.ByteSize(), lambda: validation.check_score(request, model=model, tokenizer=self._tokenizer)
-            )
-            response = await self._relay.score(Scoring(token_ids), token_ids, account.arrival)
+            prompt = validation.check_score(request, model=model, tokenizer=self._tokenizer)
+            with self._admission.admitted() as ticket:
+                token_ids = await self._texts.ids_of(prompt, max_tokens=model.max_model_len)
+                token_ids = validation.check_scored(token_ids, prompt.field, model)
+                self._queue(ticket, token_ids)
+                response = await self._relay.score(Scoring(token_ids), token_ids, account.arrival)
             self._counts.successes[SCORE] += 1
             return response
 
@@ -131,37 +137,56 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         model.has_chat_template = self._tokenizer is not None and self._tokenizer.has_chat_template
         return model
 
-    def _accept(self, request: pb.GenerateRequest, model: pb.Model) -> validation.Accepted:
-        return validation.check_generate(
+    async def _generate(
+        self, request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], write: Write, account: Account
+    ) -> None:
+        model = self._pool.model
+        asked = validation.check_generate(
             request,
             model=model,
             tokenizer=self._tokenizer,
             draw_seed=lambda: secrets.randbits(63),
             draw_id=lambda: uuid.uuid4().hex,
         )
+        with self._admission.admitted(
+            num_sequences=asked.num_choices, num_output_tokens=asked.num_output_tokens
+        ) as ticket:
+            accepted = asked.accept(await self._texts.ids_of(asked.prompt, max_tokens=model.max_model_len))
+            given = validation.check_progress(progress, accepted, model)
+            choices = await self._choices(accepted, given, model)
+            generation = Generation(accepted, choices, model=model.name)
+            if not generation.is_finished:  # a resumed stream may have only its end left
+                self._queue(ticket, accepted.prompt_ids, given)
+            await self._stream(generation, ticket, write, account)
 
-    def _choices(self, accepted: validation.Accepted) -> list[Choice]:
+    async def _choices(self, accepted: Accepted, given: Mapping[int, Progress], model: pb.Model) -> list[Choice]:
         prompt_end = None if self._tokenizer is None else self._tokenizer.prompt_end(accepted.prompt_ids)
-        return [
+        stops = StopStrings(accepted.stop_strings)
+        choices = [
             Choice(
                 index,
                 prompt_end=prompt_end,
-                stop_strings=accepted.stop_strings,
+                stops=stops,
                 stop_tokens=accepted.stop_tokens,
                 min_tokens=accepted.stopping.min_tokens,
             )
             for index in range(accepted.num_choices)
         ]
+        for _ in restore(choices, given, accepted, model):
+            await asyncio.sleep(0)
+        return choices
 
-    async def _check(self, num_bytes: int, check: Callable[[], T]) -> T:
-        return check() if num_bytes <= _SMALL_BYTES else await asyncio.to_thread(check)
+    def _queue(self, ticket: Ticket, prompt_ids: Sequence[int], given: Mapping[int, Progress] = _NOTHING) -> None:
+        self._admission.queue(ticket, len(prompt_ids) + sum(len(one.token_ids) for one in given.values()))
+        self._counts.prompt_tokens += len(prompt_ids)
 
-    async def _stream(self, generation: Generation, write: Write, account: Account) -> None:
+    async def _stream(self, generation: Generation, ticket: Ticket, write: Write, account: Account) -> None:
         request_id = generation.accepted.request_id
         account.begin(generation, self._pool.model.name)
         self._running[request_id].add(generation)
         try:
-            await self._relay.generate(generation, write, account.arrival)
+            on_first_token = partial(self._admission.start, ticket)
+            await self._relay.generate(generation, write, account.arrival, on_first_token)
         finally:
             self._running[request_id].discard(generation)
             if not self._running[request_id]:

@@ -16,7 +16,24 @@ class GatewaySettings(ServiceSettings):
     model: Path = setting("folder of the checkpoint; only its tokenizer files are read")
     routers: tuple[str, ...] = setting("routers by HOST:PORT, instead of a balancer", default=())
     max_requests: int = setting("requests served at once; more are refused", default=1024, at_least=1)
+    max_sequences: int = setting(
+        "choices served at once; a request for several that would exceed it is refused", default=4096, at_least=1
+    )
+    max_output_tokens: int = setting(
+        "tokens that choices may still grow to; a request for several choices that would exceed it is refused",
+        default=2**26,
+        at_least=1,
+    )
     max_queued_tokens: int = setting("prompt tokens that may wait for their first answer", default=262_144, at_least=1)
+    text_limit_s: float = setting(
+        "processor time to render and tokenise one prompt, and as much again for each MiB of it",
+        default=2.0,
+        at_least=0.05,
+        unit="S",
+    )
+    text_memory: ByteSize = setting(
+        "memory to render and tokenise one prompt", default=ByteSize(512 * 2**20), at_least=16 * 2**20
+    )
     router_wait_s: float = setting("how long a request waits for a router", default=30.0, at_least=0.0, unit="S")
     stall_timeout_s: float = setting(
         "how long a caller may not read before its request ends", default=60.0, at_least=0.05, unit="S"

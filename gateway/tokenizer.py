@@ -20,13 +20,15 @@ from gateway.cleanup import clean_up
 from gateway.decoding import Decoding, is_library_failure
 from gateway.special_tokens import CONFIG, DeclaredTokens, add_declared, declared_tokens, read_json
 
+# A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
+_NORMALIZED_SHARE = 4
 _NAMED_TEMPLATES = "additional_chat_templates"
 
 
 class Tokenizer:
     """Text to ids and back."""
 
-    __slots__ = ("_chat", "_cleans_up", "_decoding", "_inner", "_special")
+    __slots__ = ("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special")
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class Tokenizer:
         self._special = special
         self._decoding = Decoding(inner, special)
         self._cleans_up = cleans_up
+        longest = max((len(token.encode()) for token in inner.get_vocab(with_added_tokens=True)), default=1)
+        self._bytes_per_token = longest * (_NORMALIZED_SHARE if inner.normalizer is not None else 1)
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer | None:
@@ -84,12 +88,27 @@ class Tokenizer:
         """Ids that the tokenizer knows, added ones included."""
         return self._inner.get_vocab_size(with_added_tokens=True)
 
+    def max_bytes(self, num_tokens: int) -> int:
+        """Return how many bytes of UTF-8 a text can have at most that is encoded to so many tokens."""
+        return num_tokens * self._bytes_per_token
+
+    def check_template(self) -> None:
+        """Render a trivial conversation. FailedPrecondition if the chat template cannot be rendered at all.
+
+        Takes as long, and as much memory, as the template takes.
+        """
+        if self._chat is not None:
+            self._chat.check()
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
         return self._encode(text, field="text", add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Return the ids of a conversation of (role, content), rendered by the checkpoint's template."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]], *, max_bytes: int | None = None) -> list[int]:
+        """Return the ids of a conversation of (role, content), rendered by the checkpoint's template.
+
+        max_bytes: a rendered text of more bytes is refused before it is tokenised.
+        """
         if self._chat is None:
             raise InvalidArgument(
                 "this model has no chat template",
@@ -97,7 +116,15 @@ class Tokenizer:
                 remedy="send text or token_ids",
                 reason="NO_CHAT_TEMPLATE",
             )
-        return self._encode(self._chat.render(messages), field="chat", add_special_tokens=False)
+        text = self._chat.render(messages)
+        if max_bytes is not None and (size := len(text.encode())) > max_bytes:
+            raise InvalidArgument(
+                f"the conversation is rendered to {size} bytes, and at most {max_bytes} fit into the model's length",
+                field="chat.messages",
+                remedy="shorten it",
+                reason="PROMPT_TOO_LONG",
+            )
+        return self._encode(text, field="chat", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens; ids that the tokenizer does not know have no text."""
@@ -124,12 +151,6 @@ class Tokenizer:
                 remedy="send token_ids, or other text",
                 reason="TOKENIZER",
             ) from None
-
-
-def read_template(model_dir: Path) -> ChatTemplate | None:
-    """Read a checkpoint's chat template alone. FailedPrecondition if it cannot be compiled."""
-    config = read_json(model_dir / CONFIG)
-    return _template(model_dir, config, declared_tokens(model_dir, config))
 
 
 def _template(model_dir: Path, config: Mapping[str, object], declared: DeclaredTokens) -> ChatTemplate | None:

@@ -1,13 +1,14 @@
 """Check every field of a request before anything else sees it, and give it the form that routers take.
 
-Owns the bounds and the words that refuse. Pure: a request, the model and its tokenizer in, an Accepted or an error that
-names the field and the remedy out. A router may trust what passed here.
+Owns the bounds and the words that refuse. Pure: a request and the model in, an Asked or an error that names the field
+and the remedy out. What costs more than reading the request is left to others: Asked.prompt says what is to be rendered
+and tokenised, and accept() takes the token ids. A router may trust what passed here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from collegium.fabric.errors import InvalidArgument, NotFound
@@ -19,8 +20,64 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 1024
 MAX_STOP_IDS = 256
+MAX_MESSAGES = 16_384
 MAX_REQUEST_ID_CHARS = 128
 _MAX_PENALTY = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt as it was given, in one of three forms. field: the request's name of that form."""
+
+    field: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    turns: tuple[tuple[str, str], ...] = ()  # (role, content)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request with nothing wrong in it so far; its prompt has no token ids yet."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: pb.Sampling
+    stopping: pb.Stopping
+    stop_strings: tuple[str, ...]
+    stop_tokens: Mapping[int, str]
+    num_choices: int
+    num_logprobs: int | None
+    model: pb.Model
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Most tokens that all choices together may grow to."""
+        room = self.model.max_model_len
+        each = min(self.stopping.max_tokens, room) if self.stopping.HasField("max_tokens") else room
+        return self.num_choices * each
+
+    def accept(self, prompt_ids: Sequence[int]) -> Accepted:
+        """Check the prompt's ids and what they leave room for. Raises InvalidArgument that names the field."""
+        model, form = self.model, self.prompt.field
+        prompt_ids = _check_prompt_ids(prompt_ids, model, form)
+        room = model.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise InvalidArgument(
+                f"the prompt has {len(prompt_ids)} tokens, and the model takes {model.max_model_len} with its answer",
+                field=form,
+                remedy=f"shorten the prompt to at most {model.max_model_len - 1} tokens",
+                reason="PROMPT_TOO_LONG",
+            )
+        return Accepted(
+            request_id=self.request_id,
+            prompt_ids=prompt_ids,
+            sampling=self.sampling,
+            stopping=check_stopping(self.stopping, room, self.stop_tokens),
+            stop_strings=self.stop_strings,
+            stop_tokens=self.stop_tokens,
+            num_choices=self.num_choices,
+            num_logprobs=self.num_logprobs,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,44 +120,23 @@ def check_generate(
     tokenizer: Tokenizer | None,
     draw_seed: Callable[[], int],
     draw_id: Callable[[], str],
-) -> Accepted:
+) -> Asked:
     """Check a Generate request. NotFound for another model's name, InvalidArgument for a wrong field."""
     check_model(request.model, model)
     request_id = check_request_id(request.request_id)
-    form = request.WhichOneof("prompt")
-    if form is None:
-        raise InvalidArgument(
-            "there is no prompt", field="prompt", remedy="set one of text, token_ids and chat", reason="EMPTY_PROMPT"
-        )
-    if form == "chat":
-        prompt_ids = _chat_ids(request.chat, tokenizer, model)
-    elif form == "text":
-        prompt_ids = _text_ids(request.text, tokenizer, model)
-    else:
-        prompt_ids = _given_ids(request.token_ids.ids, model, "token_ids")
-    room = model.max_model_len - len(prompt_ids)
-    if room < 1:
-        raise InvalidArgument(
-            f"the prompt has {len(prompt_ids)} tokens, and the model takes {model.max_model_len} with its answer",
-            field=form,
-            remedy=f"shorten the prompt to at most {model.max_model_len - 1} tokens",
-            reason="PROMPT_TOO_LONG",
-        )
     if request.num_choices > MAX_CHOICES:
         raise _too_large("num_choices", request.num_choices, MAX_CHOICES)
-    stopping = check_stopping(request.stopping, model, room)
     stop_strings = _stop_strings(request.stopping.stop_strings, tokenizer)
-    stop_tokens = _stop_tokens(stop_strings, tokenizer, model)
-    stopping.stop_ids.extend(token_id for token_id in stop_tokens if token_id not in stopping.stop_ids)
-    return Accepted(
+    return Asked(
         request_id=request_id or draw_id(),
-        prompt_ids=prompt_ids,
+        prompt=_prompt(request, tokenizer, model),
         sampling=check_sampling(request.sampling, draw_seed),
-        stopping=stopping,
+        stopping=_check_stop_ids(request.stopping, model),
         stop_strings=stop_strings,
-        stop_tokens=stop_tokens,
+        stop_tokens=_stop_tokens(stop_strings, tokenizer, model),
         num_choices=request.num_choices or 1,
         num_logprobs=_num_logprobs(request, model),
+        model=model,
     )
 
 
@@ -138,20 +174,24 @@ def check_progress(entries: Sequence[pb.ChoiceProgress], accepted: Accepted, mod
     return found
 
 
-def check_score(request: pb.ScoreRequest, *, model: pb.Model, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Check a Score request and give the ids to score."""
+def check_score(request: pb.ScoreRequest, *, model: pb.Model, tokenizer: Tokenizer | None) -> Prompt:
+    """Check a Score request and return its input; check_scored takes the ids."""
     check_model(request.model, model)
     form = request.WhichOneof("input")
     if form is None:
         raise InvalidArgument("there is no input", field="input", remedy="set text or token_ids", reason="EMPTY_PROMPT")
     if form == "text":
-        token_ids = _text_ids(request.text, tokenizer, model)
-    else:
-        token_ids = _given_ids(request.token_ids.ids, model, "token_ids")
+        return _text_prompt(request.text, tokenizer, model)
+    return _ids_prompt(request.token_ids.ids, model)
+
+
+def check_scored(token_ids: Sequence[int], field: str, model: pb.Model) -> tuple[int, ...]:
+    """Check the ids of a Score request."""
+    token_ids = _check_prompt_ids(token_ids, model, field)
     if len(token_ids) > model.max_model_len:
         raise InvalidArgument(
             f"the input has {len(token_ids)} tokens, and the model takes {model.max_model_len}",
-            field=form,
+            field=field,
             remedy="score it in parts",
             reason="PROMPT_TOO_LONG",
         )
@@ -200,10 +240,8 @@ def check_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> pb.Sa
     return checked
 
 
-def check_stopping(stopping: pb.Stopping, model: pb.Model, room: int) -> pb.Stopping:
-    """Check when choices end; max_tokens becomes at most `room`, and stop strings stay here."""
-    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
-        raise InvalidArgument("0 tokens are no answer", field="stopping.max_tokens", remedy="give at least 1")
+def check_stopping(stopping: pb.Stopping, room: int, stop_tokens: Iterable[int] = ()) -> pb.Stopping:
+    """Check when choices end; max_tokens becomes at most `room`, stop tokens become ids, stop strings stay here."""
     max_tokens = min(stopping.max_tokens if stopping.HasField("max_tokens") else room, room)
     if stopping.min_tokens > max_tokens:
         raise InvalidArgument(
@@ -211,14 +249,11 @@ def check_stopping(stopping: pb.Stopping, model: pb.Model, room: int) -> pb.Stop
             field="stopping.min_tokens",
             remedy=f"give at most {max_tokens}",
         )
-    if len(stopping.stop_ids) > MAX_STOP_IDS:
-        raise _too_large("stopping.stop_ids", len(stopping.stop_ids), MAX_STOP_IDS)
-    _check_ids(stopping.stop_ids, model, "stopping.stop_ids")
     return pb.Stopping(
         max_tokens=max_tokens,
         min_tokens=stopping.min_tokens,
         ignore_eos=stopping.ignore_eos,
-        stop_ids=stopping.stop_ids,
+        stop_ids=dict.fromkeys((*stopping.stop_ids, *stop_tokens)),
     )
 
 
@@ -256,7 +291,29 @@ def _num_logprobs(request: pb.GenerateRequest, model: pb.Model) -> int | None:
     return min(request.num_logprobs, model.vocab_size)
 
 
-def _chat_ids(chat: pb.ChatPrompt, tokenizer: Tokenizer | None, model: pb.Model) -> tuple[int, ...]:
+def _check_stop_ids(stopping: pb.Stopping, model: pb.Model) -> pb.Stopping:
+    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
+        raise InvalidArgument("must be at least 1, but is 0", field="stopping.max_tokens", remedy="give at least 1")
+    if len(stopping.stop_ids) > MAX_STOP_IDS:
+        raise _too_large("stopping.stop_ids", len(stopping.stop_ids), MAX_STOP_IDS)
+    _check_ids(stopping.stop_ids, model, "stopping.stop_ids")
+    return stopping
+
+
+def _prompt(request: pb.GenerateRequest, tokenizer: Tokenizer | None, model: pb.Model) -> Prompt:
+    form = request.WhichOneof("prompt")
+    if form is None:
+        raise InvalidArgument(
+            "there is no prompt", field="prompt", remedy="set one of text, token_ids and chat", reason="EMPTY_PROMPT"
+        )
+    if form == "chat":
+        return _chat_prompt(request.chat, tokenizer)
+    if form == "text":
+        return _text_prompt(request.text, tokenizer, model)
+    return _ids_prompt(request.token_ids.ids, model)
+
+
+def _chat_prompt(chat: pb.ChatPrompt, tokenizer: Tokenizer | None) -> Prompt:
     if not chat.messages:
         raise InvalidArgument(
             "the conversation is empty",
@@ -266,6 +323,8 @@ def _chat_ids(chat: pb.ChatPrompt, tokenizer: Tokenizer | None, model: pb.Model)
         )
     if tokenizer is None:
         raise _no_tokenizer("chat")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise _too_large("chat.messages", len(chat.messages), MAX_MESSAGES)
     turns: list[tuple[str, str]] = []
     for position, message in enumerate(chat.messages):
         if not message.role:
@@ -275,23 +334,44 @@ def _chat_ids(chat: pb.ChatPrompt, tokenizer: Tokenizer | None, model: pb.Model)
                 remedy='give "user" or another role',
             )
         turns.append((message.role, _utf8(message.content, f"chat.messages[{position}].content")))
-    return _given_ids(tokenizer.encode_chat(turns), model, "chat")
+    return Prompt(field="chat", turns=tuple(turns))
 
 
-def _text_ids(raw: bytes, tokenizer: Tokenizer | None, model: pb.Model) -> tuple[int, ...]:
+def _text_prompt(raw: bytes, tokenizer: Tokenizer | None, model: pb.Model) -> Prompt:
     if tokenizer is None:
         raise _no_tokenizer("text")
-    text = _utf8(raw, "text")
-    return _given_ids(tokenizer.encode(text) if text else (), model, "text")
-
-
-def _given_ids(token_ids: Sequence[int], model: pb.Model, field: str) -> tuple[int, ...]:
-    if not token_ids:
+    if not raw:
+        raise _empty("text")
+    if len(raw) > (limit := tokenizer.max_bytes(model.max_model_len)):
         raise InvalidArgument(
-            "the prompt is empty", field=field, remedy="give at least one token", reason="EMPTY_PROMPT"
+            f"the text has {len(raw)} bytes, and no text of more than {limit} has at most {model.max_model_len} tokens",
+            field="text",
+            remedy="shorten it",
+            reason="PROMPT_TOO_LONG",
         )
+    return Prompt(field="text", text=_utf8(raw, "text"))
+
+
+def _ids_prompt(token_ids: Sequence[int], model: pb.Model) -> Prompt:
+    if len(token_ids) > model.max_model_len:
+        raise InvalidArgument(
+            f"there are {len(token_ids)} tokens, and the model takes {model.max_model_len}",
+            field="token_ids",
+            remedy="shorten the prompt",
+            reason="PROMPT_TOO_LONG",
+        )
+    return Prompt(field="token_ids", token_ids=tuple(token_ids))
+
+
+def _check_prompt_ids(token_ids: Sequence[int], model: pb.Model, field: str) -> tuple[int, ...]:
+    if not token_ids:
+        raise _empty(field)
     _check_ids(token_ids, model, field)
     return tuple(token_ids)
+
+
+def _empty(field: str) -> InvalidArgument:
+    return InvalidArgument("the prompt is empty", field=field, remedy="give at least one token", reason="EMPTY_PROMPT")
 
 
 def _check_ids(token_ids: Sequence[int], model: pb.Model, field: str) -> None:

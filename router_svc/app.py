@@ -7,11 +7,10 @@ import torch
 
 from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry
 from collegium.fabric.errors import FailedPrecondition
+from collegium.fabric.faults import Faults
 from collegium.fabric.leases import Membership
-from collegium.model.architectures import CheckpointError, UnsupportedModelError
-from collegium.model.calibration import settle_kernel
-from collegium.model.kernels import KernelUnavailableError
-from collegium.model.manifest import Manifest, ensure_manifest, load_manifest
+from collegium.fabric.model_shape import shape_of
+from collegium.model.manifest import Manifest
 from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
 from router_svc.counters import read_counters
 from router_svc.engine import Engine
@@ -20,7 +19,8 @@ from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
 from router_svc.load_counts import LoadCounts
-from router_svc.model_loader import RouterModel, load_router_model
+from router_svc.loading import load
+from router_svc.model_loader import RouterModel
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
 from router_svc.token_memory import TokenMemory
@@ -28,39 +28,6 @@ from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_un
 
 _log = logs.get("router")
 _REPORT_EVERY_S = 1.0
-
-
-def load(config: Settings) -> tuple[RouterModel, Manifest]:
-    """Load what the settings name. Raises FailedPrecondition with what is wrong and what to do."""
-    try:
-        manifest = load_manifest(config.manifest or ensure_manifest(config.model))
-        dtype = getattr(torch, manifest.dtype if config.dtype == "auto" else config.dtype)
-        torch.set_num_threads(config.threads or torch.get_num_threads())  # a thread's own setting: this one measures
-        settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
-        model = load_router_model(config.model, dtype, torch.device(config.device), config.modelling)
-        _check_agreement(manifest, model)
-    except (CheckpointError, UnsupportedModelError) as error:
-        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
-    except KernelUnavailableError as error:
-        raise FailedPrecondition(
-            str(error), reason="KERNEL_UNAVAILABLE", field="--kernel", remedy="use --kernel=auto"
-        ) from error
-    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
-        raise FailedPrecondition(
-            str(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
-        ) from error
-    return model, manifest
-
-
-def _check_agreement(manifest: Manifest, model: RouterModel) -> None:
-    of_manifest = (manifest.model_type, manifest.top_k, tuple(x.decoder_layer for x in manifest.layers))
-    of_model = (model.model_type, model.top_k, model.moe_layers)
-    num_experts = {len(layer.experts) for layer in manifest.layers}
-    if of_manifest != of_model or num_experts != {model.num_experts}:
-        raise CheckpointError(
-            f"the manifest is of another checkpoint: it has (type, top-k, MoE layers) {of_manifest} and {num_experts} "
-            f"experts, the model {of_model} and {model.num_experts}; run `collegium manifest` on the model's folder"
-        )
 
 
 def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
@@ -71,10 +38,12 @@ def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
     per_block = model.cache_bytes_per_token() * BLOCK_TOKENS
     if config.max_model_len > model.max_positions:
         raise FailedPrecondition(
-            f"--max-model-len {config.max_model_len} is more than the model's {model.max_positions} positions",
+            f"--max-model-len {config.max_model_len} is more than the model's {model.max_positions} positions, "
+            "the rotary scaling of its config.json included",
             reason="MODEL_LEN_TOO_LARGE",
             field="--max-model-len",
-            remedy="lower it, or leave it out",
+            remedy=f"give at most {model.max_positions}, or leave it out; if the model's card tells of longer texts, "
+            "add the rope_scaling that it names to config.json",
         )
     longest = config.max_model_len or model.max_positions
     num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_blocks_for(longest))
@@ -106,7 +75,7 @@ def read_unsafe_routing(config: Settings, model: RouterModel) -> UnsafeRouting |
     return routing
 
 
-def describe(config: Settings, model: RouterModel, max_model_len: int) -> inference_pb2.Model:
+def describe(config: Settings, model: RouterModel, manifest: Manifest, max_model_len: int) -> inference_pb2.Model:
     """Make the public description of the model."""
     return inference_pb2.Model(
         name=config.model_name or config.model.resolve().name,
@@ -118,6 +87,8 @@ def describe(config: Settings, model: RouterModel, max_model_len: int) -> infere
         num_experts=model.num_experts,
         top_k=model.top_k,
         dtype=str(model.dtype).removeprefix("torch."),
+        digest=manifest.digest,
+        parts=manifest.parts,
     )
 
 
@@ -130,13 +101,22 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     """Serve until stopped."""
     telemetry.setup("router", config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    server = rpc.Server("router", services=("collegium.v1.Router",))
+    server = rpc.Server(
+        "router",
+        services=("collegium.v1.Router",),
+        options=rpc.limits(config.max_connections, config.max_streams),
+    )
     loop = asyncio.get_running_loop()
     outboxes = Outboxes(loop)
-    service = RouterService(outboxes)
+    service = RouterService(outboxes, max_gateways=config.max_gateways, max_traces=config.max_traces)
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     bound = await server.start(config.bind)
-    metrics_url = metrics.serve_metrics(config.metrics_bind, advertise=config.advertise, prefix=config.metrics_prefix)
+    metrics_url = metrics.serve_metrics(
+        config.metrics_bind,
+        advertise=config.advertise,
+        prefix=config.metrics_prefix,
+        max_connections=config.metrics_connections,
+    )
     model, manifest = await asyncio.to_thread(load, config)
     metrics.registry().model_name = config.model_name or config.model.resolve().name
     num_blocks, max_model_len = plan_memory(config, model)
@@ -166,6 +146,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         on_end=lambda: loop.call_soon_threadsafe(stop.request),  # without an engine: end, and be started anew
         unsafe_routing=unsafe_routing,
         num_micro_batches=config.micro_batches,
+        max_queued_seqs=config.max_queued_seqs,
+        max_queued_tokens=config.max_queued_tokens,
     )
     membership = Membership(
         config.balancer,
@@ -173,12 +155,13 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         rpc.advertised(bound, config.advertise),
         metrics_url,
         num_threads,
+        model=shape_of(manifest, str(model.dtype).removeprefix("torch.")),
         counters=lambda: read_counters(engine, calls),
         join_limit_s=config.balancer_wait_s,
     )
     async with membership:
         service.router_id = membership.member_id
-        service.open(engine, describe(config, model, max_model_len), expert_bytes(manifest, model))
+        service.open(engine, describe(config, model, manifest, max_model_len), expert_bytes(manifest, model))
 
         def on_change() -> None:
             is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
@@ -192,9 +175,11 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             calls,
             model,
             digest=manifest.digest,
+            parts=manifest.parts,
             max_rows=config.max_batch_tokens,
             transport=config.link_transport,
             d_model=manifest.d_model,
+            num_experts=[len(layer.experts) for layer in manifest.layers],
             on_change=on_change,
         )
         keeper.router_id = membership.member_id
@@ -232,18 +217,24 @@ def _failure(ended: BaseException | None) -> BaseException | None:
 
 async def _report(membership: Membership, loads: LoadCounts) -> None:
     """Tell the balancer what the gates chose, as long as anything new was chosen."""
-    told = -1
+    told, faults = -1, Faults(_log, "reporting the load")
     while True:
         await asyncio.sleep(_REPORT_EVERY_S)
-        counted = int(loads.activations.sum())
-        if counted != told and await membership.report_load(loads.to_message(membership.member_id)):
-            told = counted
+        try:
+            counted = int(loads.activations.sum())
+            if counted != told and await membership.report_load(loads.to_message(membership.member_id)):
+                told = counted
+            faults.clear()
+        except Exception as error:
+            await asyncio.sleep(faults.note(error))
 
 
 async def _follow(
     membership: Membership, keeper: LinkKeeper, service: RouterService, on_change: Callable[[], None]
 ) -> None:
-    async for view in membership.views():
+    def take(view: balancer_pb2.WatchPlacementResponse) -> None:
         service.router_id = keeper.router_id = membership.member_id
         keeper.take(view)
         on_change()
+
+    await membership.follow(take)

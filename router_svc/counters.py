@@ -46,6 +46,10 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         "sequences": engine.num_sequences,
     }
     counters |= {series("collegium_steps_total", kind=kind): count for kind, count in totals.steps.items()}
+    counters |= {
+        series("collegium_submissions_refused_total", reason=reason): count
+        for reason, count in list(totals.refused.items())
+    }
     for worker_id, link in stats.items():
         counters |= {} if not worker_id else _by_worker(worker_id, link)
     return counters

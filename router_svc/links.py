@@ -5,7 +5,7 @@ Owned by the event loop; connecting itself runs in a thread. Says whether the ro
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 
@@ -15,6 +15,7 @@ from collegium.fabric.hosts import host_identity
 from collegium.fabric.views import from_proto
 from collegium.link.connect import connect
 from collegium.link.frame import LinkError
+from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2, expert_pb2, expert_pb2_grpc
 from router_svc.expert_calls import ExpertCalls
 from router_svc.model_loader import RouterModel
@@ -34,16 +35,24 @@ class LinkKeeper:
         model: RouterModel,
         *,
         digest: str,
+        parts: Mapping[str, str],
         max_rows: int,
         transport: str,
         d_model: int,
+        num_experts: Sequence[int],
         on_change: Callable[[], None],
     ):
-        """`on_change` is called on the event loop whenever a link came or went."""
+        """`digest`, `parts`: the manifest's; `num_experts`: by MoE layer.
+
+        `on_change` is called on the event loop whenever a link came or went.
+        """
         self._calls, self._model = calls, model
+        self._parts = parts
         self._digest, self._max_rows, self._d_model = digest, max_rows, d_model
         self._transports = ["unix", "tcp"] if transport == "auto" else [transport]
+        self._num_experts = list(num_experts)
         self._on_change = on_change
+        self._refused_epoch = 0  # of a placement of another shape than the model's
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address: a worker may get a new id and be the same process
         self._ids: dict[str, str] = {}  # worker id by address
@@ -54,7 +63,7 @@ class LinkKeeper:
     def take(self, view: balancer_pb2.WatchPlacementResponse) -> None:
         """Follow the cluster's view: links to live workers, the placement in force."""
         if view.placement.epoch > self._calls.epoch:
-            self._calls.set_placement(from_proto(view.placement))
+            self._place(from_proto(view.placement))
         if view.balance.row_ns > 0 and view.balance.activation_ns > 0:
             self._calls.activation_rows = view.balance.activation_ns / view.balance.row_ns
         workers = {
@@ -73,6 +82,19 @@ class LinkKeeper:
             elif self._ids[address] != worker_id:
                 self._calls.rename_link(self._ids[address], worker_id)
                 self._ids[address] = worker_id
+
+    def _place(self, placement: Placement) -> None:
+        shape = [len(layer) for layer in placement.homes]
+        if shape == self._num_experts:
+            self._calls.set_placement(placement)
+        elif placement.epoch != self._refused_epoch:
+            self._refused_epoch = placement.epoch
+            _log.warning(
+                "a placement of another model is not used; the last one stays",
+                epoch=placement.epoch,
+                layers=len(shape),
+                expected_layers=len(self._num_experts),
+            )
 
     def on_lost(self, worker_id: str, why: str) -> None:
         """Hear from the engine that a link broke. Thread-safe."""
@@ -126,6 +148,7 @@ class LinkKeeper:
             transports=self._transports,
             max_rows=self._max_rows,
             host=host_identity(),
+            model_parts=self._parts,
         )
         async with rpc.channel(address) as channel:
             try:

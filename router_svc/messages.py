@@ -1,18 +1,22 @@
 """Translate between the router's messages and the engine's values. Owns no state."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import grpc
 
-from collegium.model.sampling import SamplingParams
+from collegium.fabric.errors import CollegiumError
 from collegium.v1 import inference_pb2, router_pb2
-from router_svc.engine import Load, News
+from router_svc.news import Load, News
 from router_svc.recorder import StepChoices
 from router_svc.sequence import Finish, Sequence, StopRules
+from router_svc.submissions import MAX_CHOICES, check_submission
 
 _TRACED_CHOICES = 100_000  # of one message of a trace: some 600 kB
+FRAME_NEWS = 1024  # refusals that are gathered into one frame
+_REFUSAL_CHARS = 65_536  # of ids in the refusal of one submission
 
 _FINISH = {
     Finish.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -22,29 +26,10 @@ _FINISH = {
 
 
 def sequences_of(submission: router_pb2.Submission, owner: int, model: inference_pb2.Model) -> list[Sequence]:
-    """Make the sequences of a submission, one a choice. Raises ValueError naming a field that no gateway should have
-    sent.
-    """
-    prompt = list(submission.prompt_ids)
-    if not prompt:
-        raise ValueError("prompt_ids is empty")
-    for name, ids in (("prompt_ids", prompt), ("stop_ids", submission.stopping.stop_ids)):
-        if any(i >= model.vocab_size for i in ids):
-            raise ValueError(f"{name} has {max(ids)}, the vocabulary ends at {model.vocab_size - 1}")
+    """Make the sequences of a submission, one a choice. Raises InvalidArgument naming a field that is out of bounds."""
+    sampling = check_submission(submission, model)
+    prompt, rules = list(submission.prompt_ids), submission.stopping
     room = model.max_model_len - len(prompt)
-    if room < (0 if submission.is_score else 1):
-        raise ValueError(f"prompt_ids has {len(prompt)} tokens, the router takes {model.max_model_len}")
-    asked, rules = submission.sampling, submission.stopping
-    sampling = SamplingParams(
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p if asked.HasField("top_p") else 1.0,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        seed=asked.seed,
-    )
     stop = StopRules(
         max_tokens=min(rules.max_tokens, room) if rules.HasField("max_tokens") else room,
         min_tokens=rules.min_tokens,
@@ -75,7 +60,10 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
 
 def frame_of(news: Seq[News], load: Load, step: int) -> router_pb2.AttachResponse:
     """Make the frame that tells a gateway of a step."""
-    return router_pb2.AttachResponse(news=[_news_of(item) for item in news], load=load_of(load), step=step)
+    frame = router_pb2.AttachResponse(news=[_news_of(item) for item in news], load=load_of(load), step=step)
+    for item in news:  # not before all of it is made: what fails is tried again
+        item.sequence.is_reported = True
+    return frame
 
 
 def load_of(load: Load) -> router_pb2.RouterLoad:
@@ -89,14 +77,19 @@ def load_of(load: Load) -> router_pb2.RouterLoad:
     )
 
 
-def refusal(submission: router_pb2.Submission, error: ValueError) -> router_pb2.AttachResponse:
-    """Make the frame that refuses a submission for good."""
-    return _failed(submission, grpc.StatusCode.INVALID_ARGUMENT, str(error), "INVALID_SUBMISSION")
+def refusal(submission: router_pb2.Submission, error: CollegiumError) -> list[router_pb2.SequenceNews]:
+    """Make the news that refuse a submission for good."""
+    return _failed(submission, error.code, error.message, error.reason)
 
 
-def hand_over(submission: router_pb2.Submission) -> router_pb2.AttachResponse:
-    """Make the frame that sends a submission to another router."""
+def hand_over(submission: router_pb2.Submission) -> list[router_pb2.SequenceNews]:
+    """Make the news that send a submission to another router."""
     return _failed(submission, grpc.StatusCode.UNAVAILABLE, "the router is draining", "DRAINING")
+
+
+def frame_between(news: Seq[router_pb2.SequenceNews]) -> router_pb2.AttachResponse:
+    """Make a frame, between steps, that holds such news."""
+    return router_pb2.AttachResponse(news=news)
 
 
 def trace_header(model: inference_pb2.Model, expert_bytes: Seq[int]) -> router_pb2.TraceResponse:
@@ -130,15 +123,15 @@ def trace_messages(choices: StepChoices) -> Iterator[router_pb2.TraceResponse]:
 
 def _failed(
     submission: router_pb2.Submission, code: grpc.StatusCode, message: str, reason: str
-) -> router_pb2.AttachResponse:
+) -> list[router_pb2.SequenceNews]:
+    """Make the news of each choice, at most as many as a request can have, and fewer if the id is a long text."""
     failure = router_pb2.Failure(code=code.value[0], message=message, reason=reason)
-    choices = submission.choices or [router_pb2.ChoiceStart()]
-    return router_pb2.AttachResponse(
-        news=[
-            router_pb2.SequenceNews(request_id=submission.request_id, choice_index=c.choice_index, failure=failure)
-            for c in choices
-        ]
-    )
+    indexes = dict.fromkeys(start.choice_index for start in submission.choices) or [0]
+    num_news = max(1, min(MAX_CHOICES, _REFUSAL_CHARS // max(1, len(submission.request_id))))
+    return [
+        router_pb2.SequenceNews(request_id=submission.request_id, choice_index=index, failure=failure)
+        for index in itertools.islice(indexes, num_news)
+    ]
 
 
 def _news_of(item: News) -> router_pb2.SequenceNews:
@@ -149,7 +142,6 @@ def _news_of(item: News) -> router_pb2.SequenceNews:
     for logprobs in item.logprobs:
         news.logprobs.add(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top)
     if not sequence.is_reported:
-        sequence.is_reported = True
         news.cached_prompt_tokens = sequence.num_cached
     if item.failure is not None:
         news.failure.code = getattr(grpc.StatusCode, item.failure.code).value[0]

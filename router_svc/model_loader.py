@@ -6,10 +6,12 @@ on the disk.
 T tokens, K top-k, D model.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,17 +20,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
 from collegium.fabric import logs
-from collegium.model.architectures import (
-    CheckpointError,
-    UnsupportedModelError,
-    architecture_of,
-    config_int,
-    read_config,
-)
+from collegium.model.allocation import first_line, is_out_of_memory
+from collegium.model.architectures import UnsupportedModelError
+from collegium.model.checkpoint_files import CheckpointError
+from collegium.model.checkpoint_survey import survey_checkpoint
+from collegium.model.config_fields import check_generation_config
 from collegium.model.kernels import pack_linears
 from router_svc import family, lean, shared_experts
 from router_svc.device_model import DeviceModel
 from router_svc.lean import LeanModel, StepCall
+from router_svc.lengths import rope_parameters, served_positions
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
 from router_svc.shared_experts import SharedExperts
 
@@ -112,6 +113,10 @@ class RouterModel:
         return out.logits[0]
 
 
+class DeviceFailedError(RuntimeError):
+    """The device refused the model's tensors; neither the checkpoint nor a lack of memory is at fault."""
+
+
 def load_router_model(
     model_dir: Path, dtype: torch.dtype, device: torch.device, modelling: str = "auto"
 ) -> RouterModel:
@@ -119,61 +124,87 @@ def load_router_model(
 
     `modelling` "transformers": compute with the modelling classes even where it could be done leanly; "device": as on a
     GPU, whatever the device is, which is for tests.
-    Raises UnsupportedModelError, or CheckpointError naming the first tensor that is missing or cannot be read.
+    Raises UnsupportedModelError, or CheckpointError naming the file and the first field or tensor that is wrong, or the
+    part that transformers could not do; DeviceFailedError; whatever torch raises if memory cannot be had.
     """
-    raw = read_config(model_dir)
-    architecture = architecture_of(raw)
+    survey = survey_checkpoint(model_dir)  # before transformers reads what it does not bound
+    generation = check_generation_config(model_dir)
+    path = model_dir / "config.json"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with _told_as(f"{path} is not usable"):
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except Exception as error:  # transformers validates by classes of several libraries
-        raise CheckpointError(f"{model_dir / 'config.json'} is not usable: {error}") from error
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, path)
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
     register_patch_mapping({_EXPERTS_CLASS: RemoteExperts})
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model_dir} cannot be loaded: {error}") from error
-    except Exception as error:  # safetensors raises its own class, which derives from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise CheckpointError(f"{model_dir} holds a damaged or truncated safetensors file: {error}") from error
+        with _told_as(f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                generation_config=transformers.GenerationConfig(),  # its file is read here, within bounds
+            )
     finally:
         unregister_patch_mapping([_EXPERTS_CLASS])
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{model_dir} lacks tensor {missing[0]} ({len(missing)} missing); fetch the checkpoint again"
         )
-    moe_layers = _number_layers(model)
-    _wrap_shared(model)
-    model.set_attn_implementation(ATTENTION_NAME)
-    model.eval().requires_grad_(False)
-    model.to(device)
-    leanly, why = _own_pass(model, modelling)
-    if device.type == "cpu":
-        pack_linears(model)
+    with _told_as(f"transformers cannot compute a token with {path}"):
+        moe_layers = _number_layers(model)
+        _wrap_shared(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        model.eval().requires_grad_(False)
+        _move(model, device)
+        leanly, why = _own_pass(model, modelling)
+        if device.type == "cpu":
+            pack_linears(model)
+        cache_shapes = leanly.cache_shapes if leanly else _probe(model, device)
     _log.info("forward pass", by="collegium" if leanly else "transformers", why=why or "its layers are of the family")
-    text = config.get_text_config()
-    max_positions = getattr(text, "max_position_embeddings", None) or config_int(raw, "max_seq_len")
-    loaded = RouterModel(
+    vocab_size = int(config.get_text_config().vocab_size)
+    return RouterModel(
         model=model,
-        model_type=architecture.model_type,
+        model_type=survey.model_type,
         dtype=dtype,
         device=device,
-        vocab_size=int(text.vocab_size),
-        max_positions=_served_positions(config, int(max_positions or 2048)),
-        num_experts=config_int(raw, architecture.num_experts_key) or 0,
-        top_k=config_int(raw, architecture.top_k_key) or 0,
-        eos_ids=tuple(i for i in _eos_ids(model) if 0 <= i < int(text.vocab_size)),
-        cache_shapes=leanly.cache_shapes if leanly else _probe(model, device),
+        vocab_size=vocab_size,
+        max_positions=served_positions(config.get_text_config()),
+        num_experts=survey.num_experts,
+        top_k=survey.top_k,
+        eos_ids=tuple(i for i in _eos_ids(model, generation) if 0 <= i < vocab_size),
+        cache_shapes=cache_shapes,
         moe_layers=moe_layers,
         lean=leanly,
     )
-    return loaded
+
+
+@contextlib.contextmanager
+def _told_as(what: str) -> Generator[None]:
+    """Raise whatever a library raises as a CheckpointError that begins with `what`.
+
+    The libraries validate and compute with exceptions of many classes, Exception itself among them. A lack of memory
+    passes through, and what already names its part.
+    """
+    try:
+        yield
+    except (CheckpointError, UnsupportedModelError, DeviceFailedError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{what}: {first_line(error)}") from error
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DeviceFailedError(f"the model cannot be put on {device}: {first_line(error)}") from error
 
 
 def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | DeviceModel | None, str]:
@@ -186,24 +217,12 @@ def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | Devic
     return DeviceModel(model) if is_on_device else LeanModel(model), ""
 
 
-def _refuse_unsupported(config: PreTrainedConfig) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if "dynamic" in kinds:
+def _refuse_unsupported(config: PreTrainedConfig, path: Path) -> None:
+    if "dynamic" in {rope.get("rope_type") for rope in rope_parameters(config)}:
         raise UnsupportedModelError(
-            "config.json: rope type 'dynamic' makes positions depend on the batch and is not supported; "
+            f"{path}: rope type 'dynamic' makes positions depend on the batch and is not supported; "
             "use yarn, linear or llama3"
         )
-
-
-def _served_positions(config: PreTrainedConfig, max_positions: int) -> int:
-    # "longrope" changes the frequencies of a whole sequence when it outgrows the trained length, which transformers
-    # does by computing it anew; sequences end there instead.
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return max_positions
-    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return min(max_positions, int(trained or max_positions))
 
 
 def _number_layers(model: PreTrainedModel) -> tuple[int, ...]:
@@ -223,8 +242,9 @@ def _wrap_shared(model: PreTrainedModel) -> None:
                 remote.shared.append(shared)
 
 
-def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+def _eos_ids(model: PreTrainedModel, generation: Mapping[str, object]) -> tuple[int, ...]:
+    """The ids of generation_config.json, checked; without any, those of config.json."""
+    eos: Any = generation.get("eos_token_id")
     if eos is None:
         eos = model.config.eos_token_id
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from collegium.fabric import logs
 from router_svc.expert_calls import OnLayer
 from router_svc.scheduler import Step
+
+_log = logs.get("recorder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,11 @@ class StepChoices:
     positions: list[int]  # [T] in their sequences
     num_decode_rows: int
     layers: list[LayerChoices]
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of experts, over all layers."""
+        return sum(layer.ids.size for layer in self.layers)
 
 
 Listener = Callable[[StepChoices], None]  # called from the engine's thread
@@ -70,9 +78,24 @@ class Recorder:
         return self._note
 
     def commit(self, step: Step, num_step: int) -> None:
-        """Tell the listeners of a step that is now in the cache."""
+        """Tell the listeners of a step that is now in the cache. One that raises is told no more."""
         if not self._rows:
             return
+        try:
+            choices = self._choices_of(step, num_step)
+        except Exception:  # a trace lacks a step: that is no reason to spoil the step itself
+            _log.exception("the choices of a step could not be told")
+            return
+        finally:
+            self._rows, self._layers = None, []
+        for listener in self._listeners:
+            try:
+                listener(choices)
+            except Exception:
+                _log.exception("a listener failed and is told no more")
+                self.remove(listener)
+
+    def _choices_of(self, step: Step, num_step: int) -> StepChoices:
         sequences: list[int] = []
         positions: list[int] = []
         num_decode_rows = 0
@@ -82,26 +105,29 @@ class Recorder:
             positions += new
             num_decode_rows += len(new) if idx < len(step.decodes) else 0
             row.sequence.num_recorded = max(row.end, row.sequence.num_recorded)
-        choices = StepChoices(
+        return StepChoices(
             step=num_step,
             sequences=sequences,
             positions=positions,
             num_decode_rows=num_decode_rows,
             layers=self._layers,
         )
-        self._rows, self._layers = None, []
-        for listener in self._listeners:
-            listener(choices)
 
     def _note(
         self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32], missed: NDArray[np.uint16]
     ) -> None:
-        rank = np.argsort(-weights[self._rows], axis=1, kind="stable")  # gates give the ids in any order
-        self._layers.append(
-            LayerChoices(
+        if self._rows is None:
+            return
+        try:
+            rank = np.argsort(-weights[self._rows], axis=1, kind="stable")  # gates give the ids in any order
+            choices = LayerChoices(
                 layer=layer,
                 ids=np.take_along_axis(ids[self._rows], rank, axis=1),
                 weights=np.take_along_axis(weights[self._rows], rank, axis=1),
                 missed=missed,
             )
-        )
+        except Exception:
+            _log.exception("the choices of a layer could not be recorded; nobody is told of the step", layer=layer)
+            self._rows, self._layers = None, []
+            return
+        self._layers.append(choices)

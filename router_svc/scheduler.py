@@ -1,16 +1,21 @@
 """Form steps: which sequences compute how many rows next.
 
-Owns the order of sequences and their use of KV blocks: iteration-level batching (Yu et al., Orca, OSDI 2022), chunked
+Owns the running sequences and their use of KV blocks: iteration-level batching (Yu et al., Orca, OSDI 2022), chunked
 prefill beside decode (Agrawal et al., Sarathi-Serve, OSDI 2024), preemption by recompute, prefix reuse. Pure: no clock,
-no tensor, no
-thread.
+no tensor, no thread.
+Decoding sequences get their rows first. What is left of a step's budget goes to prompts, the shortest first, running or
+waiting; a quarter of it is the oldest prompt's, so that a long one is computed whatever comes after it.
 """
 
+import heapq
 import itertools
 from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
 from router_svc.sequence import Sequence
+from router_svc.waiting import Waiting
+
+_OLDEST_SHARE = 4  # of the rows for prompts, one in so many is the oldest prompt's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,14 @@ class Step:
         """What it holds: "decode", "prefill" or "mixed"."""
         return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
 
+    def halves(self) -> "tuple[Step, Step]":
+        """Part the sequences into two steps of about as many each. Needs two sequences or more."""
+        middle, num_decodes = len(self.rows) // 2, len(self.decodes)
+        return (
+            Step(decodes=self.decodes[:middle], chunks=self.chunks[: max(0, middle - num_decodes)]),
+            Step(decodes=self.decodes[middle:], chunks=self.chunks[max(0, middle - num_decodes) :]),
+        )
+
     def split(self, num_parts: int) -> "list[Step]":
         """Part the packed batch into steps of as many rows each as can be, in its order; a chunk may be parted.
 
@@ -74,13 +87,14 @@ class Step:
 
 
 class Scheduler:
-    """Running sequences in order of arrival, and those that wait."""
+    """Running sequences in the order in which they were admitted, and those that wait."""
 
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_seqs: int):
         self.pool = pool
         self._max_batch_tokens, self._max_num_seqs = max_batch_tokens, max_num_seqs
         self._running: list[Sequence] = []
-        self._waiting: list[Sequence] = []
+        self._waiting = Waiting()
+        self.at_hand: Sequence | None = None  # whom `schedule` looked at last: whose fault it is, if it fails
         self.num_preemptions = 0
         self.num_cached_tokens = 0
 
@@ -97,89 +111,155 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Rows that waiting and partly computed prompts still need."""
-        waiting, running = list(self._waiting), list(self._running)  # a page may ask from another thread
-        return sum(s.num_remaining for s in waiting) + sum(s.num_remaining for s in running if not s.is_decoding)
+        running = list(self._running)  # a page may ask from another thread
+        return self._waiting.num_tokens + sum(s.num_remaining for s in running if not s.is_decoding)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all others."""
-        self._waiting.append(sequence)
+        """Queue a sequence behind those of its request."""
+        self._waiting.add(sequence)
+
+    def pause(self, sequence: Sequence, *, is_paused: bool) -> None:
+        """Hold a sequence, or let it go on."""
+        sequence.is_paused = is_paused
+        if not is_paused:
+            self._waiting.revive(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Take a sequence out and give its blocks back. Nothing happens where it is out already."""
-        if sequence.is_running:
-            self._running.remove(sequence)
-            sequence.is_running = False
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
-        self._release(sequence)
+        was_running, sequence.is_running = sequence.is_running, False
+        try:
+            self._release(sequence)
+        finally:
+            if was_running:
+                self._running.remove(sequence)
+            self._waiting.leave(sequence, was_running=was_running)
 
     def schedule(self) -> Step | None:
         """Form the next step, or None where nothing can be computed.
 
-        Running sequences go first, in order of arrival: each needs blocks for its rows, taken from the youngest by
-        preemption where none are free. Then waiting ones are admitted while tokens and blocks last; nobody is preempted
-        for them.
+        Blocks for the rows of running sequences are taken from the youngest by preemption where none are free. Waiting
+        ones are admitted while places and blocks last; only paused ones are preempted for them.
         """
-        budget = self._max_batch_tokens
-        decodes: list[Row] = []
-        chunks: list[Row] = []
-        for sequence in list(self._running):
-            if budget == 0:
-                break
-            if sequence.is_paused or not sequence.is_running:
-                continue
-            num_rows = min(sequence.num_remaining, budget)
-            if not self._make_room(sequence, num_rows):
-                break  # it was the youngest and has given up its own
-            self._extend(sequence, num_rows)
-            row = Row(sequence=sequence, begin=sequence.num_computed, num_rows=num_rows)
-            (decodes if sequence.is_decoding else chunks).append(row)
-            budget -= num_rows
-        budget = self._admit(chunks, budget)
-        if not decodes and not chunks:
+        self.at_hand = None
+        self._waiting.look_again()
+        decoding, planned = self._plan()
+        if not planned and self._waiting.look_again(everywhere=True):
+            decoding, planned = self._plan()
+        if not planned:
             return None
+        decodes = [Row(sequence=s, begin=s.num_computed, num_rows=1) for s in decoding if planned.pop(s, 0)]
+        prompts = sorted(planned, key=lambda s: s.arrival)
+        chunks = [Row(sequence=s, begin=s.num_computed, num_rows=planned[s]) for s in prompts]
         return Step(decodes=tuple(decodes), chunks=tuple(chunks))
 
     def commit(self, step: Step) -> None:
         """Note that a step's rows are in the cache; full blocks become findable."""
         for row in step.rows:
-            sequence = row.sequence
-            if sequence.has_ended:
-                continue
-            before, sequence.num_computed = sequence.num_computed, row.end
-            names = sequence.block_names(row.end)
-            for idx in range(len(sequence.block_names(before)), len(names)):
-                self.pool.name(sequence.blocks[idx], names[idx])
+            self.commit_row(row)
 
-    def _admit(self, chunks: list[Row], budget: int) -> int:
-        held: list[Sequence] = []  # passed over: paused, or waiting for another choice's prompt
-        while self._waiting and budget > 0:
-            sequence = self._waiting[0]
-            if sequence.is_paused or sequence.waits_for_leader:
-                held.append(self._waiting.pop(0))
+    def commit_row(self, row: Row) -> None:
+        """Note that one sequence's rows are in the cache."""
+        sequence = row.sequence
+        if sequence.has_ended:
+            return
+        before, sequence.num_computed = sequence.num_computed, row.end
+        names = sequence.block_names(row.end)
+        for idx in range(len(sequence.block_names(before)), len(names)):
+            self.pool.name(sequence.blocks[idx], names[idx])
+
+    def _plan(self) -> tuple[list[Sequence], dict[Sequence, int]]:
+        """Say how many rows each sequence gets in the next step, and give it the blocks for them.
+
+        Returns the decoding sequences, and the rows of all that have any.
+        """
+        while True:
+            num_preemptions = self.num_preemptions
+            decoding: list[Sequence] = []
+            prompts: list[Sequence] = []
+            for sequence in self._running:
+                if not sequence.is_paused:
+                    (decoding if sequence.is_decoding else prompts).append(sequence)
+            planned = dict.fromkeys(decoding[: self._max_batch_tokens], 1)
+            self._plan_prompts(planned, prompts, self._max_batch_tokens - len(planned))
+            for sequence in list(self._running):  # the oldest first: it takes blocks from the youngest
+                if sequence in planned:
+                    self._allocate(sequence, planned)
+            if planned or self.num_preemptions == num_preemptions:
+                return decoding, planned
+
+    def _plan_prompts(self, planned: dict[Sequence, int], prompts: list[Sequence], budget: int) -> None:
+        """Share out the rows for prompts: running ones, the oldest first in the list, and those that are admitted."""
+        if budget == 0:
+            return
+        share = max(1, budget // _OLDEST_SHARE)
+        unplanned: list[tuple[int, int, Sequence]] = []  # heap of (rows lacking, tie, sequence)
+
+        def plan(sequence: Sequence, lacking: int, most: int) -> None:
+            nonlocal budget
+            num_rows = min(lacking, most, budget)
+            planned[sequence] = planned.get(sequence, 0) + num_rows
+            budget -= num_rows
+            if num_rows < lacking:
+                heapq.heappush(unplanned, (lacking - num_rows, sequence.arrival, sequence))
+
+        if prompts:
+            plan(prompts[0], prompts[0].num_remaining, share)
+            for sequence in prompts[1:]:
+                heapq.heappush(unplanned, (sequence.num_remaining, sequence.arrival, sequence))
+        can_admit, is_passing, reserved = len(self._waiting) > 0, False, -1
+        while budget > 0 and (unplanned or can_admit):
+            turn = self._waiting.next(is_passing=is_passing) if can_admit else None
+            if turn is None:
+                can_admit = False
+            elif turn[1] or not unplanned or self._num_lacking(turn[0]) < unplanned[0][0]:
+                sequence, is_turn_of_first = turn
+                if reserved < 0:  # for rows that running sequences are planned, or need to be of use at all
+                    reserved = sum(s.num_new_blocks(s.num_remaining) for s in self._running if not s.is_paused)
+                if self._admit(sequence, reserved, is_turn_of_first=is_turn_of_first):
+                    plan(sequence, sequence.num_remaining, share if is_turn_of_first else budget)
+                    reserved += sequence.num_new_blocks(sequence.num_remaining)
+                elif is_turn_of_first and not is_passing:
+                    is_passing = True
+                else:
+                    can_admit = False
                 continue
-            found = [] if sequence.is_score else self.pool.find(sequence.block_names(sequence.num_tokens - 1))
-            num_cached = len(found) * BLOCK_TOKENS
-            num_rows = min(sequence.num_tokens - num_cached, budget)
+            if unplanned:
+                lacking, _, sequence = heapq.heappop(unplanned)
+                plan(sequence, lacking, budget)
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """List the blocks of a waiting sequence that are in the cache."""
+        self.at_hand = sequence
+        return [] if sequence.is_score else self.pool.find(sequence.block_names(sequence.num_tokens - 1))
+
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """Rows that a waiting sequence needs before its next token."""
+        return sequence.num_tokens - len(self._find(sequence)) * BLOCK_TOKENS
+
+    def _admit(self, sequence: Sequence, reserved: int, *, is_turn_of_first: bool) -> bool:
+        """Give a waiting sequence a place and what the cache has of it, if a place and the other blocks are free.
+
+        reserved: blocks that running sequences will take. Paused sequences are preempted for it. Returns whether it
+        was admitted.
+        """
+        while True:
+            found = self._find(sequence)
             # Room for all its tokens, not this chunk's alone: half a prompt that must give way was computed in vain.
             lacking = num_blocks_for(sequence.num_tokens) - len(found) + self.pool.num_unheld(found)
-            if len(self._running) >= self._max_num_seqs or not self.pool.can_allocate(lacking):
-                if not self._preempt_paused():
-                    break
-                continue
-            self.pool.share(found)
-            sequence.blocks = list(found)
-            sequence.num_computed = num_cached
-            if not sequence.num_preemptions:
-                sequence.num_cached = min(num_cached, len(sequence.prompt_ids))
-                self.num_cached_tokens += sequence.num_cached
-            self._extend(sequence, num_rows)
-            self._running.append(self._waiting.pop(0))
-            sequence.is_running = True
-            chunks.append(Row(sequence=sequence, begin=num_cached, num_rows=num_rows))
-            budget -= num_rows
-        self._waiting[:0] = held
-        return budget
+            if len(self._running) < self._max_num_seqs and self.pool.can_allocate(lacking + reserved):
+                break
+            if not self._preempt_paused():
+                return False
+        self._waiting.admit(sequence, is_turn_of_first=is_turn_of_first)
+        self._running.append(sequence)
+        sequence.is_running = True
+        self.pool.share(found)
+        sequence.blocks = list(found)
+        sequence.num_computed = len(found) * BLOCK_TOKENS
+        if not sequence.num_preemptions:
+            sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+            self.num_cached_tokens += sequence.num_cached
+        return True
 
     def _preempt_paused(self) -> bool:
         """Take the place and the blocks of a sequence whose reader has stalled; False where there is none."""
@@ -188,14 +268,22 @@ class Scheduler:
             self._preempt(stalled)
         return stalled is not None
 
-    def _make_room(self, sequence: Sequence, num_rows: int) -> bool:
-        """Free blocks for more rows of a running sequence; False where it had to give up its own."""
-        while not self.pool.can_allocate(sequence.num_new_blocks(num_rows)):
+    def _allocate(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
+        """Give a running sequence the blocks for its planned rows.
+
+        Whoever gives up its blocks for them loses its planned rows, which may be the sequence itself.
+        """
+        self.at_hand = sequence
+        num_blocks = sequence.num_new_blocks(planned[sequence])
+        if num_blocks == 0:
+            return
+        while not self.pool.can_allocate(num_blocks):
             victim = next((s for s in reversed(self._running) if s.is_paused), self._running[-1])
             self._preempt(victim)
+            planned.pop(victim, None)
             if victim is sequence:
-                return False
-        return True
+                return
+        sequence.blocks += self.pool.allocate(num_blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -203,12 +291,9 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting.insert(0, sequence)
-
-    def _extend(self, sequence: Sequence, num_rows: int) -> None:
-        sequence.blocks += self.pool.allocate(sequence.num_new_blocks(num_rows))
+        self._waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        blocks, sequence.blocks = sequence.blocks, []
         sequence.num_computed = 0
+        self.pool.release(blocks)

@@ -65,6 +65,7 @@ class Sequence:
     finish: Finish | None = None
     stop_id: int | None = None
     number: int = 0  # among all that this router was given, in order
+    arrival: int = 0  # among all that its scheduler was given, in order
     num_recorded: int = 0  # positions whose choices of experts were recorded, so that a preempted one repeats none
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker
@@ -115,6 +116,8 @@ class Sequence:
     def block_names(self, num_tokens: int) -> list[bytes]:
         """Names of the full blocks among the first `num_tokens` tokens, in order. Computed once each."""
         full = num_tokens // BLOCK_TOKENS
+        if not self._names and self.leader is not None:
+            self._names = self.leader._names[: len(self.prompt_ids) // BLOCK_TOKENS]
         while len(self._names) < full:
             begin = len(self._names) * BLOCK_TOKENS
             parent = self._names[-1] if self._names else ROOT

@@ -1,27 +1,42 @@
 """The router's gRPC service: describe the model, attach gateways, let callers trace.
 
 Owns one outbox per attached gateway: the engine's thread fills it, the event loop drains it. A gateway that stops
-reading is cut off when its outbox is full; gateways always drain their streams. A trace has such an outbox as well.
+reading is cut off when its outbox is full, in frames or in bytes; gateways always drain their streams. A trace has such
+an outbox as well. Streams and traces are counted, and those beyond a limit refused.
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import grpc
 
 from collegium.fabric import logs
-from collegium.fabric.errors import CollegiumError, ResourceExhausted, Unavailable
+from collegium.fabric.errors import CollegiumError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
-from router_svc.engine import Engine, Load, News
-from router_svc.messages import frame_of, hand_over, refusal, sequences_of, trace_header, trace_messages
+from router_svc.engine import Engine, Ref
+from router_svc.messages import (
+    FRAME_NEWS,
+    frame_between,
+    frame_of,
+    hand_over,
+    refusal,
+    sequences_of,
+    trace_header,
+    trace_messages,
+)
+from router_svc.news import Load, News
 from router_svc.recorder import StepChoices
+from router_svc.submissions import MAX_REQUEST_ID_CHARS, can_name, check_frame
 
 _log = logs.get("router")
 _OUTBOX_FRAMES = 4096  # at one frame a step: minutes of a gateway that does not read
-_TRACED_STEPS = 256  # that may wait for a caller of Trace: some tens of MB at most
+_OUTBOX_BYTES = 64 << 20  # of frames that wait: whichever bound is reached first
+_TRACED_STEPS = 256  # that may wait for a caller of Trace
+_TRACED_CHOICES = 4_000_000  # of experts, in the steps that may wait: some 50 MB
+_MAX_COMMANDS = 1000  # that may wait for the engine before more frames are read
 
 Frame = router_pb2.AttachResponse
 Context = grpc.aio.ServicerContext
@@ -32,6 +47,8 @@ class _Attached:
     outbox: asyncio.Queue[Frame | None]
     gateway_id: str = ""
     is_cut: bool = False
+    num_bytes: int = 0  # of the frames in the outbox
+    error: CollegiumError | None = None  # with which the stream ends
 
 
 class Outboxes:
@@ -49,6 +66,14 @@ class Outboxes:
         self._attached[owner] = _Attached(asyncio.Queue(_OUTBOX_FRAMES))
         return owner, self._attached[owner]
 
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    def is_cut(self, owner: int) -> bool:
+        """True if an owner's stream ends because it is not read."""
+        attached = self._attached.get(owner)
+        return attached is None or attached.is_cut
+
     def close(self, owner: int) -> None:
         """Forget an owner."""
         self._attached.pop(owner, None)
@@ -62,14 +87,17 @@ class Outboxes:
         attached = self._attached.get(owner)
         if attached is None or attached.is_cut:
             return
-        try:
-            attached.outbox.put_nowait(frame)
-        except asyncio.QueueFull:
-            attached.is_cut = True
-            attached.outbox.get_nowait()
-            attached.outbox.put_nowait(None)
-            self.on_cut(owner)
-            _log.warning("gateway does not read its stream and is cut off", gateway_id=attached.gateway_id)
+        outbox, num_bytes = attached.outbox, 0 if frame is None else frame.ByteSize()
+        if not outbox.full() and (outbox.empty() or attached.num_bytes + num_bytes <= _OUTBOX_BYTES):
+            attached.num_bytes += num_bytes
+            outbox.put_nowait(frame)
+            return
+        attached.is_cut = True
+        while not outbox.empty():  # nobody will read it
+            outbox.get_nowait()
+        outbox.put_nowait(None)
+        self.on_cut(owner)
+        _log.warning("gateway does not read its stream and is cut off", gateway_id=attached.gateway_id)
 
     def end_all(self) -> None:
         """End every stream."""
@@ -80,8 +108,9 @@ class Outboxes:
 class RouterService(router_pb2_grpc.RouterServicer):
     """Implements collegium.v1.Router."""
 
-    def __init__(self, outboxes: Outboxes):
-        self._outboxes = outboxes
+    def __init__(self, outboxes: Outboxes, *, max_gateways: int = 1024, max_traces: int = 16):
+        """`max_gateways`, `max_traces`: streams of either kind at once; more are refused."""
+        self._outboxes, self._max_gateways, self._max_traces = outboxes, max_gateways, max_traces
         self._engine: Engine | None = None  # until the model is loaded
         self._model = inference_pb2.Model()
         self._expert_bytes: Seq[int] = ()
@@ -110,6 +139,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> AsyncIterator[Frame]:
         """Serve one gateway until its stream ends; its sequences end with it."""
         engine = self._ready()
+        self._check_room(engine, "gateways", len(self._outboxes), self._max_gateways)
         owner, attached = self._outboxes.open()
         engine.attach(owner)
         reader = asyncio.create_task(self._read(engine, owner, attached, request_iterator), name=f"attach-{owner}")
@@ -117,8 +147,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
             while True:
                 frame = await attached.outbox.get()
                 if frame is None:
-                    return
+                    break
+                attached.num_bytes -= frame.ByteSize()
                 yield frame
+            if attached.error is not None:
+                raise attached.error
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -131,15 +164,21 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> AsyncIterator[router_pb2.TraceResponse]:
         """Stream what the gates choose."""
         engine, loop = self._ready(), asyncio.get_running_loop()
+        self._check_room(engine, "traces", len(self._traces), self._max_traces)
         steps: asyncio.Queue[StepChoices | CollegiumError] = asyncio.Queue(_TRACED_STEPS + 1)
+        num_choices, is_slow = 0, False  # choices of experts that wait; whether the end stands in the queue
 
         def put(choices: StepChoices) -> None:
-            if steps.qsize() < _TRACED_STEPS:
+            nonlocal num_choices, is_slow
+            if is_slow or steps.full():
+                return
+            is_slow = steps.qsize() >= _TRACED_STEPS or num_choices > _TRACED_CHOICES
+            if is_slow:
+                message = "the trace is read more slowly than the router computes"
+                steps.put_nowait(ResourceExhausted(message, reason="SLOW_READER"))
+            else:
+                num_choices += choices.num_choices
                 steps.put_nowait(choices)
-            elif not steps.full():
-                steps.put_nowait(
-                    ResourceExhausted("the trace is read more slowly than the router computes", reason="SLOW_READER")
-                )
 
         def listen(choices: StepChoices) -> None:
             loop.call_soon_threadsafe(put, choices)
@@ -153,6 +192,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 choices = await steps.get()
                 if isinstance(choices, CollegiumError):
                     raise choices
+                num_choices -= choices.num_choices
                 for message in trace_messages(choices):
                     yield message
                 num_tokens += len(choices.sequences)
@@ -165,12 +205,27 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> None:
         try:
             async for frame in frames:
-                if frame.gateway_id and not attached.gateway_id:
-                    attached.gateway_id = frame.gateway_id
-                    _log.info("gateway attached", gateway_id=frame.gateway_id)
-                self._take(engine, owner, frame)
+                try:
+                    check_frame(frame)
+                    if frame.gateway_id and not attached.gateway_id:
+                        attached.gateway_id = frame.gateway_id
+                        _log.info("gateway attached", gateway_id=frame.gateway_id)
+                    self._take(engine, owner, frame)
+                except InvalidArgument as error:
+                    engine.totals.refused[error.reason] += 1
+                    attached.error = error
+                    return
+                if engine.num_commands > _MAX_COMMANDS:  # its step takes long, or the gateway asks too much of it
+                    await _taken(engine)
         finally:
             self._outboxes.put(owner, None)
+
+    def _check_room(self, engine: Engine, what: str, count: int, limit: int) -> None:
+        if count >= limit:
+            reason = f"TOO_MANY_{what.upper()}"
+            engine.totals.refused[reason] += 1
+            message = f"the router serves {count} {what}; the maximum is {limit} (--max-{what})"
+            raise ResourceExhausted(message, reason=reason, remedy="try again later", retry_after_s=1.0)
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -180,25 +235,50 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return self._engine
 
     def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
+        refused: list[router_pb2.SequenceNews] = []
         for submission in frame.submissions:
+            if self._outboxes.is_cut(owner):
+                return
             if self.is_draining:
-                self._outboxes.put(owner, hand_over(submission))
-                continue
-            try:
-                engine.submit(sequences_of(submission, owner, self._model))
-            except ValueError as error:
-                self._outboxes.put(owner, refusal(submission, error))
-        for ref in frame.cancellations:
-            engine.cancel(owner, ref.request_id, _choice(ref))
-        for ref in frame.pauses:
-            engine.pause(owner, ref.request_id, _choice(ref), True)
-        for ref in frame.unpauses:
-            engine.pause(owner, ref.request_id, _choice(ref), False)
+                refused += hand_over(submission)
+            else:
+                refused += self._submit(engine, owner, submission)
+            if len(refused) >= FRAME_NEWS:
+                self._outboxes.put(owner, frame_between(refused))
+                refused = []
+        if refused:
+            self._outboxes.put(owner, frame_between(refused))
+        engine.cancel_all(owner, _named(frame.cancellations))
+        engine.pause_all(owner, _named(frame.pauses), is_paused=True)
+        engine.pause_all(owner, _named(frame.unpauses), is_paused=False)
+
+    def _submit(self, engine: Engine, owner: int, submission: router_pb2.Submission) -> list[router_pb2.SequenceNews]:
+        """Hand a submission to the engine; returns the news that refuse it, if it is wrong."""
+        try:
+            engine.submit(sequences_of(submission, owner, self._model))
+            return []
+        except InvalidArgument as wrong:
+            error: CollegiumError = wrong
+        except Exception as fault:
+            _log.exception("a submission could not be read", request_id=submission.request_id[:MAX_REQUEST_ID_CHARS])
+            message = f"the router could not read the submission ({type(fault).__name__}); its log has the details"
+            error = Internal(message, reason="SUBMISSION_FAILED")
+        engine.totals.refused[error.reason] += 1
+        return refusal(submission, error)
+
+
+async def _taken(engine: Engine) -> None:
+    """Wait until the engine has taken what was asked of it so far."""
+    loop, is_taken = asyncio.get_running_loop(), asyncio.Event()
+    engine.call(lambda: loop.call_soon_threadsafe(is_taken.set))
+    await is_taken.wait()
 
 
 def _draining() -> Unavailable:
     return Unavailable("the router is draining", reason="DRAINING", retry_after_s=1.0)
 
 
-def _choice(ref: router_pb2.SequenceRef) -> int | None:
-    return ref.choice_index if ref.HasField("choice_index") else None
+def _named(refs: Iterable[router_pb2.SequenceRef]) -> list[Ref]:
+    """List the requests and choices that references can mean, each once."""
+    named = {(r.request_id, r.choice_index if r.HasField("choice_index") else None): None for r in refs if can_name(r)}
+    return list(named)

@@ -14,7 +14,11 @@ class Settings(ServiceSettings):
     model: Path = setting("folder of the checkpoint")
     manifest: Path | None = setting("manifest of the checkpoint; empty: found or made in the cache", default=None)
     model_name: str = setting("name that requests use; empty: the folder's name", default="")
-    dtype: str = setting("type of weights and rows", default="auto", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting(
+        "type of weights and rows; auto: bfloat16 where all experts are stored in it, else float32, also for float16",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     kernel: str = setting(
         "what multiplies matrices on a CPU; auto: the fastest as measured, once for each machine and shape",
         default="auto",
@@ -38,6 +42,16 @@ class Settings(ServiceSettings):
         at_most=MAX_MICRO_BATCHES,
     )
     max_num_seqs: int = setting("sequences that grow at once", default=128, at_least=1)
+    max_queued_seqs: int = setting(
+        "sequences that wait or grow at once; more are refused, as a bound on memory", default=65_536, at_least=1
+    )
+    max_queued_tokens: int = setting(
+        "tokens of the prompts and replays of all these; more are refused, as a bound on memory",
+        default=16_777_216,
+        at_least=1,
+    )
+    max_gateways: int = setting("streams of gateways at once; more are refused", default=1024, at_least=1)
+    max_traces: int = setting("traces of experts' choices at once; more are refused", default=16, at_least=1)
     link_transport: str = setting("data path to workers", default="auto", choices=("auto", "unix", "tcp"))
     expert_timeout_s: float = setting("longest wait for one expert call, in seconds", default=10.0, at_least=0.1)
     expert_wait_s: float = setting("longest wait for any expert worker, in seconds", default=30.0, at_least=0.1)

@@ -41,8 +41,9 @@ async def running_balancer(
     rebalance_s: float = 0.0,
     lead_ttl_s: float = 0.5,
     rules: Rules | None = None,
+    num_faults: int = 0,
 ) -> AsyncIterator[RunningBalancer]:
-    """Run a balancer; its leases are long unless the test wants them to lapse."""
+    """Run a balancer; its leases are long unless the test wants them to lapse, and no tick of it fails."""
     roster = Roster(ttl_s)
     planner = Planner(expected_workers=expected_workers, settle_s=0.0, patience_s=60.0, rules=rules)
     balancer = Balancer(roster, planner, store, window_s=window_s, rebalance_s=rebalance_s, lead_ttl_s=lead_ttl_s)
@@ -60,6 +61,7 @@ async def running_balancer(
         await balancer.resign()
         await server.stop(2.0)
         loop.result()
+        assert balancer.num_faults == num_faults
 
 
 async def first_view(

@@ -33,7 +33,8 @@ MANIFEST = Manifest(
     dtype="float32",
     layers=(),
     files={},
-    digest="",
+    sources={},
+    stored_dtypes={},
 )
 PAINT = 0xEE
 

@@ -28,6 +28,7 @@ class Variant(StrEnum):
     OTHER = "other"  # other shapes and options: odd counts, tied embeddings, group-limited gates and the like
     BF16 = "bf16"  # the same weights, rounded to bfloat16
     TEXT = "text"  # with a byte-level tokenizer and a chat template
+    FUSED = "fused"  # the same weights as transformers 5 holds them: one tensor for all experts of a layer
 
 
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": EOS_ID, "pad_token_id": 0}
@@ -208,7 +209,11 @@ def _write(arch: str, path: Path, variant: Variant) -> None:
     draw_weights(model, seed=1)
     if variant is Variant.BF16:
         model.to(torch.bfloat16)
-    model.save_pretrained(path, max_shard_size="300KB" if variant is Variant.SHARDED else "1GB")
+    model.save_pretrained(
+        path,
+        max_shard_size="300KB" if variant is Variant.SHARDED else "1GB",
+        save_original_format=variant is not Variant.FUSED,
+    )
     if variant is Variant.TEXT:
         _write_tokenizer(path)
 

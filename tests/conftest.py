@@ -1,12 +1,15 @@
 """Fixtures that several kinds of tests share: tiny checkpoints and the reference answers on them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 # Many processes share few cores here: threads that spin for each other cost more than they bring. Children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Everything that tests speak to is on this machine: a proxy of the shell is not for them.
+os.environ.update({name: "" for name in os.environ if name.lower().endswith("_proxy")})
 
 import pytest
 from hypothesis import settings
@@ -18,6 +21,12 @@ __all__ = ["collector", "oracle"]
 
 settings.register_profile("same every time", derandomize=True, deadline=None, database=None)
 settings.load_profile("same every time")
+
+
+# Tests that are run in a script's background begin with these ignored, and hand that on to what they start.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

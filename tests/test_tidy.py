@@ -59,6 +59,19 @@ def package_sources(package: str) -> list[Path]:
     return [path for path in repository_files() if path.suffix == ".py" and path.is_relative_to(ROOT / package)]
 
 
+def test_every_channel_is_opened_in_one_place() -> None:
+    # There it gets our limits, and no proxy of the shell; so does what asks for a page.
+    opens = re.compile(r"\b(?:in)?secure_channel\(|\burlopen\(|\bHTTPS?Connection\(")
+    sources = [
+        path
+        for package in (*PACKAGES, "benchmarks", "deploy")
+        for path in repository_files()
+        if path.is_relative_to(ROOT / package) and path.suffix in (".py", ".yaml", ".tpl")
+    ]
+    found = {path.relative_to(ROOT).as_posix() for path in sources if opens.search(path.read_text())}
+    assert found == {"collegium/fabric/channels.py"}
+
+
 def test_stubs_are_what_the_protos_generate(tmp_path: Path) -> None:
     protos = sorted((ROOT / "protos").rglob("*.proto"))
     assert protos

@@ -16,7 +16,8 @@ from collections.abc import Generator
 from types import FrameType, TracebackType
 from typing import TextIO
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from collegium.fabric.signals import heeded
+
 _QUIT_KEYS = frozenset(b"qQ\x04")
 _DISABLED = b"\0"  # of a terminal's control character
 
@@ -38,7 +39,7 @@ class Attention:
         """Take the signals over, in the main thread; elsewhere nothing is taken over."""
         os.set_blocking(self._writer, False)
         if threading.current_thread() is threading.main_thread():
-            for number in (*_ENDING, signal.SIGWINCH):
+            for number in (*heeded(), signal.SIGWINCH):
                 self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -21,24 +21,33 @@ from collegium.fabric.errors import Internal
 
 _LEASH = Path(__file__).with_name("leash.py")
 _TAIL_LINES = 60
-_WINDOW_S = 60.0
-_MAX_RESTARTS = 5
-_BACKOFF_S = (0.1, 4.0)
+_FORGIVEN_S = 60.0  # without a death, after which the next one is the first again
+_BACKOFF_S = (0.1, 30.0)
 
 
 class RestartPolicy:
-    """Says how long to wait before a restart, and when to give up: more than 5 deaths within a minute."""
+    """Says how long to wait before a restart: three times as long after each death, up to 30 s.
+
+    num_deaths: in a row, the newest one included; a minute without a death ends a row. num_recent: within a minute.
+    """
 
     def __init__(self) -> None:
+        self.num_deaths = 0
         self._deaths_s: collections.deque[float] = collections.deque()
 
-    def after_death(self, now_s: float) -> float | None:
-        """Note a death; give the pause before the restart in seconds, or None to give up."""
+    @property
+    def num_recent(self) -> int:
+        """Deaths within the minute before the newest one, which counts."""
+        return len(self._deaths_s)
+
+    def after_death(self, now_s: float) -> float:
+        """Note a death; returns the pause before the restart, in seconds."""
+        is_first = not self._deaths_s or now_s - self._deaths_s[-1] >= _FORGIVEN_S
+        self.num_deaths = 1 if is_first else self.num_deaths + 1
         self._deaths_s.append(now_s)
-        while self._deaths_s[0] <= now_s - _WINDOW_S:
+        while self._deaths_s[0] <= now_s - _FORGIVEN_S:
             self._deaths_s.popleft()
-        recent = len(self._deaths_s)
-        return None if recent > _MAX_RESTARTS else min(_BACKOFF_S[0] * 3 ** (recent - 1), _BACKOFF_S[1])
+        return min(_BACKOFF_S[0] * 3.0 ** min(self.num_deaths - 1, 10), _BACKOFF_S[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,8 @@ from collegium.cli.embedded import find_server, private_directory, server_argv, 
 from collegium.cli.scaling import plan_scale
 from collegium.cli.spec import ClusterSpec, Member, members_of, service_env, worker_of
 from collegium.cli.up import up
-from collegium.fabric.channels import TlsTrust, channel_credentials, channel_options
-from collegium.fabric.errors import Cancelled, DeadlineExceeded
+from collegium.fabric.channels import Option, TlsTrust, blocking_channel
+from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 
 __all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr", "up"]
@@ -36,6 +36,7 @@ REDIS = "redis"
 _POLL_S = 0.05
 _CHECK_S = 0.5
 _SCALE_EVERY_S = 0.5
+_MOST_DEATHS = 5  # within a minute before the cluster has served, or in a row of a worker that was added
 # When each rank must have ended, in seconds after the stop was asked for; what has not is killed.
 _STOP_RANKS = (("gateway", 3.0), ("router", 5.0), ("worker", 6.0), ("balancer", 6.8), (REDIS, 7.3))
 
@@ -75,6 +76,7 @@ class Cluster:
         self._added: set[str] = set()  # workers that were added; one that fails does not fail the cluster
         self._failed_at = 0  # number of workers wanted when an added one failed: no more are started for it
         self._has_scaled = False
+        self._refused = 0  # number of workers wanted that is above what is started here, said once
 
     @property
     def members(self) -> Sequence[Member]:
@@ -127,7 +129,8 @@ class Cluster:
     def tick(self) -> None:
         """Look after the children once: note deaths, restart what is due.
 
-        Raises ChildFailed when one has died too often, could not start, or was told something wrong.
+        Raises ChildFailed when one has died too often, could not start, or was told something wrong, but only before
+        the cluster has served: then one that dies waits longer each time, and the others serve.
         """
         now_s = time.monotonic()
         if self._has_served and now_s - self._scaled_s >= _SCALE_EVERY_S:
@@ -145,8 +148,7 @@ class Cluster:
             if child.restart_at_s is None:
                 self._note_death(child, now_s)
             elif child.restart_at_s <= now_s:
-                child.start()
-                self._say(f"{child.name} started again, process {child.pid}")
+                self._restart(child, now_s)
 
     def wait_until(self, condition: Callable[[], bool], limit_s: float, what: str = "the condition") -> None:
         """Supervise until a condition holds; DeadlineExceeded after limit_s, Cancelled when interrupted."""
@@ -247,7 +249,10 @@ class Cluster:
         self.stop()
 
     def _scale(self) -> None:
-        """Start and end workers as the balancer says; a balancer that does not answer asks for nothing."""
+        """Start and end workers as the balancer says, within --max-workers.
+
+        A balancer that does not answer asks for nothing.
+        """
         view = self._view()
         if view is None:
             return
@@ -260,21 +265,35 @@ class Cluster:
         running = {
             m.name: m.address for m in self._members.values() if m.role == "worker" and m.name not in self._ended
         }
-        plan = plan_scale(view, running)
+        most = self._spec.most_workers
+        if view.wanted_workers > most and self._refused != view.wanted_workers:
+            self._refused = view.wanted_workers
+            self._say(f"{view.wanted_workers} workers are wanted; at most {most} are started: see --max-workers")
+        plan = plan_scale(view, running, most)
         for name in plan.to_end:
             self._say(f"{name} has no experts left and is ended: {view.wanted_workers} workers are wanted")
             self._ended.add(name)
             self._children[name].send(signal.SIGTERM)
         self._failed_at = self._failed_at if self._failed_at == view.wanted_workers else 0
-        for _ in range(0 if self._failed_at else plan.num_to_start):
-            index = next(i for i in itertools.count() if f"worker-{i}" not in self._children)
-            taken = {int(member.address.rpartition(":")[2]) for member in self._members.values()}
+        for _ in range(plan.num_to_start):
+            if not self._failed_at:
+                self._add_worker(view.wanted_workers)
+
+    def _add_worker(self, num_wanted: int) -> None:
+        index = next(i for i in itertools.count() if f"worker-{i}" not in self._children)
+        taken = {int(member.address.rpartition(":")[2]) for member in self._members.values()}
+        try:
             member = worker_of(self._spec, index, ",".join(self.addresses("balancer")), taken, is_added=True)
-            self._members[member.name] = member
-            self._add("worker", Child(member.command, self._relay))
-            self._added.add(member.name)
-            self._children[member.name].start()
-            self._say(f"{member.name} started: {view.wanted_workers} workers are wanted")
+            child = Child(member.command, self._relay)
+            child.start()
+        except (OSError, CollegiumError) as error:
+            self._failed_at = num_wanted
+            self._say(f"worker-{index} cannot be started: {error}; no more are added until another number is wanted")
+            return
+        self._members[member.name] = member
+        self._add("worker", child)
+        self._added.add(member.name)
+        self._say(f"{member.name} started: {num_wanted} workers are wanted")
 
     def _ask_for(self, num_workers: int) -> None:
         for member in self._members.values():
@@ -317,17 +336,19 @@ class Cluster:
             child.restart_at_s = math.inf
             self._say(f"{child.name} {how}; it is not restarted")
             return
-        # A process that ends by itself before it ever served, or that was told something wrong, will do so again.
-        has_begun = self._has_served and child.name not in self._added
-        is_hopeless = status == 2 or (status >= 0 and not child.has_served and not has_begun)
         pause_s = child.policy.after_death(now_s)
-        if (is_hopeless or pause_s is None) and child.name in self._added:
+        is_added = child.name in self._added
+        # A process that ends by itself before it ever served, or that was told something wrong, will do so again; and
+        # so may one that dies again and again. Once the cluster has served, none of that is a reason to end the others.
+        has_failed_early = status == 2 or (status >= 0 and not child.has_served)
+        if is_added and (has_failed_early or child.policy.num_deaths >= _MOST_DEATHS):
             self._say(f"{child.name} {how}; it was added, and is left out")
             view = self._view()
             self._failed_at = view.wanted_workers if view is not None else 0
             self._ended.add(child.name)
             return
-        if is_hopeless or not self._spec.can_restart or pause_s is None:
+        is_hopeless = has_failed_early or child.policy.num_recent >= _MOST_DEATHS or not self._spec.can_restart
+        if is_hopeless and not self._has_served:
             child.close()
             raise ChildFailed(
                 f"{child.name} {how}",
@@ -338,7 +359,17 @@ class Cluster:
         child.restart_at_s = now_s + pause_s
         if child.has_served and child.lost_at_s is None:
             child.lost_at_s = now_s
-        self._say(f"{child.name} {how}; it is started again in {pause_s:.1f} s")
+        self._say(f"{child.name} {how}; it is started again in {pause_s:.1f} s{_row(child.policy.num_deaths)}")
+
+    def _restart(self, child: Child, now_s: float) -> None:
+        try:
+            child.start()
+        except OSError as error:  # no memory, process or descriptor is left: that may pass
+            pause_s = child.policy.after_death(now_s)
+            child.restart_at_s = now_s + pause_s
+            self._say(f"{child.name} cannot be started: {error}; it is tried again in {pause_s:.1f} s")
+        else:
+            self._say(f"{child.name} started again, process {child.pid}")
 
     def _note_return(self, child: Child, lost_at_s: float) -> None:
         if self.is_serving(child.name):
@@ -347,12 +378,15 @@ class Cluster:
 
     def _channel(self, member: Member) -> grpc.Channel:
         if member.name not in self._channels:
-            options = dict(channel_options()) | {"grpc.max_reconnect_backoff_ms": 250}
+            options: list[Option] = [("grpc.max_reconnect_backoff_ms", 250)]
+            tls = None
             if member.role == "gateway" and self._spec.tls_ca is not None:
-                options["grpc.ssl_target_name_override"] = "localhost"
-                trust = channel_credentials(TlsTrust(ca=self._spec.tls_ca))
-                made = grpc.secure_channel(member.address, trust, options=tuple(options.items()))
-            else:
-                made = grpc.insecure_channel(member.address, options=tuple(options.items()))
+                options.append(("grpc.ssl_target_name_override", "localhost"))
+                tls = TlsTrust(ca=self._spec.tls_ca)
+            made = blocking_channel(member.address, tls=tls, options=options)
             self._channels[member.name] = made
         return self._channels[member.name]
+
+
+def _row(num_deaths: int) -> str:
+    return f" (death {num_deaths} in a row)" if num_deaths > 1 else ""

@@ -55,7 +55,7 @@ def generate(
     """
     options: GenerateOptions = {
         "prompt_ids": t.read_ids(prompt_ids),
-        "messages": [Message(role="user", content=text) for text in message] if message else None,
+        "messages": [Message(role="user", content=t.typed(text)) for text in message] if message else None,
         "model": model,
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
@@ -68,7 +68,7 @@ def generate(
         "frequency_penalty": frequency_penalty,
         "seed": seed,
         "ignore_eos": ignore_eos,
-        "stop": stop or (),
+        "stop": [t.typed(text) for text in stop or ()],
         "stop_ids": t.read_ids(stop_ids, "--stop-ids") or (),
         "n": n,
         "logprobs": logprobs,

@@ -6,7 +6,7 @@ command line, 130 interrupted. Commands of services' extras are imported only wh
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -20,6 +20,7 @@ from collegium.cli.scale import scale
 from collegium.cli.score import score
 from collegium.cli.status import status
 from collegium.cli.top import top
+from collegium.fabric import streams
 from collegium.fabric.errors import CollegiumError, SettingsError
 
 # Commands that need more than the base package: where they are.
@@ -38,6 +39,8 @@ _HERE: Mapping[str, Callable[..., None]] = {
     "top": top,
 }
 _INTERRUPTED = 130
+# Nobody reads the output, or there is no room for it.
+_NOT_WRITTEN = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _INSTALL = "run pip install '.[all]' in a checkout of the project"
 
 
@@ -60,6 +63,21 @@ def build(argv: Sequence[str]) -> typer.Typer:
 
 def main() -> int:
     """Run the command line of this process; gives its exit status."""
+    streams.prepare()
+    try:
+        status = _run()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        if error.errno != errno.EPIPE:
+            streams.complain(f"collegium: the output cannot be written: {error.strerror}")
+        streams.silence()  # as far as anything is left to say
+        return 1
+    return status
+
+
+def _run() -> int:
     try:
         build(sys.argv[1:])()
     except SystemExit as ended:
@@ -72,10 +90,6 @@ def main() -> int:
         return _complain(told(error), 1)
     except KeyboardInterrupt:
         return _complain("interrupted", _INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 
@@ -97,5 +111,5 @@ def _add_lazy(app: typer.Typer, name: str, module: str) -> None:
 
 
 def _complain(text: str, exit_status: int) -> int:
-    sys.stderr.write(f"collegium: {text}\n")
+    streams.complain(f"collegium: {text}")
     return exit_status

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from collegium.cli import target as t
 from collegium.cli.preflight import check_model_dir
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+from collegium.model.cache_root import cache_notice
 from collegium.model.manifest import ManifestPathError, ensure_manifest
 
 
@@ -22,6 +23,9 @@ def manifest(
 ) -> None:
     """Write a checkpoint's manifest, or find the one that was written before; prints its path."""
     check_model_dir(model_dir)
+    notice = cache_notice() if out is None else ""
+    if notice:
+        sys.stderr.write(f"manifest | {notice}\n")
     columns = (TextColumn("manifest"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty()
@@ -36,6 +40,6 @@ def manifest(
         except ManifestPathError as error:
             field = "--out" if out is not None else "XDG_CACHE_HOME"
             raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field=field) from error
-        except (ValueError, OSError) as error:
+        except ValueError as error:  # CheckpointError, UnsupportedModelError
             raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
     t.print_line(str(path))

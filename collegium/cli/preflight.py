@@ -6,7 +6,8 @@ left to that service.
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import ssl
 from pathlib import Path
 
@@ -15,23 +16,23 @@ from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.channels import read_file
 from collegium.fabric.errors import SettingsError
 from collegium.fabric.settings import ServiceSettings, read
+from collegium.model.checkpoint_files import has_file
+from collegium.model.checkpoint_survey import survey_checkpoint
 
 _CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 _KEY = b"PRIVATE KEY-----"
 
 
 def check_model_dir(model_dir: Path) -> None:
-    """Check that a folder may be a checkpoint."""
-    if not model_dir.is_dir():
+    """Check that a folder is a checkpoint by its config.json and the headers of its files; reads no tensor."""
+    if not os.path.isdir(model_dir):
         raise SettingsError(f"MODEL_DIR={model_dir} is not a folder; give the folder of a checkpoint")
-    if not (model_dir / "config.json").is_file():
+    if not has_file(model_dir / "config.json"):
         raise SettingsError(f"MODEL_DIR={model_dir} holds no config.json; give the folder of a checkpoint")
     try:
-        json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SettingsError(
-            f"MODEL_DIR={model_dir}: its config.json cannot be read: {error}; fetch the checkpoint again"
-        ) from None
+        survey_checkpoint(model_dir)
+    except ValueError as error:  # CheckpointError, UnsupportedModelError
+        raise SettingsError(f"MODEL_DIR={model_dir} cannot be served: {error}") from None
 
 
 def check_tls(cert: Path | None, key: Path | None, ca: Path | None) -> None:
@@ -47,6 +48,8 @@ def check_tls(cert: Path | None, key: Path | None, ca: Path | None) -> None:
     _check_pem(key, "--tls-key", _KEY, "private key")
     if ca is not None:
         _check_pem(ca, "--tls-ca", _CERTIFICATE, "certificate")
+    if any(path.read_bytes() != read_file(path, flag) for path, flag in ((cert, "--tls-cert"), (key, "--tls-key"))):
+        return  # OpenSSL cannot read a file that begins with a byte order mark; the gateway reads it without
     try:
         # The password is for keys that have one: without it, OpenSSL would ask at the terminal. gRPC takes none.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
@@ -89,6 +92,14 @@ def check_prompt(prompt: str, max_tokens: int) -> None:
     """Check the first completion's prompt, where there is to be one."""
     if max_tokens > 0 and not prompt:
         raise SettingsError("--prompt='' cannot be used: give some text, or --max-tokens 0 for no completion")
+
+
+def check_cluster_name(name: str) -> None:
+    """Check a name that becomes part of Redis's keys."""
+    if re.fullmatch(r"[A-Za-z0-9_./-]{1,128}", name) is None:
+        raise SettingsError(
+            f"--cluster={name[:150]!r} cannot be used: give 1 to 128 letters, digits, and _ . / - of ASCII"
+        )
 
 
 def _check_pem(path: Path, flag: str, mark: bytes, what: str) -> None:

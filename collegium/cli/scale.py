@@ -18,7 +18,9 @@ _SAY_EVERY_S = 5.0
 
 
 def scale(
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Expert workers wanted.", show_default=False)],
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=2**32 - 1, help="Expert workers wanted.", show_default=False)
+    ],
     target: t.Target = t.DEFAULT_TARGET,
     wait_s: Annotated[
         float, typer.Option("--wait-s", min=0, help="Longest wait for it to come true; 0: do not wait.")

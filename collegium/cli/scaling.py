@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from collegium.fabric.bounds import MAX_WORKERS
 from collegium.v1 import balancer_pb2 as pb
 
 MOST_AT_ONCE = 4  # processes that start: they import for seconds, and more would only wait for each other
@@ -21,8 +22,10 @@ class ScalePlan:
     to_end: tuple[str, ...] = ()
 
 
-def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str]) -> ScalePlan:
+def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str], most: int = MAX_WORKERS) -> ScalePlan:
     """Say what is to be started and ended. addresses: control address by name, of the workers that run.
+
+    most: workers that this machine may run, whatever is wanted: the number has come over the wire, or from Redis.
 
     A worker that retires is ended once neither the placement in force nor the planned one names it: then nobody needs
     what it holds. Workers that others run count as well; only a few are started at once.
@@ -37,6 +40,7 @@ def plan_scale(view: pb.WatchPlacementResponse, addresses: Mapping[str, str]) ->
         address not in addresses.values() and member.state != pb.MEMBER_STATE_RETIRING
         for address, member in members.items()
     )
-    num_lacking = view.wanted_workers - (len(addresses) - len(retiring)) - num_others
+    num_lacking = min(view.wanted_workers, most) - (len(addresses) - len(retiring)) - num_others
+    num_lacking = min(num_lacking, most - len(addresses))
     num_starting = sum(address not in members for address in addresses.values())
     return ScalePlan(num_to_start=max(0, min(num_lacking, MOST_AT_ONCE - num_starting)), to_end=to_end)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from collegium.client import Client
-from collegium.fabric.channels import TlsTrust
+from collegium.fabric.channels import TlsTrust, blocking_channel
 from collegium.v1 import expert_pb2, expert_pb2_grpc
 
 _TOKEN_IDS = (1, 2, 3, 4)  # the prompt where a checkpoint has no tokenizer
@@ -66,14 +66,16 @@ def stream_completion(
         sampling: dict[str, Any] = {}
         if demand.temperature > 0:
             sampling = {"temperature": demand.temperature, "top_k": demand.top_k, "seed": demand.seed}
-        for chunk in client.generate(**prompt, max_tokens=demand.max_tokens, **sampling):
-            if chunk.token_ids and not num_tokens:
-                first_s = time.monotonic() - start_s
-            num_tokens += len(chunk.token_ids)
-            out.write(chunk.text if "prompt" in prompt else " ".join(map(str, [*chunk.token_ids, ""])))
-            out.flush()
-            finish = chunk.finish_reason or finish
-        out.write("\n")
+        try:
+            for chunk in client.generate(**prompt, max_tokens=demand.max_tokens, **sampling):
+                if chunk.token_ids and not num_tokens:
+                    first_s = time.monotonic() - start_s
+                num_tokens += len(chunk.token_ids)
+                out.write(chunk.text if "prompt" in prompt else " ".join(map(str, [*chunk.token_ids, ""])))
+                out.flush()
+                finish = chunk.finish_reason or finish
+        finally:
+            out.write("\n")
         total_s = time.monotonic() - start_s
     return Completion(num_tokens=num_tokens, first_token_s=first_s, total_s=total_s, finish_reason=finish)
 
@@ -82,7 +84,7 @@ def worker_counters(addresses: Mapping[str, str]) -> dict[str, dict[str, float]]
     """Ask workers, by name and address, for their counters; one that does not answer has none."""
     counters: dict[str, dict[str, float]] = {}
     for name, address in addresses.items():
-        with grpc.insecure_channel(address) as channel:
+        with blocking_channel(address) as channel:
             stub: Any = expert_pb2_grpc.ExpertStub(channel)
             try:
                 answer: expert_pb2.GetWorkerResponse = stub.GetWorker(expert_pb2.GetWorkerRequest(), timeout=_CALL_S)

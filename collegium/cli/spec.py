@@ -13,34 +13,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import collegium
 from collegium.cli.child import Command
+from collegium.cli.environment import service_env
 from collegium.cli.threads import Allotment
+from collegium.fabric.bounds import MAX_WORKERS
 from collegium.fabric.errors import FailedPrecondition, SettingsError
-from collegium.fabric.lifecycle import SUPERVISED_ENV
+from collegium.launch import ROOT
+
+__all__ = ["HOST", "ROLES", "ClusterSpec", "Member", "check_counts", "members_of", "service_env", "worker_of"]
 
 HOST = "127.0.0.1"
+_LEAST_MAX_WORKERS = 8
+_MOST_PROCESSES = {"workers": MAX_WORKERS, "routers": 256, "gateways": 256, "balancers": 16}
 ROLES = ("balancer", "worker", "router", "gateway")
+# As `python -m MODULE`, but no file of the working directory is taken for one of ours, or of Python's.
+_LAUNCH = (sys.executable, "-P", str(Path(ROOT) / "collegium" / "launch.py"))
 _MODULES = {"balancer": "balancer_svc", "worker": "expert_svc", "router": "router_svc", "gateway": "gateway"}
 # Below the range from which the kernel takes ports for outgoing connections: none is taken before its owner is up.
 _PORTS = range(17_000, 32_000)
-# What `up` decides for every service; the user's own environment must not.
-_DECIDED = (
-    "BIND",
-    "ADVERTISE",
-    "BALANCER",
-    "METRICS_BIND",
-    "THREADS",
-    "DATA_BIND",
-    "DATA_ADVERTISE",
-    "ROUTERS",
-    "EXPECTED_WORKERS",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """A cluster on one machine. flags: what each service is given beside what `up` decides, by role."""
+    """A cluster on one machine. flags: what each service is given beside what `up` decides, by role.
+
+    max_workers: the most that may be asked for while it runs; 0: see most_workers.
+    """
 
     model: Path
     manifest: Path
@@ -48,6 +46,7 @@ class ClusterSpec:
     num_routers: int = 1
     num_gateways: int = 1
     num_balancers: int = 1
+    max_workers: int = 0
     grpc_port: int = 0
     dtype: str = "float32"
     threads: Allotment = field(default_factory=lambda: Allotment(per_router=1, per_worker=1))
@@ -67,11 +66,20 @@ class ClusterSpec:
             gateways=self.num_gateways,
             balancers=self.num_balancers,
         )
+        if self.max_workers and not self.num_workers <= self.max_workers <= MAX_WORKERS:
+            raise SettingsError(
+                f"--max-workers={self.max_workers} cannot be used: give {self.num_workers} (--workers) to {MAX_WORKERS}"
+            )
         if not 0 <= self.grpc_port <= 65536 - self.num_gateways:
             raise SettingsError(f"--grpc-port={self.grpc_port} cannot be used: give a port, or 0 for any free one")
         unknown = set(self.flags) - set(ROLES)
         if unknown:
             raise SettingsError(f"flags for {sorted(unknown)}: roles are {ROLES}")
+
+    @property
+    def most_workers(self) -> int:
+        """The most workers that are started: by default 8, or two for each core, or those of the start."""
+        return self.max_workers or max(self.num_workers, _LEAST_MAX_WORKERS, 2 * len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +93,12 @@ class Member:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise SettingsError for a service of which there would be none; named as their flags."""
+    """Raise SettingsError for a service of which there would be none, or too many; named as their flags."""
     for name, count in counts.items():
         if count < 1:
             raise SettingsError(f"--{name}={count} cannot be used: give at least 1")
+        if count > _MOST_PROCESSES[name]:
+            raise SettingsError(f"--{name}={count} cannot be used: give at most {_MOST_PROCESSES[name]}")
 
 
 def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
@@ -100,7 +110,7 @@ def members_of(spec: ClusterSpec, redis_url: str) -> list[Member]:
     members: list[Member] = []
     for i, address in enumerate(balancers):
         name = "balancer" if len(balancers) == 1 else f"balancer-{i}"
-        flags = ("--expected-workers", str(spec.num_workers))
+        flags = ("--expected-workers", str(spec.num_workers), "--max-workers", str(spec.most_workers))
         members.append(_member(spec, redis_url, "balancer", name, address, flags, 1))
     known = ("--balancer", ",".join(balancers))
     members += [worker_of(spec, i, ",".join(balancers), taken) for i in range(spec.num_workers)]
@@ -135,27 +145,11 @@ def _member(
     spec: ClusterSpec, redis_url: str, role: str, name: str, address: str, flags: Sequence[str], num_threads: int
 ) -> Member:
     tail = ("--log-level", spec.log_level, "--log-format", spec.log_format)
-    argv = (sys.executable, "-m", _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
+    argv = (*_LAUNCH, _MODULES[role], "--bind", address, *flags, *tail, *spec.flags.get(role, ()))
     env = service_env(num_threads) | dict(spec.env)
     if role in ("balancer", "gateway"):
         env["REDIS_URL"] = redis_url  # not a flag: it may hold a password
     return Member(name=name, role=role, address=address, command=Command(name=name, argv=argv, env=env))
-
-
-def service_env(num_threads: int) -> dict[str, str]:
-    """Make a service's environment from ours: what is decided for it is taken out, its threads put in."""
-    dropped = {f"COLLEGIUM_{name}" for name in _DECIDED} | {"REDIS_URL"}
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
-    root = str(Path(collegium.__file__).resolve().parent.parent)
-    return env | {
-        SUPERVISED_ENV: "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, env.get("PYTHONPATH", "")))),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GRPC_VERBOSITY": env.get("GRPC_VERBOSITY", "ERROR"),
-    }
 
 
 def free_address(taken: set[int]) -> str:

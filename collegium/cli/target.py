@@ -59,10 +59,20 @@ def read_ids(text: str | None, field: str = "--prompt-ids") -> list[int] | None:
         raise InvalidArgument(f"{text!r} are no token ids", field=field, remedy="give numbers, such as 1,2,3") from None
 
 
+def typed(text: str) -> str:
+    """Read an argument as the UTF-8 that it is, also where the locale has Python take it for ASCII."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") if has_escapes(text) else text
+
+
+def has_escapes(text: str) -> bool:
+    """Say whether a text holds bytes that its locale could not read."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
 def read_prompt(text: str | None) -> str | None:
     """Give the prompt; "-" is what stdin holds."""
     if text != "-":
-        return text
+        return None if text is None else typed(text)
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
 
 

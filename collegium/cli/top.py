@@ -44,14 +44,11 @@ def top(
 ) -> None:
     """Watch a cluster live: queues, tokens/s, links, experts and their moves, until q or Ctrl-C."""
     with t.open_client(target, api_key, tls, tls_ca, _CALL_S) as client:
+        addresses = client.targets
         client.get_cluster()  # what is wrong from the start is told as `status` tells it
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     is_live = sys.stdout.isatty() and not (console.is_dumb_terminal or once or json)
-    clients = {
-        name.strip(): t.open_client(name.strip(), api_key, tls, tls_ca, _POLL_S, RetryPolicy(rounds=1))
-        for name in target.split(",")
-        if name.strip()
-    }
+    clients = {name: t.open_client(name, api_key, tls, tls_ca, _POLL_S, RetryPolicy(rounds=1)) for name in addresses}
     with Attention() as attention, Polls(clients, interval, attention.wake) as polls:
         if is_live:
             _run_screen(console, polls, attention, iterations)

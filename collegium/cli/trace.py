@@ -21,8 +21,9 @@ import typer
 
 from collegium.buffering.traces import DECODE, PREFILL, TraceWriter
 from collegium.cli import target as t
-from collegium.fabric.channels import channel_options, split_address
+from collegium.fabric.channels import blocking_channel, split_address
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, SettingsError, Unavailable, from_rpc_error
+from collegium.fabric.signals import heeded
 from collegium.v1 import router_pb2, router_pb2_grpc
 
 _CALL_S = 10.0
@@ -42,7 +43,7 @@ def trace(
     tls: t.Tls = False,
     tls_ca: t.TlsCa = None,
 ) -> None:
-    """Record the experts that running requests wake, until Ctrl-C or a limit."""
+    """Record the experts that running requests wake, until Ctrl-C, SIGTERM or a limit."""
     addresses = router or _find_routers(target, api_key, tls, tls_ca)
     for address in addresses:
         split_address(address, "--router")
@@ -66,19 +67,19 @@ def trace(
 
 
 def _on_interrupt() -> threading.Event:
-    """Have the first Ctrl-C, which is the way to end a recording, set what is returned; the second one kills.
+    """Have the first Ctrl-C, SIGTERM or SIGHUP, the way to end a recording, set what is returned; the second one kills.
 
-    A flag, and not KeyboardInterrupt: that could come up in a callback where nobody hears of it, and a shell that
-    starts the command in its background has it ignored.
+    A flag, and not KeyboardInterrupt: that could come up in a callback where nobody hears of it.
     """
     is_set = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         is_set.set()
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, on_signal)
+        for number in heeded():
+            signal.signal(number, on_signal)
     return is_set
 
 
@@ -96,7 +97,7 @@ class Streams:
     def __enter__(self) -> Streams:
         """Open the streams."""
         for index, address in enumerate(self._addresses):
-            channel = grpc.insecure_channel(address, options=channel_options())
+            channel = blocking_channel(address)
             self._channels.append(channel)
             threading.Thread(target=self._read, args=(index, channel), name=f"trace-{address}", daemon=True).start()
         return self

@@ -6,24 +6,23 @@ stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from collegium.cli.child import ChildFailed
 from collegium.cli.preflight import (
+    check_cluster_name,
     check_expert_memory,
     check_kv_memory,
     check_logs,
@@ -31,17 +30,19 @@ from collegium.cli.preflight import (
     check_prompt,
     check_tls,
 )
+from collegium.cli.show import Demand
 from collegium.cli.spec import ClusterSpec, check_counts
+from collegium.cli.target import typed
 from collegium.cli.threads import parse_threads
+from collegium.fabric import streams
 from collegium.fabric.api_keys import read_keys
 from collegium.fabric.byte_size import MemoryBudget
-from collegium.fabric.channels import TlsTrust
 from collegium.fabric.errors import Cancelled, CollegiumError, FailedPrecondition, InvalidArgument, SettingsError
 from collegium.fabric.redis_url import check_redis_url
+from collegium.fabric.signals import heeded
+from collegium.model.cache_root import cache_notice
 from collegium.model.manifest import ManifestPathError, ensure_manifest, load_manifest
-
-if TYPE_CHECKING:
-    from collegium.cli.cluster import Cluster
+from collegium.model.served_dtype import tell_dtype
 
 DEFAULT_PORT = 50051
 _START_LIMIT_S = 600.0
@@ -50,13 +51,23 @@ _START_LIMIT_S = 600.0
 def up(
     model_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
     workers: Annotated[int, typer.Option(help="Expert workers.")] = 2,
+    max_workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Most workers that `collegium scale` may ask for; 0: two for each core, at least 8 and --workers.",
+        ),
+    ] = 0,
     routers: Annotated[int, typer.Option(help="Routers.")] = 1,
     gateways: Annotated[int, typer.Option(help="Gateways.")] = 1,
     balancers: Annotated[int, typer.Option(help="Balancers, of which one leads.")] = 1,
     grpc_port: Annotated[
         int, typer.Option(help="Port of the first gateway; further ones take the next ports; 0: any free ones.")
     ] = DEFAULT_PORT,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the checkpoint's own.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, or auto: bfloat16 where all experts are stored in it, else float32."),
+    ] = "auto",
     threads: Annotated[
         str, typer.Option(help="auto, a number of threads to share out, or router=N,worker=N.")
     ] = "auto",
@@ -92,12 +103,20 @@ def up(
     unsafe_routing: Annotated[
         Path | None, typer.Option(help="For experiments: a trace whose experts replace the gate's choices.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="The gateways' certificate chain, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="COLLEGIUM_TLS_CERT", help="The gateways' certificate chain, PEM.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(envvar="COLLEGIUM_TLS_KEY", help="Its private key, PEM.")] = None,
     tls_ca: Annotated[
         Path | None, typer.Option(help="Who signed it, for `up`'s own calls to localhost; default: itself.")
     ] = None,
-    api_keys: Annotated[Path | None, typer.Option(help="File of accepted API keys, one a line.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(envvar="COLLEGIUM_API_KEYS", help="File of accepted API keys, one a line.")
+    ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(envvar="COLLEGIUM_CLUSTER", help="Name that keeps clusters apart in the Redis of REDIS_URL."),
+    ] = "default",
     log_level: Annotated[str, typer.Option(help="Least level that services log.")] = "warning",
     log_format: Annotated[str, typer.Option(help="Form of services' log lines: text or json.")] = "text",
 ) -> None:
@@ -106,6 +125,7 @@ def up(
     Starts a Redis-compatible server (unless REDIS_URL names one), a balancer, workers, routers and gateways, each a
     process of its own that is started again when it dies, and ends them all in order.
     """
+    streams.outlive_readers()
     interrupts = _Interrupts()
     router_flags = _given(
         ("--kv-memory", kv_memory),
@@ -121,7 +141,7 @@ def up(
         ("--eviction", eviction),
         ("--prefetch", prefetch),
     )
-    balancer_flags = ["--rebalance-s", str(rebalance_s)]
+    balancer_flags = [f"--rebalance-s={rebalance_s}", f"--cluster={cluster}"]
     gateway_flags = _given(("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--api-keys", api_keys))
     try:
         check_model_dir(model_dir)
@@ -130,6 +150,7 @@ def up(
         check_kv_memory(kv_memory)
         budget = check_expert_memory(expert_memory, host_memory, eviction, prefetch)
         check_prompt(prompt, max_tokens)
+        check_cluster_name(cluster)
         keys = [] if api_keys is None else read_keys(api_keys)
         redis_url = os.environ.get("REDIS_URL", "")
         if redis_url:
@@ -141,14 +162,19 @@ def up(
             allotment = parse_threads(threads, num_cores=num_cores(), num_routers=routers, num_workers=workers)
         except ValueError as error:
             raise SettingsError(f"--threads={threads!r} cannot be used: {error}") from None
+        if notice := cache_notice():
+            say(notice)
         manifest = make_manifest(model_dir, interrupts)
         resolved = resolve_dtype(dtype, manifest)
+        if dtype == "auto" and (told := tell_dtype(load_manifest(manifest).stored_dtypes, resolved)):
+            say(told)
         if budget:
             say(tell_budget(budget, manifest, resolved))
         spec = ClusterSpec(
             model=model_dir,
             manifest=manifest,
             num_workers=workers,
+            max_workers=max_workers,
             num_routers=routers,
             num_gateways=gateways,
             num_balancers=balancers,
@@ -167,15 +193,13 @@ def up(
             },
             tls_ca=tls_ca or tls_cert,
         )
-        demo = _Demo(
-            prompt=prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            api_key=next(iter(keys), None),
-        )
-        run_cluster(spec, interrupts, demo if max_tokens > 0 else None, once=once)
+        demand = Demand(prompt=typed(prompt), max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        with claim_name(redis_url, cluster, interrupts):
+            has_shown = run_cluster(
+                spec, interrupts, demand if max_tokens > 0 else None, once=once, api_key=next(iter(keys), None)
+            )
+        if once and not has_shown:
+            raise typer.Exit(1)
     except Cancelled:
         raise KeyboardInterrupt from None  # which every command ends with in the same way
     except ChildFailed as error:
@@ -189,22 +213,15 @@ def up(
         raise typer.Exit(1) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Demo:
-    prompt: str
-    max_tokens: int
-    temperature: float
-    top_k: int
-    seed: int
-    api_key: str | None
-
-
 class _Interrupts:
-    """SIGINT, SIGTERM and SIGHUP as a flag; the second one ends this process, and with it every leash, at once."""
+    """SIGINT, SIGTERM and SIGHUP as a flag; the second one ends this process, and with it every leash, at once.
+
+    Those that whoever started this process had it ignore stay ignored.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heeded():
             signal.signal(number, self._on_signal)
 
     def __call__(self) -> bool:
@@ -217,9 +234,26 @@ class _Interrupts:
         self.is_set = True
 
 
-def run_cluster(spec: ClusterSpec, is_interrupted: Callable[[], bool], demo: _Demo | None, *, once: bool) -> None:
-    """Run a cluster until it is interrupted, or until the first completion with once."""
+def claim_name(redis_url: str, cluster: str, is_interrupted: Callable[[], bool]) -> AbstractContextManager[object]:
+    """Take the cluster's name in a Redis that others may use; there is nothing to take in one of our own."""
+    if not redis_url:
+        return contextlib.nullcontext()
+    from collegium.cli.claim import Claim
+
+    return Claim(redis_url, cluster, say=say, is_interrupted=is_interrupted)
+
+
+def run_cluster(
+    spec: ClusterSpec,
+    is_interrupted: Callable[[], bool],
+    demand: Demand | None,
+    *,
+    once: bool,
+    api_key: str | None = None,
+) -> bool:
+    """Run a cluster until it is interrupted, or until the first completion with once; returns whether that came."""
     from collegium.cli.cluster import Cluster
+    from collegium.cli.first_completion import show_completion
     from collegium.cli.show import address_table, console
 
     cluster = Cluster(spec, say=say, is_interrupted=is_interrupted)
@@ -233,8 +267,7 @@ def run_cluster(spec: ClusterSpec, is_interrupted: Callable[[], bool], demo: _De
         cluster.start()
         cluster.wait_until_serving(limit_s=_START_LIMIT_S)
         say(f"the cluster is SERVING after {time.monotonic() - start_s:.1f} s")
-        if demo is not None:
-            _show_completion(cluster, spec, demo)
+        has_shown = demand is None or show_completion(cluster, spec, demand, say, api_key=api_key)
         rows = [(member.name, member.address, cluster.pid(member.name)) for member in cluster.members]
         threads = {"router": spec.threads.per_router, "worker": spec.threads.per_worker}
         console(sys.stdout).print(address_table(rows, threads))
@@ -247,34 +280,7 @@ def run_cluster(spec: ClusterSpec, is_interrupted: Callable[[], bool], demo: _De
             say("stopping")
         cluster.stop()
     say("every process has ended")
-
-
-def _show_completion(cluster: Cluster, spec: ClusterSpec, demo: _Demo) -> None:
-    from collegium.cli.show import Completion, Demand, completion_table, console, stream_completion, worker_counters
-
-    addresses = {member.name: member.address for member in cluster.members if member.role == "worker"}
-    demand = Demand(
-        prompt=demo.prompt,
-        max_tokens=demo.max_tokens,
-        temperature=demo.temperature,
-        top_k=demo.top_k,
-        seed=demo.seed,
-    )
-    tls = TlsTrust(ca=spec.tls_ca) if spec.tls_ca is not None else None
-    targets = [target.replace("127.0.0.1", "localhost") if tls else target for target in cluster.targets]
-    before = worker_counters(addresses)
-    answer: concurrent.futures.Future[Completion] = concurrent.futures.Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(stream_completion(targets, demand, sys.stdout, api_key=demo.api_key, tls=tls))
-        except Exception as error:
-            answer.set_exception(error)
-
-    # In a thread, as this one supervises meanwhile; a daemon, so that an interrupt need not wait for it.
-    threading.Thread(target=ask, name="completion", daemon=True).start()
-    cluster.wait_until(answer.done, _START_LIMIT_S, "the first completion")
-    console(sys.stdout).print(completion_table(answer.result(), before, worker_counters(addresses)))
+    return has_shown
 
 
 def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
@@ -293,12 +299,12 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
         return ensure_manifest(model_dir, progress=progress)
     except ManifestPathError as error:
         raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field="XDG_CACHE_HOME") from error
-    except (ValueError, OSError) as error:
+    except ValueError as error:  # CheckpointError, UnsupportedModelError
         raise InvalidArgument(str(error), reason="CHECKPOINT", field="MODEL_DIR") from error
 
 
 def resolve_dtype(dtype: str, manifest: Path) -> str:
-    """Turn auto into the type of the checkpoint's experts, as every service would."""
+    """Turn auto into the type that every service would choose by the manifest."""
     return load_manifest(manifest).dtype if dtype == "auto" else dtype
 
 

@@ -1,7 +1,7 @@
 """The asynchronous client. Drives the state machines of retry and generate_call over grpc.aio.
 
-Owns channels, one per address, opened at first use on the running event loop, to which the client then belongs. Safe to
-share among that loop's tasks; a stream belongs to one task, but any task may cancel it.
+A client may be used on several event loops, at once or one after another: channels are opened at first use, one per
+loop and address (see loops). A stream belongs to the task that reads it, but any task of its loop may cancel it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from opentelemetry.trace import Span
 
 from collegium.client.connection import Connection, Reach
 from collegium.client.generate_call import CallView, GenerateCall
+from collegium.client.loops import ChannelsByLoop, running_loop
 from collegium.client.options import GenerateOptions, generate_request, score_request
 from collegium.client.results import (
     Chunk,
@@ -34,6 +35,7 @@ from collegium.client.results import (
 )
 from collegium.client.retry import Attempts, RetryPolicy
 from collegium.client.spans import GenerateSpan, mark_failed, unary_span
+from collegium.fabric.channels import channel
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
@@ -42,7 +44,8 @@ from collegium.v1 import inference_pb2_grpc
 class AsyncClient:
     """A client of one cluster for asyncio, as an async context manager or until close().
 
-    target: HOST:PORT of a gateway, or several (a sequence, or separated by commas). timeout_s: for each whole call,
+    target: HOST:PORT of a gateway, or several (a sequence, or separated by commas); http:// before it is dropped,
+    https:// where TLS is spoken. InvalidArgument for what is no address. timeout_s: for each whole call,
     retries included, unless the call gives its own; None: no limit.
     """
 
@@ -73,6 +76,11 @@ class AsyncClient:
     async def close(self) -> None:
         """End every call and connection. Idempotent."""
         await self._reach.close()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The gateways' addresses, HOST:PORT each."""
+        return self._reach.addresses.names
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Stream the continuation of a prompt; see GenerateOptions. The call begins with the first chunk asked for."""
@@ -121,21 +129,19 @@ class AsyncClient:
 
 
 class AsyncChannels(Reach):
-    """One channel per address, and the calls on them."""
+    """One channel per event loop and address, and the calls on them."""
 
     def __init__(
         self, target: str | Sequence[str], connection: Connection, policy: RetryPolicy | None, timeout_s: float | None
     ) -> None:
         super().__init__(target, connection, policy, timeout_s)
-        self._channels: dict[str, aio.Channel] = {}
-        self._is_closed = False
+        self._channels = ChannelsByLoop(
+            lambda address: channel(address, credentials=self.credentials, options=self.connection.options)
+        )
 
     async def close(self) -> None:
         """Close every channel."""
-        self._is_closed = True
-        channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            await channel.close()
+        await self._channels.close()
 
     def open(self, call: GenerateCall, address: str, timeout_s: float | None, span: Span) -> Any:
         """Open one try's stream."""
@@ -164,17 +170,7 @@ class AsyncChannels(Reach):
             span.end()
 
     def _stub(self, address: str) -> Any:
-        if self._is_closed:
-            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED", remedy="make another one")
-        channel = self._channels.get(address)
-        if channel is None:
-            options = self.connection.options
-            if self.credentials is None:
-                channel = aio.insecure_channel(address, options)
-            else:
-                channel = aio.secure_channel(address, self.credentials, options)
-            self._channels[address] = channel
-        return inference_pb2_grpc.InferenceStub(channel)
+        return inference_pb2_grpc.InferenceStub(self._channels.get(address))
 
 
 class AsyncStream(CallView):
@@ -186,6 +182,7 @@ class AsyncStream(CallView):
         self._timeout_s = timeout_s
         self._chunks = self._run()
         self._is_cancelled = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._rpc: Any = None
 
     @property
@@ -199,6 +196,14 @@ class AsyncStream(CallView):
 
     async def __anext__(self) -> Chunk:
         """Wait for the next chunk. Raises what ended the call, after retries and resumption have failed."""
+        loop = running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
+            raise FailedPrecondition(
+                "this stream was begun on another event loop, where its connection is",
+                reason="OTHER_EVENT_LOOP",
+                remedy="read it to the end there, or ask anew here",
+            )
         return await anext(self._chunks)
 
     async def __aenter__(self) -> AsyncStream:

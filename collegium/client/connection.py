@@ -16,10 +16,10 @@ from opentelemetry.trace import Span
 
 from collegium.client.retry import Addresses, Attempts, RetryPolicy
 from collegium.fabric import tracing
-from collegium.fabric.channels import Option, TlsTrust, channel_credentials, channel_options
+from collegium.fabric.channels import Option, TlsTrust, channel_credentials
 
 # Chunks are small. A window that stays small keeps what an unread stream can hold at both ends small as well.
-_OPTIONS: tuple[Option, ...] = (*channel_options(), ("grpc.http2.bdp_probe", 0))
+_OPTIONS: tuple[Option, ...] = (("grpc.http2.bdp_probe", 0),)
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -34,10 +34,15 @@ class Connection:
 
     @property
     def options(self) -> tuple[Option, ...]:
-        """Channel options."""
+        """Channel options beside those that every channel has."""
         if self.tls_server_name is None:
             return _OPTIONS
         return (*_OPTIONS, ("grpc.ssl_target_name_override", self.tls_server_name))
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether calls are encrypted."""
+        return self.tls or self.tls_ca is not None
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Give TLS credentials; None for plain text. SettingsError where the CA file cannot be read."""
@@ -68,7 +73,7 @@ class Reach:
         policy: RetryPolicy | None,
         timeout_s: float | None,
     ) -> None:
-        self.addresses = Addresses(target)
+        self.addresses = Addresses(target, is_encrypted=connection.is_encrypted)
         self.connection = connection
         self.credentials = connection.credentials()
         self._policy = policy or RetryPolicy()

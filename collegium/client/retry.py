@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from collegium.fabric.channels import split_address
+from collegium.fabric.addresses import read_address
 from collegium.fabric.errors import (
     Cancelled,
     CollegiumError,
     DeadlineExceeded,
     InvalidArgument,
     ResourceExhausted,
-    SettingsError,
     Unavailable,
 )
 
@@ -42,14 +42,12 @@ class RetryPolicy:
 class Addresses:
     """Where gateways are; InvalidArgument where that is no HOST:PORT. Safe to share among threads."""
 
-    def __init__(self, target: str | Sequence[str]) -> None:
-        names = [target] if isinstance(target, str) else list(target)
-        names = [name.strip() for entry in names for name in entry.split(",") if name.strip()]
+    def __init__(self, target: str | Sequence[str], *, is_encrypted: bool | None = None) -> None:
+        """Read the addresses; is_encrypted: whether TLS will be spoken there, None where that is not known."""
+        names = [name for entry in _entries(target) for name in entry.split(",") if name.strip()]
         if not names:
             raise InvalidArgument("the target is empty", field="target", remedy="give HOST:PORT, or several")
-        for name in names:
-            _check_address(name)
-        self.names = tuple(dict.fromkeys(names))
+        self.names = tuple(dict.fromkeys(_read(name, is_encrypted) for name in names))
         self._turn = itertools.count()
         self._failed_s: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -129,15 +127,28 @@ class Attempts:
         return pause_s * (1 + policy.jitter * self._rng.random())
 
 
-def _check_address(name: str) -> None:
+def _entries(target: object) -> list[str]:
+    entries = [target] if isinstance(target, str) else target
+    if isinstance(entries, Iterable) and not isinstance(entries, bytes):
+        texts = list(cast("Iterable[object]", entries))
+        if all(isinstance(text, str) for text in texts):
+            return cast("list[str]", texts)
+    raise InvalidArgument(
+        f"{target!r} is no address: it is a {type(target).__name__}",
+        field="target",
+        remedy="give HOST:PORT as a text, or a list of them",
+    )
+
+
+def _read(name: str, is_encrypted: bool | None) -> str:
     try:
-        _, port = split_address(name, "target")
-    except SettingsError:
-        port = 0
-    if port == 0:
+        return read_address(name, is_encrypted=is_encrypted)
+    except ValueError as error:
         raise InvalidArgument(
-            f"{name!r} is no address", field="target", remedy="give HOST:PORT with a port from 1 to 65535"
-        )
+            f"{name.strip()[:100]!r} is no address: {error}",
+            field="target",
+            remedy="give HOST:PORT with a port from 1 to 65535, such as 127.0.0.1:50051",
+        ) from None
 
 
 def _out_of_time() -> DeadlineExceeded:

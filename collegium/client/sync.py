@@ -6,6 +6,7 @@ any thread may cancel it.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -31,8 +32,9 @@ from collegium.client.results import (
     read_scaling,
     read_score,
 )
-from collegium.client.retry import Attempts, RetryPolicy
+from collegium.client.retry import Addresses, Attempts, RetryPolicy
 from collegium.client.spans import GenerateSpan, mark_failed, unary_span
+from collegium.fabric.channels import blocking_channel
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
@@ -41,7 +43,8 @@ from collegium.v1 import inference_pb2_grpc
 class Client:
     """A blocking client of one cluster, as a context manager or until close().
 
-    target: HOST:PORT of a gateway, or several (a sequence, or separated by commas). timeout_s: for each whole call,
+    target: HOST:PORT of a gateway, or several (a sequence, or separated by commas); http:// before it is dropped,
+    https:// where TLS is spoken. InvalidArgument for what is no address. timeout_s: for each whole call,
     retries included, unless the call gives its own; None: no limit.
     """
 
@@ -72,6 +75,11 @@ class Client:
     def close(self) -> None:
         """End every call and connection. Idempotent."""
         self._reach.close()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The gateways' addresses, HOST:PORT each."""
+        return self._reach.addresses.names
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """Stream the continuation of a prompt; see GenerateOptions. The call begins with the first chunk asked for."""
@@ -129,9 +137,12 @@ class Channels(Reach):
         self._channels: dict[str, grpc.Channel] = {}
         self._is_closed = False
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._of_parent: list[grpc.Channel] = []  # kept, for closing them here would close the parent's connections
 
     def close(self) -> None:
         """Close every channel."""
+        self._renew_after_fork()
         with self._lock:
             self._is_closed = True
             channels, self._channels = self._channels, {}
@@ -165,18 +176,22 @@ class Channels(Reach):
             span.end()
 
     def _stub(self, address: str) -> Any:
+        self._renew_after_fork()
         with self._lock:
             if self._is_closed:
                 raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED", remedy="make another one")
             channel = self._channels.get(address)
             if channel is None:
-                options = self.connection.options
-                if self.credentials is None:
-                    channel = grpc.insecure_channel(address, options)
-                else:
-                    channel = grpc.secure_channel(address, self.credentials, options)
+                channel = blocking_channel(address, credentials=self.credentials, options=self.connection.options)
                 self._channels[address] = channel
         return inference_pb2_grpc.InferenceStub(channel)
+
+    def _renew_after_fork(self) -> None:
+        if self._pid != os.getpid():
+            # A lock may have been copied while a thread held it that is not here.
+            self._lock, self.addresses, self._pid = threading.Lock(), Addresses(self.addresses.names), os.getpid()
+            self._of_parent += self._channels.values()
+            self._channels = {}
 
 
 class Stream(CallView):

@@ -1,6 +1,7 @@
-"""Channels as every caller has them: limits, keepalive, TLS; and the reading of addresses.
+"""Channels as every caller has them: limits, keepalive, TLS, no proxy; and the reading of addresses.
 
-Owns the transport options that both ends share. Needs grpc alone, so that the SDK can use it.
+Every channel of the project is opened here. Owns the transport options that both ends share. Needs grpc alone, so that
+the SDK can use it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from collegium.fabric.addresses import read_address
 from collegium.fabric.errors import SettingsError
 
+_UTF8_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGE_BYTES = 16 * 2**20
 Option = tuple[str, int | str]
 MESSAGE_LIMITS: tuple[Option, ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
+# Processes of a cluster reach each other directly: an http_proxy of the shell is for the world outside.
+NO_PROXY: tuple[Option, ...] = (("grpc.enable_http_proxy", 0),)
 _CHANNEL_OPTIONS: tuple[Option, ...] = (
     *MESSAGE_LIMITS,
     ("grpc.keepalive_time_ms", 10_000),
@@ -33,7 +38,7 @@ _CHANNEL_OPTIONS: tuple[Option, ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_http_proxy", 0),
+    *NO_PROXY,
 )
 
 
@@ -44,22 +49,45 @@ class TlsTrust:
     ca: Path | None = None
 
 
-def channel(address: str, *, tls: TlsTrust | None = None, options: Sequence[Option] = ()) -> aio.Channel:
-    """Open a channel with our limits and keepalive; options beat ours.
+def channel(
+    address: str,
+    *,
+    tls: TlsTrust | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    options: Sequence[Option] = (),
+) -> aio.Channel:
+    """Open a channel with our limits and keepalive and without a proxy; options beat ours.
 
-    address: HOST:PORT, or several with numeric hosts, separated by commas: the first that answers is used.
-    SettingsError.
+    address: HOST:PORT, or several with numeric hosts, separated by commas: the first that answers is used. Plain text
+    unless tls or credentials are given. SettingsError.
     """
-    merged = tuple((dict(_CHANNEL_OPTIONS) | dict(options)).items())
-    address = _target(address)
-    if tls is None:
-        return aio.insecure_channel(address, options=merged)
-    return aio.secure_channel(address, channel_credentials(tls), options=merged)
+    trust = channel_credentials(tls) if credentials is None and tls is not None else credentials
+    if trust is None:
+        return aio.insecure_channel(_target(address), options=_merged(options))
+    return aio.secure_channel(_target(address), trust, options=_merged(options))
+
+
+def blocking_channel(
+    address: str,
+    *,
+    tls: TlsTrust | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    options: Sequence[Option] = (),
+) -> grpc.Channel:
+    """Open a synchronous channel; see channel()."""
+    trust = channel_credentials(tls) if credentials is None and tls is not None else credentials
+    if trust is None:
+        return grpc.insecure_channel(_target(address), options=_merged(options))
+    return grpc.secure_channel(_target(address), trust, options=_merged(options))
 
 
 def channel_options() -> tuple[Option, ...]:
-    """Give our options for channels, for a channel of another kind (the synchronous one)."""
+    """Give our options for channels."""
     return _CHANNEL_OPTIONS
+
+
+def _merged(options: Sequence[Option]) -> tuple[Option, ...]:
+    return tuple((dict(_CHANNEL_OPTIONS) | dict(options)).items())
 
 
 def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
@@ -68,9 +96,9 @@ def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
 
 
 def _target(address: str) -> str:
-    if "," not in address:
-        return address
-    parts = [part.strip() for part in address.split(",") if part.strip()]
+    parts = [_address(part) for part in address.split(",") if part.strip()]
+    if len(parts) == 1:
+        return parts[0]
     try:
         versions = {ipaddress.ip_address(part.rpartition(":")[0].strip("[]")).version for part in parts}
     except ValueError as error:
@@ -78,6 +106,13 @@ def _target(address: str) -> str:
     if len(versions) != 1:
         raise SettingsError(f"{address!r}: several addresses need hosts of one kind, IPv4 or IPv6")
     return f"ipv{versions.pop()}:{','.join(parts)}"
+
+
+def _address(text: str) -> str:
+    try:
+        return read_address(text)
+    except ValueError as error:
+        raise SettingsError(f"{text!r} is no address: {error}; give HOST:PORT") from None
 
 
 async def wait_until_serving(address: str, *, service: str = "", tls: TlsTrust | None = None) -> None:
@@ -99,14 +134,17 @@ async def wait_until_serving(address: str, *, service: str = "", tls: TlsTrust |
 def split_address(address: str, setting: str) -> tuple[str, int]:
     """Split HOST:PORT; SettingsError names the setting."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or "/" in host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
         raise SettingsError(f"{setting}={address!r} cannot be used: give HOST:PORT, such as 127.0.0.1:0")
     return host, int(port)
 
 
 def read_file(path: Path, setting: str) -> bytes:
-    """Read a file that a setting names; SettingsError says why it cannot be."""
+    """Read a PEM file that a setting names, without the byte order mark that some editors put before it.
+
+    SettingsError says why it cannot be read.
+    """
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(_UTF8_MARK)
     except OSError as error:
         raise SettingsError(f"{setting}={path} cannot be read: {error.strerror}") from error

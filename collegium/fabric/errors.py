@@ -1,7 +1,7 @@
 """One tree of errors and the one table between it and gRPC statuses.
 
-Owns the details that travel with a status: google.rpc.ErrorInfo (reason, field, remedy) and RetryInfo. Knows no
-service and no request.
+Owns the details that travel with a status: google.rpc.ErrorInfo (reason, field, remedy) and RetryInfo, and the bounds
+of its texts. Knows no service and no request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from google.rpc import error_details_pb2, status_pb2  # pyright: ignore[reportMi
 
 DOMAIN = "collegium"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+SHOWN_CHARACTERS = 128  # of a caller's text that a message repeats
+# gRPC peers take 8 KiB of metadata. The message is in it twice: percent-encoded as grpc-message (up to 3 bytes a byte),
+# and in the details as base64 (4 bytes for 3), beside the other texts: 3 * 1024 + 4/3 * (1024 + 512 + 3 * 128) < 6 KiB.
+_MESSAGE_BYTES = 1024
+_REMEDY_BYTES = 512
+_NAME_BYTES = 128
 
 
 class SettingsError(Exception):
@@ -133,15 +139,28 @@ _BY_CODE: Mapping[grpc.StatusCode, type[CollegiumError]] = {kind.code: kind for 
 _BY_NUMBER: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
+def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
+    """Quote a caller's text for a message, cut to `limit` characters; a cut text is followed by its length."""
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}... ({len(text)} characters)"
+
+
+def status_message(error: CollegiumError) -> str:
+    """Return an error's message as a status carries it: at most 1,024 bytes of UTF-8."""
+    return _cut(error.message, _MESSAGE_BYTES)
+
+
 def to_status(error: CollegiumError) -> status_pb2.Status:
-    """Express an error as google.rpc.Status with ErrorInfo and, where it says when to come back, RetryInfo."""
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    """Express an error as google.rpc.Status with ErrorInfo and, where it says when to come back, RetryInfo.
+
+    Every text is cut so that the whole status fits the metadata that gRPC peers take.
+    """
+    status = status_pb2.Status(code=error.code.value[0], message=status_message(error))
     metadata: dict[str, str] = {}
     if error.field:
-        metadata["field"] = error.field
+        metadata["field"] = _cut(error.field, _NAME_BYTES)
     if error.remedy:
-        metadata["remedy"] = error.remedy
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+        metadata["remedy"] = _cut(error.remedy, _REMEDY_BYTES)
+    info = error_details_pb2.ErrorInfo(reason=_cut(error.reason, _NAME_BYTES), domain=DOMAIN, metadata=metadata)
     status.details.add().Pack(info)
     if error.retry_after_s is not None:
         retry = error_details_pb2.RetryInfo()
@@ -209,6 +228,14 @@ def _parts(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, tuple[tuple[str,
     trailing = ask["trailing_metadata"]() if ask["trailing_metadata"] else None
     pairs = tuple((str(pair[0]), pair[1]) for pair in trailing or ())
     return (code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN), details or "", pairs
+
+
+def _cut(text: str, num_bytes: int) -> str:
+    # A lone surrogate, which JSON can carry, is no UTF-8.
+    packed = text.encode("utf-8", "replace")
+    if len(packed) <= num_bytes:
+        return packed.decode()
+    return packed[: num_bytes - 3].decode(errors="ignore") + "..."
 
 
 def _complete(message: str, field: str | None, remedy: str | None) -> str:

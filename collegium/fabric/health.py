@@ -13,7 +13,7 @@ from typing import Any
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from collegium.fabric.errors import NotFound
+from collegium.fabric.errors import NotFound, shown
 
 SERVICE_NAME = "grpc.health.v1.Health"
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -53,7 +53,7 @@ class Health(health_pb2_grpc.HealthServicer):
         """Answer once; NOT_FOUND for a name that is not served here."""
         if request.service not in self._serving:
             raise NotFound(
-                f"{request.service!r} is not a service of this server", reason="UNKNOWN_SERVICE", field="service"
+                f"{shown(request.service)} is not a service of this server", reason="UNKNOWN_SERVICE", field="service"
             )
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 

@@ -1,21 +1,25 @@
 """Membership: how a process takes a lease at the balancer, keeps it, and learns the cluster's view.
 
 Owns the renewing and the watching, on the loop that entered it. A balancer that is away changes nothing: the last view
-stays, and renewing goes on until it is back.
+stays, and renewing goes on until it is back. What a balancer says is a peer's word: an answer or a view that is out of
+bounds is dropped whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
 
+from google.protobuf.message import Message
 from grpc import aio
 
-from collegium.fabric import lifecycle, logs, metrics, rpc
+from collegium.fabric import bounds, lifecycle, logs, metrics, rpc
 from collegium.fabric.errors import CollegiumError, DeadlineExceeded, NotFound, Unavailable, from_rpc_error
+from collegium.fabric.faults import Faults
+from collegium.fabric.views import check_view
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 
@@ -71,7 +75,11 @@ class Membership:
         self._view_changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._is_lost = False
+        self._dropped = ""  # why a view was dropped last
         self._tasks: list[asyncio.Task[None]] = []
+        self._faults = {
+            name: Faults(_log, name) for name in ("renewing the lease", "watching the cluster", "following the cluster")
+        }
 
     @property
     def member_id(self) -> str:
@@ -109,6 +117,24 @@ class Membership:
             _log.debug("the balancer did not take the load report", why=error.details())
             return False
         return True
+
+    async def follow(self, take: Callable[[pb.WatchPlacementResponse], Awaitable[None] | None]) -> None:
+        """Hand every view to `take` until cancelled.
+
+        A view that `take` fails on ends nothing: it is given again after a pause, unless a newer one has come.
+        """
+        faults = self._faults["following the cluster"]
+        async for view in self.views():
+            while view is self._view:
+                try:
+                    taking = take(view)
+                    if taking is not None:
+                        await taking
+                except Exception as error:
+                    await asyncio.sleep(faults.note(error))
+                else:
+                    faults.clear()
+                    break
 
     async def views(self) -> AsyncIterator[pb.WatchPlacementResponse]:
         """Iterate over views, the newest first and then every change; a slow reader skips to the newest.
@@ -185,6 +211,7 @@ class Membership:
             response: pb.JoinResponse = await self._stub.Join(request, timeout=_CALL_S)
         except aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+        _check_answer(response)
         self._member_id, self._ttl_s = response.member_id, response.ttl_ms / 1e3
         _log.info("joined", member_id=self._member_id, balancer=self._balancer_address)
         self._kick.set()  # what was reported under an older lease is reported again
@@ -208,6 +235,9 @@ class Membership:
                 self._is_lost = True
                 await asyncio.sleep(min(self._ttl_s / 10, 0.5))
                 self._kick.set()
+            except Exception as error:
+                await asyncio.sleep(self._faults["renewing the lease"].note(error))
+                self._kick.set()
 
     async def _renew(self) -> None:
         request = pb.RenewRequest(
@@ -219,6 +249,7 @@ class Membership:
         )
         try:
             response: pb.RenewResponse = await self._stub.Renew(request, timeout=max(0.5, self._ttl_s / 3))
+            _check_answer(response)
             self._ttl_s = response.ttl_ms / 1e3
         except aio.AioRpcError as rpc_error:
             error = from_rpc_error(rpc_error)
@@ -229,7 +260,7 @@ class Membership:
 
     def _count(self) -> Mapping[str, float]:
         try:
-            return self._counters()
+            return bounds.usable_counters(self._counters())
         except Exception:  # a fault in counting must not cost the lease
             _log.exception("counters could not be read")
             return {}
@@ -238,6 +269,9 @@ class Membership:
         return {
             metrics.series("collegium_seen_epoch"): float(self._seen_epoch),
             metrics.series("collegium_view_age_seconds"): time.monotonic() - self._viewed_s,
+            metrics.series("collegium_loop_faults_total"): float(
+                sum(faults.num_faults for faults in self._faults.values())
+            ),
         }
 
     async def _watch_for_ever(self) -> None:
@@ -253,10 +287,17 @@ class Membership:
                     pause_s = _BACKOFF_S[0]
             except aio.AioRpcError as error:
                 _log.debug("the watch broke", why=error.details())
+            except Exception as error:
+                self._faults["watching the cluster"].note(error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _BACKOFF_S[1])
 
     def _take(self, view: pb.WatchPlacementResponse) -> None:
+        try:
+            check_view(view)
+        except ValueError as error:
+            self._drop(str(error))
+            return
         if view.placement.epoch < self._seen_epoch:
             _log.debug("dropped a view from the past", epoch=view.placement.epoch, seen=self._seen_epoch)
             return
@@ -266,3 +307,15 @@ class Membership:
         self._view, self._viewed_s = view, time.monotonic()
         self._view_changed.set()
         self._view_changed = asyncio.Event()
+
+    def _drop(self, why: str) -> None:
+        if why != self._dropped:
+            self._dropped = why
+            _log.warning("dropped a view that cannot be used; the last one stays", why=why)
+
+
+def _check_answer(response: Message) -> None:
+    try:
+        bounds.check(response)
+    except bounds.OutOfBoundsError as error:
+        raise Unavailable(f"the balancer's answer cannot be used: {error}", reason="BAD_ANSWER") from error

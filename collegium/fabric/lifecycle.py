@@ -6,6 +6,7 @@ Owns signal handling and the measuring of the loop's lag. Knows nothing of what 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import signal
@@ -16,8 +17,9 @@ from typing import cast
 
 import uvloop
 
-from collegium.fabric import logs, metrics, probes, telemetry
+from collegium.fabric import logs, metrics, probes, streams, telemetry
 from collegium.fabric.errors import Cancelled, CollegiumError, SettingsError
+from collegium.fabric.signals import heeded
 
 SUPERVISED_ENV = "COLLEGIUM_SUPERVISED"
 _LAG_PERIOD_S = 0.25
@@ -65,8 +67,9 @@ def is_supervised() -> bool:
 def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str = "") -> int:
     """Run a service until its main returns, and give the exit status of the process. `health_bind`: see probes.
 
-    SIGTERM sets Stop; so does SIGINT unless the process is supervised; a second one cancels main. A CollegiumError or
-    SettingsError that main raises becomes one line on stderr and status 1 or 2. A supervised process ends here: the
+    SIGTERM sets Stop; so do SIGINT and SIGHUP unless the process is supervised; a second one cancels main. A signal
+    that was ignored when the process began stays ignored. A CollegiumError or SettingsError that main raises becomes
+    one line on stderr and status 1 or 2. A supervised process ends here: the
     interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
     """
     try:
@@ -74,8 +77,9 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str 
     finally:
         telemetry.shutdown()
     if is_supervised():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                stream.flush()
         os._exit(status)
     return status
 
@@ -125,11 +129,11 @@ async def _supervise(main: Callable[[Stop], Awaitable[None]]) -> int:
             work.cancel()
         stop.request()
 
-    loop.add_signal_handler(signal.SIGTERM, on_signal)
-    if is_supervised():
+    if is_supervised():  # the terminal speaks to `up`
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    else:
-        loop.add_signal_handler(signal.SIGINT, on_signal)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in heeded():
+        loop.add_signal_handler(number, on_signal)
     lag = asyncio.create_task(_measure_lag(), name="loop-lag")
     try:
         await work
@@ -157,5 +161,5 @@ async def _measure_lag() -> None:
 
 
 def _complain(name: str, error: Exception, status: int) -> int:
-    sys.stderr.write(f"{name}: {error}\n")
+    streams.complain(f"{name}: {error}")
     return status

@@ -115,6 +115,8 @@ _GATEWAY = (
     _counter("gateway", "request_success_total", "Choices that ended well, by why", "finished_reason", vllm=True),
     _counter("gateway", "request_failure_total", "Requests that failed, by canonical status", "code"),
     _counter("gateway", "requests_shed_total", "Requests that admission refused"),
+    _counter("gateway", "texts_refused_total", "Prompts whose rendering or tokenising took too much time or memory"),
+    _gauge("gateway", "running_sequences", "Choices of the requests inside"),
     _counter("gateway", "requests_replayed_total", "Requests replayed on a router after another one was lost"),
     _counter("gateway", "prompt_tokens_total", "Prompt tokens accepted", vllm=True),
     _counter("gateway", "generation_tokens_total", "Tokens generated", vllm=True),
@@ -162,6 +164,9 @@ _ROUTER = (
         "request_decode_time_seconds",
         "From a sequence's first token to its last one, failures left out",
         vllm=True,
+    ),
+    _counter(
+        "router", "submissions_refused_total", "Submissions, streams and traces refused as wrong or too many", "reason"
     ),
     _counter("router", "prefilled_tokens_total", "Prompt tokens computed"),
     _counter("router", "sampled_tokens_total", "Tokens drawn, replays included"),
@@ -263,6 +268,10 @@ _MEMBER = (
 )
 
 _PROCESS = (
+    _counter(
+        "process", "metrics_page_cuts_total", "Connections to the metrics page that were cut: too slow, or too many"
+    ),
+    _counter("process", "loop_faults_total", "Turns of a background loop that failed and are tried again"),
     _histogram("process", "event_loop_lag_seconds", "How late the event loop ran what was due", buckets=_LAG_SECONDS),
 )
 

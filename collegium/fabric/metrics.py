@@ -9,9 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from collegium.fabric.errors import FailedPrecondition, SettingsError
 from collegium.fabric.hosts import bracketed
 from collegium.fabric.metric_names import LABEL, METRICS, SERIES, VLLM_PREFIX, MetricName, series
+from collegium.fabric.metrics_page import MAX_CONNECTIONS, MetricsPage
 
 __all__ = [
     "METRICS",
@@ -133,7 +133,7 @@ def page(source: MetricsRegistry, prefix: str = "collegium") -> CollectorRegistr
 
 _process: MetricsRegistry | None = None
 _process_lock = threading.Lock()
-_pages: list[tuple[WSGIServer, threading.Thread]] = []
+_pages: list[tuple[MetricsPage, Callable[[], None]]] = []
 
 
 def registry() -> MetricsRegistry:
@@ -155,11 +155,19 @@ def expose(counters: Counters) -> Callable[[], None]:
     return registry().expose(counters)
 
 
-def serve_metrics(bind: str, *, advertise: str = "", prefix: str = "collegium", setting: str = "--metrics-bind") -> str:
+def serve_metrics(
+    bind: str,
+    *,
+    advertise: str = "",
+    prefix: str = "collegium",
+    max_connections: int = MAX_CONNECTIONS,
+    setting: str = "--metrics-bind",
+) -> str:
     """Serve this process's page from a daemon thread and give its URL; an empty bind serves nothing and gives "".
 
-    prefix: as for page. The URL has the bound host, or where that is any, the host of `advertise` or else this one's
-    name. Raises FailedPrecondition where the address is in use, SettingsError where it is none.
+    prefix: as for page. max_connections: at once; one more cuts the oldest. The URL has the bound host, or where that
+    is any, the host of `advertise` or else this one's name. Raises FailedPrecondition where the address is in use,
+    SettingsError where it is none.
     """
     if not bind:
         return ""
@@ -167,7 +175,8 @@ def serve_metrics(bind: str, *, advertise: str = "", prefix: str = "collegium", 
     if not host or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"{setting}={bind!r} cannot be used: give HOST:PORT")
     try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=page(registry(), prefix))
+        shown = page(registry(), prefix)
+        server = MetricsPage((host.strip("[]"), int(port)), shown, max_connections=max_connections)
     except OSError as error:
         raise FailedPrecondition(
             f"{setting}={bind} cannot be listened on: {error.strerror or error}",
@@ -175,7 +184,7 @@ def serve_metrics(bind: str, *, advertise: str = "", prefix: str = "collegium", 
             field=setting,
             remedy="choose another port, or 0 for any free one",
         ) from error
-    _pages.append((server, thread))
+    _pages.append((server, expose(server.counters)))
     if host in ("0.0.0.0", "[::]", "::"):
         host = advertise.rpartition(":")[0] or socket.gethostname()
     return f"http://{bracketed(host)}:{server.server_port}/metrics"
@@ -184,7 +193,6 @@ def serve_metrics(bind: str, *, advertise: str = "", prefix: str = "collegium", 
 def stop_metrics() -> None:
     """Stop serving pages; for processes that live on, such as tests."""
     while _pages:
-        server, thread = _pages.pop()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server, conceal = _pages.pop()
+        conceal()
+        server.end()

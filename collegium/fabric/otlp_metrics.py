@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk.metrics.export import (
@@ -32,6 +32,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client.core import Metric, Sample
 
 from collegium.fabric import logs
+from collegium.fabric.channels import NO_PROXY
 from collegium.fabric.metric_names import METRICS
 from collegium.fabric.metrics import MetricsRegistry
 
@@ -52,7 +53,10 @@ class MetricsPush:
         self._source, self._resource, self._every_s, self._start_ns = source, resource, every_s, start_ns
         self._endpoint = endpoint
         self._exporter = OTLPMetricExporter(
-            endpoint=endpoint, insecure=not endpoint.startswith("https"), timeout=_TIMEOUT_S
+            endpoint=endpoint,
+            insecure=not endpoint.startswith("https"),
+            timeout=_TIMEOUT_S,
+            channel_options=cast("Any", NO_PROXY),
         )
         # It says at every failure what is said here once.
         logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").addFilter(_is_of_traces)

@@ -15,7 +15,7 @@ from typing import Any
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from collegium.fabric.errors import NotFound
+from collegium.fabric.errors import NotFound, shown
 from collegium.fabric.health import Health
 
 LIVE = "live"
@@ -36,7 +36,7 @@ class Probes(health_pb2_grpc.HealthServicer):
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         """Answer once; NOT_FOUND for any other name."""
         if request.service not in ("", LIVE):
-            raise NotFound(f"{request.service!r} is not probed here", reason="UNKNOWN_SERVICE", field="service")
+            raise NotFound(f"{shown(request.service)} is not probed here", reason="UNKNOWN_SERVICE", field="service")
         is_well = request.service == LIVE or (self._health is not None and self._health.is_serving())
         status = health_pb2.HealthCheckResponse.SERVING if is_well else health_pb2.HealthCheckResponse.NOT_SERVING
         return health_pb2.HealthCheckResponse(status=status)

@@ -6,6 +6,7 @@ Owns the transport options. Knows no service by name; reflection and health are 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.health import SERVICE_NAME, Health
 from collegium.fabric.hosts import bracketed
 from collegium.fabric.interceptors import StatusInterceptor
+from collegium.fabric.secret_files import warn_if_open
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -45,6 +47,7 @@ __all__ = [
     "channel",
     "channel_credentials",
     "channel_options",
+    "limits",
     "listen",
     "plain_server",
     "split_address",
@@ -52,8 +55,17 @@ __all__ = [
 ]
 
 S = TypeVar("S")
+_HANDSHAKE_MS = 5_000  # from a connection's acceptance to its first frame; TLS included
+_IDLE_MS = 600_000  # without a call: a client connects again by itself
+_MAX_STREAMS = 4096
+_PROBE_CONNECTIONS = 64
+_PROBE_STREAMS = 64
 _SERVER_OPTIONS: tuple[Option, ...] = (
     *MESSAGE_LIMITS,
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+    ("grpc.max_connection_idle_ms", _IDLE_MS),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.so_reuseport", 0),  # else a port in use is shared in silence
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
@@ -67,6 +79,18 @@ class TlsFiles:
 
     cert: Path
     key: Path
+
+
+def limits(max_connections: int, max_streams: int) -> tuple[Option, ...]:
+    """Give the options that bound a server's connections and the calls of each; as the settings of these names.
+
+    max_connections 0: half of the descriptors that this process may open. gRPC closes a connection beyond the bound at
+    once, and one that sends no valid first frame after 5 s; it counts neither: process_open_fds of the metrics page
+    shows how many descriptors are open.
+    """
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max_connections or (2**20 if descriptors == resource.RLIM_INFINITY else max(64, descriptors // 2))
+    return (("grpc.max_allowed_incoming_connections", most), ("grpc.max_concurrent_streams", max_streams))
 
 
 class Server:
@@ -88,7 +112,7 @@ class Server:
         self._names = tuple(services)
         self._tls = tls
         self.health = Health(self._names)
-        merged = dict(_SERVER_OPTIONS) | dict(options)
+        merged = dict(_SERVER_OPTIONS) | dict(limits(0, _MAX_STREAMS)) | dict(options)
         self.grpc = aio.server(
             interceptors=[StatusInterceptor(self._names), *interceptors], options=tuple(merged.items())
         )
@@ -130,8 +154,9 @@ class _Late:
 
 
 def plain_server() -> aio.Server:
-    """Make a bare gRPC server that maps our errors to statuses: for what is no service of its own."""
-    return aio.server(interceptors=[StatusInterceptor(())], options=_SERVER_OPTIONS)
+    """Make a bare gRPC server that maps our errors to statuses, with few connections: for what is no service."""
+    options = (*_SERVER_OPTIONS, *limits(_PROBE_CONNECTIONS, _PROBE_STREAMS))
+    return aio.server(interceptors=[StatusInterceptor(())], options=options)
 
 
 def listen(server: aio.Server, bind: str, setting: str, credentials: grpc.ServerCredentials | None = None) -> str:
@@ -172,6 +197,7 @@ def advertised(bound: str, advertise: str, setting: str = "--advertise") -> str:
 
 
 def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    warn_if_open(tls.key, "--tls-key")
     pair = (read_file(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
     return grpc.ssl_server_credentials([pair])
 

@@ -18,10 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from collegium.fabric.bounds import MAX_THREADS
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
 from collegium.fabric.errors import SettingsError
 
-__all__ = ["ByteSize", "MemoryBudget", "ServiceSettings", "parse", "read", "render_help", "setting"]
+__all__ = [
+    "ByteSize",
+    "Described",
+    "MemoryBudget",
+    "ServiceSettings",
+    "describe",
+    "parse",
+    "read",
+    "render_help",
+    "setting",
+]
 
 T = TypeVar("T")
 _KEY = "collegium.setting"
@@ -96,6 +107,21 @@ class ServiceSettings:
         "address for probes, HOST:PORT: plaintext grpc.health.v1, `live` and readiness; empty: none", default=""
     )
     metrics_bind: str = setting("address of the metrics page, HOST:PORT; empty: none", default="127.0.0.1:0")
+    metrics_connections: int = setting(
+        "connections to the metrics page at once; one more cuts the oldest", default=16, at_least=1, at_most=1024
+    )
+    max_connections: int = setting(
+        "connections to the gRPC port at once; 0: half of the descriptors that the process may open",
+        default=0,
+        at_least=0,
+        at_most=1_000_000,
+    )
+    max_streams: int = setting(
+        "calls at once on one connection to the gRPC port; a client keeps more waiting",
+        default=4096,
+        at_least=1,
+        at_most=1_000_000,
+    )
     metrics_prefix: str = setting(
         "names on the metrics page; vllm: those that vLLM has too as vLLM writes them",
         default="collegium",
@@ -114,7 +140,7 @@ class ServiceSettings:
         "how often metrics go to the OTLP endpoint; 0: never", default=15.0, at_least=0.0, unit="S"
     )
     trace_ratio: float = setting("share of requests that are traced", default=0.01, at_least=0.0, at_most=1.0)
-    threads: int = setting("compute threads; 0: as many as there are cores", default=0, at_least=0)
+    threads: int = setting("compute threads; 0: as many as there are cores", default=0, at_least=0, at_most=MAX_THREADS)
 
 
 S = TypeVar("S")
@@ -166,6 +192,46 @@ def render_help(cls: type[object], *, prog: str) -> str:
         shown = "" if hint is bool else f" {meta.unit or _type_name(hint)}"
         lines += [f"  --{_kebab(name)}{shown}", f"        {meta.help} ({'; '.join(facts)})"]
     return "\n".join(lines) + "\n"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """One setting as documents show it; default: as text, "none" or "required"."""
+
+    flag: str
+    variable: str
+    default: str
+    bounds: str
+    help: str
+
+
+def describe(cls: type[object]) -> list[Described]:
+    """Return all settings of a class, in its order."""
+    found: list[Described] = []
+    for name, (field, hint) in _fields(cls).items():
+        meta = _meta(field)
+        default = field.default
+        bounds = [
+            f"{word} {ByteSize(int(bound)) if hint is ByteSize else f'{bound:g}'}"
+            for word, bound in (("at least", meta.at_least), ("at most", meta.at_most))
+            if bound is not None
+        ]
+        bounds += [f"one of {', '.join(meta.choices)}"] if meta.choices else []
+        unit = "" if hint is bool else meta.unit or _type_name(hint)
+        found.append(
+            Described(
+                flag=f"--{_kebab(name)} {unit}".rstrip(),
+                variable=_env_name(name, meta),
+                default="required"
+                if default is _MISSING
+                else "none"
+                if default in (None, "", ())
+                else _written(default),
+                bounds=", ".join(bounds),
+                help=meta.help,
+            )
+        )
+    return found
 
 
 def _fields(cls: type[object]) -> dict[str, tuple[dataclasses.Field[object], object]]:
@@ -243,7 +309,10 @@ def _convert(text: str, hint: object) -> object:
     if hint is MemoryBudget:
         return MemoryBudget.parse(text)
     if hint is Path:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:  # no HOME, and no such user
+            raise ValueError("there is no home for its ~; give the whole path") from None
     if hint is str:
         return text
     raise TypeError(f"settings do not know the type {hint!r}")

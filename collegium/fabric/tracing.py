@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import Link, Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
+
+from collegium.fabric.channels import NO_PROXY
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
@@ -40,7 +42,12 @@ def setup_tracing(resource: Resource, otlp_endpoint: str, ratio: float) -> None:
     from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
     provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
-    exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https"), timeout=2)
+    exporter = OTLPSpanExporter(
+        endpoint=otlp_endpoint,
+        insecure=not otlp_endpoint.startswith("https"),
+        timeout=2,
+        channel_options=cast("Any", NO_PROXY),
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
     _shutdown, _enabled = provider.shutdown, True

@@ -159,6 +159,15 @@ def check_counts(counts: npt.NDArray[np.uint16], pair_rows: npt.NDArray[np.uint3
         raise FrameError(f"a pair names row {last_row} of {num_rows}")
 
 
+def check_distinct(experts: npt.NDArray[np.uint16]) -> None:
+    """Raise FrameError where an expert stands in a dispatch twice: a worker's visit to its buffer names each once."""
+    num_groups = len(experts)
+    few = num_groups <= _FEW
+    num_distinct = len(set(experts.tolist())) if few else np.count_nonzero(np.bincount(experts))
+    if num_distinct != num_groups:
+        raise FrameError(f"{num_groups} groups name {num_distinct} experts; each expert has one group")
+
+
 def write_dispatch(
     buffer: bytearray, dispatch: Dispatch, sizes: tuple[int, int, int], text_bytes: int, shape: LinkShape
 ) -> int:

@@ -71,13 +71,15 @@ class _Slot:
         return self.x_rows
 
     def dispatch(self, head: header.DispatchHeader, deadline_s: float) -> Dispatch:
-        """Return the dispatch whose body has been read, as views. Raises FrameError where its counts do not add up."""
+        """Return the dispatch whose body has been read, as views. Raises FrameError where its groups cannot be."""
         num_rows, num_pairs, num_groups = head.num_rows, head.num_pairs, head.num_groups
         pairs = self.start_bytes // _WORD  # in words; pairs and groups are counted back from the rows
         groups = self.start_bytes // 2 - 4 * num_pairs  # in half words
         counts = self.u16[groups - num_groups : groups]
         pair_rows = self.u32[pairs - 2 * num_pairs : pairs - num_pairs]
+        experts = self.u16[groups - 2 * num_groups : groups - num_groups]
         header.check_counts(counts, pair_rows, num_rows)
+        header.check_distinct(experts)
         text = b""
         if head.text_bytes:
             text = bytes(self.body(head)[-head.text_bytes :])
@@ -88,7 +90,7 @@ class _Slot:
             epoch=head.epoch,
             micro_batch=head.micro_batch,
             deadline_s=deadline_s,
-            experts=self.u16[groups - 2 * num_groups : groups - num_groups],
+            experts=experts,
             counts=counts,
             pair_rows=pair_rows,
             pair_weights=self.f32[pairs - num_pairs : pairs],

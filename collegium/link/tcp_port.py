@@ -28,6 +28,7 @@ from collegium.link.rows_apart import OpenCarrier
 from collegium.link.stream import Stream, send_all
 
 MAX_CALLERS: Final = 64  # connections that have not said HELLO yet
+_MUTED_S: Final = 0.1  # between tries to accept while the process has no descriptor left
 _MEET_WITHIN_S: Final = 30.0  # what making communicators may take
 
 log = logging.getLogger("collegium.link")
@@ -58,6 +59,7 @@ class TcpPort:
         self._tls = tls
         self._epoll = select.epoll()
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._muted: dict[int, float] = {}  # until when listeners, by descriptor, are not listened to
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._callers: dict[int, Caller] = {}  # by descriptor, oldest first
@@ -152,6 +154,8 @@ class TcpPort:
                 raise LinkClosed("the port is closed")
             if self._callers:
                 timeout_s = min(timeout_s, self._expire_callers())
+            if self._muted:
+                timeout_s = min(timeout_s, self._unmute())
             arrivals: list[Arrival] = []
             events = self._epoll.poll(0.0 if self._ready else timeout_s)
             if self._is_closing:
@@ -292,12 +296,24 @@ class TcpPort:
         except BlockingIOError:
             return
         except OSError as error:  # it went away again, or no descriptor is left
-            log.warning("a connection could not be accepted: %s", error)
+            if not self._muted:
+                log.warning("a connection could not be accepted: %s", error)
+            self._epoll.modify(listener, 0)  # or every poll would find it again
+            self._muted[listener.fileno()] = time.monotonic() + _MUTED_S
             return
         if len(self._callers) >= MAX_CALLERS:
             self._forget(next(iter(self._callers.values())))
         self._callers[stream.fileno()] = Caller(stream, transport)
         self._epoll.register(stream.fileno(), select.EPOLLIN)
+
+    def _unmute(self) -> float:
+        """Listen again where the pause is over; return how long the next one has."""
+        now_s = time.monotonic()
+        for fd, until_s in list(self._muted.items()):
+            if until_s <= now_s:
+                del self._muted[fd]
+                self._epoll.modify(fd, select.EPOLLIN)
+        return min(self._muted.values(), default=now_s + HELLO_WITHIN_S) - now_s
 
     def _expire_callers(self) -> float:
         """Forget the callers that said nothing in time; return how long the next one has."""

@@ -1,11 +1,12 @@
 """Which model types are served, and how each one's checkpoint lays out its experts.
 
 Owns the table of architectures and the descriptor of an expert's arithmetic. Reads config.json only; imports neither
-torch nor transformers, so that a gateway or a worker can ask. Sources: the architectures' modelling code in
-transformers 5.23.
+torch nor transformers, so that a gateway or a worker can ask. Sources: the architectures' modelling code and the
+weight conversions of transformers 5.23, which reads and writes two layouts of most architectures: the published one,
+and its own in memory (`save_pretrained(save_original_format=False)`).
 """
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
+from collegium.model.checkpoint_files import CheckpointError, has_file, read_json, shown
+from collegium.model.config_fields import check_config
+
 
 class UnsupportedModelError(ValueError):
     """The checkpoint's model type, or a feature of it, is not served."""
-
-
-class CheckpointError(ValueError):
-    """The checkpoint is incomplete or damaged."""
 
 
 class Layout(StrEnum):
@@ -46,48 +46,43 @@ class Role(StrEnum):
 class Architecture:
     """One model type: where its experts are in a checkpoint.
 
-    `patterns` maps a regular expression over tensor names to a role; group `layer` is the decoder layer, group
-    `expert`, where there is one, the expert's index.
+    `layouts` holds, for each layout that its checkpoints have, a map from a regular expression over tensor names to a
+    role; group `layer` is the decoder layer, group `expert`, where there is one, the expert's index.
     """
 
     model_type: str
-    layout: Layout
-    patterns: Mapping[str, Role]
+    layouts: Mapping[Layout, Mapping[str, Role]]
     num_experts_key: str
-    top_k_key: str
+    top_k_key: str = "num_experts_per_tok"
     num_layers_key: str = "num_hidden_layers"
 
 
-_PER_EXPERT = r"^(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.{}\.weight$"
+_LAYER = r"^(?:model\.)?layers\.(?P<layer>[0-9]{1,5})\."
+_PER_EXPERT = _LAYER + r"(?:mlp|block_sparse_moe)\.experts\.(?P<expert>[0-9]{1,5})\."
 _PROJECTIONS = {
-    _PER_EXPERT.format("(?:gate_proj|w1)"): Role.GATE,
-    _PER_EXPERT.format("(?:up_proj|w3)"): Role.UP,
-    _PER_EXPERT.format("(?:down_proj|w2)"): Role.DOWN,
+    _PER_EXPERT + r"(?:gate_proj|w1)\.weight$": Role.GATE,
+    _PER_EXPERT + r"(?:up_proj|w3)\.weight$": Role.UP,
+    _PER_EXPERT + r"(?:down_proj|w2)\.weight$": Role.DOWN,
 }
-_FUSED = {
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.block_sparse_moe\.input_linear\.weight$": Role.GATE_UP,
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.block_sparse_moe\.output_linear\.weight$": Role.DOWN,
+_EXPERTS = _LAYER + r"(?:mlp|block_sparse_moe)\.experts\."
+_FUSED = {_EXPERTS + r"gate_up_proj$": Role.GATE_UP, _EXPERTS + r"down_proj$": Role.DOWN}
+_GRANITE = {
+    _LAYER + r"block_sparse_moe\.input_linear\.weight$": Role.GATE_UP,
+    _LAYER + r"block_sparse_moe\.output_linear\.weight$": Role.DOWN,
 }
-_FUSED_TRANSPOSED = {
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.gate_up_proj$": Role.GATE_UP,
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.gate_up_proj_bias$": Role.GATE_UP_BIAS,
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.down_proj$": Role.DOWN,
-    r"^(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts\.down_proj_bias$": Role.DOWN_BIAS,
+_FUSED_TRANSPOSED = _FUSED | {
+    _EXPERTS + r"gate_up_proj_bias$": Role.GATE_UP_BIAS,
+    _EXPERTS + r"down_proj_bias$": Role.DOWN_BIAS,
 }
-_STACKED = {
-    r"^(?:.*\.)?blocks\.(?P<layer>\d+)\.ffn\.experts\.mlp\.w1$": Role.GATE,
-    r"^(?:.*\.)?blocks\.(?P<layer>\d+)\.ffn\.experts\.mlp\.v1$": Role.UP,
-    r"^(?:.*\.)?blocks\.(?P<layer>\d+)\.ffn\.experts\.mlp\.w2$": Role.DOWN,
-}
+_BLOCK = r"^(?:transformer\.)?blocks\.(?P<layer>[0-9]{1,5})\.ffn\.experts\.mlp\."
+_STACKED = {_BLOCK + "w1$": Role.GATE, _BLOCK + "v1$": Role.UP, _BLOCK + "w2$": Role.DOWN}
 
 
-def _per_expert(model_type: str, num_experts_key: str, top_k_key: str = "num_experts_per_tok") -> Architecture:
+def _per_expert(model_type: str, num_experts_key: str) -> Architecture:
     return Architecture(
         model_type=model_type,
-        layout=Layout.PER_EXPERT,
-        patterns=_PROJECTIONS,
+        layouts={Layout.PER_EXPERT: _PROJECTIONS, Layout.FUSED: _FUSED},
         num_experts_key=num_experts_key,
-        top_k_key=top_k_key,
     )
 
 
@@ -105,22 +100,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _per_expert("glm4_moe", "n_routed_experts"),
         Architecture(
             model_type="granitemoe",
-            layout=Layout.FUSED,
-            patterns=_FUSED,
+            layouts={Layout.FUSED: _GRANITE | _FUSED},
             num_experts_key="num_local_experts",
-            top_k_key="num_experts_per_tok",
         ),
         Architecture(
             model_type="gpt_oss",
-            layout=Layout.FUSED_TRANSPOSED,
-            patterns=_FUSED_TRANSPOSED,
+            layouts={Layout.FUSED_TRANSPOSED: _FUSED_TRANSPOSED},
             num_experts_key="num_local_experts",
-            top_k_key="num_experts_per_tok",
         ),
         Architecture(
             model_type="dbrx",
-            layout=Layout.STACKED,
-            patterns=_STACKED,
+            layouts={Layout.STACKED: _STACKED},
             num_experts_key="ffn_config.moe_num_experts",
             top_k_key="ffn_config.moe_top_k",
             num_layers_key="n_layers",
@@ -168,30 +158,41 @@ class ExpertForm:
 def read_config(model_dir: Path) -> dict[str, object]:
     """Read config.json. Raises CheckpointError naming the file and what is wrong with it."""
     path = model_dir / "config.json"
-    if not model_dir.is_dir():
+    if not os.path.isdir(model_dir):
         raise CheckpointError(f"model directory {model_dir} does not exist or is not a directory")
-    try:
-        config: object = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return cast(dict[str, object], config)
+    if not has_file(path):
+        raise CheckpointError(f"{path} is missing: give the folder of a Hugging Face checkpoint")
+    return read_json(path)
 
 
-def architecture_of(config: Mapping[str, object]) -> Architecture:
-    """Find the architecture of a config. Raises UnsupportedModelError listing those that work."""
-    model_type = config.get("model_type")
-    found = ARCHITECTURES.get(str(model_type))
-    if found is None:
+def read_architecture(model_dir: Path) -> tuple[dict[str, object], Architecture]:
+    """Read config.json, find its architecture and check the values of its fields.
+
+    Raises CheckpointError naming the field, or UnsupportedModelError.
+    """
+    config = read_config(model_dir)
+    path = model_dir / "config.json"
+    architecture = architecture_of(config, path)
+    check_config(path, config)
+    if has_file(model_dir / "adapter_config.json"):
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}"
+            f"{model_dir / 'adapter_config.json'}: adapters are not served; merge it into the weights, or remove it"
+        )
+    return config, architecture
+
+
+def architecture_of(config: Mapping[str, object], path: Path = Path("config.json")) -> Architecture:
+    """Find the architecture of a config, read from `path`. Raises UnsupportedModelError listing those that work."""
+    model_type = config.get("model_type")
+    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if found is None:
+        named = repr(shown(model_type)) if isinstance(model_type, str) else shown(model_type)
+        raise UnsupportedModelError(
+            f"{path}: model type {named} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}"
         )
     if config.get("quantization_config"):
         raise UnsupportedModelError(
-            "the checkpoint is quantized (config.json: quantization_config); "
+            f"{path}: the checkpoint is quantized (quantization_config); "
             "serve an unquantized float32, bfloat16 or float16 one"
         )
     return found
@@ -208,29 +209,37 @@ def config_int(config: Mapping[str, object], key: str) -> int | None:
     return None
 
 
-def expert_form(config: Mapping[str, object]) -> ExpertForm:
-    """Read the arithmetic of the experts from a config. Raises UnsupportedModelError for an unknown activation."""
+def expert_form(config: Mapping[str, object], path: Path = Path("config.json")) -> ExpertForm:
+    """Read the arithmetic of the experts from a checked config. Raises UnsupportedModelError for an unknown activation,
+    CheckpointError for one that is no name.
+    """
     if config.get("model_type") == "gpt_oss":
-        clamp, alpha = config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
-        assert isinstance(clamp, int | float) and isinstance(alpha, int | float)
-        return ExpertForm(activation=Activation.CLAMPED_SWIGLU, clamp=float(clamp), alpha=float(alpha))
+        clamp, alpha = config.get("swiglu_limit"), config.get("swiglu_alpha")
+        return ExpertForm(
+            activation=Activation.CLAMPED_SWIGLU,
+            clamp=float(clamp) if isinstance(clamp, int | float) else 7.0,
+            alpha=float(alpha) if isinstance(alpha, int | float) else 1.702,
+        )
+    field, name = "hidden_act", config.get("hidden_act")
     ffn = config.get("ffn_config")
-    name = config.get("hidden_act")
     if name is None and isinstance(ffn, Mapping):
-        act = cast(Mapping[str, object], ffn).get("ffn_act_fn")
-        name = cast(Mapping[str, object], act).get("name") if isinstance(act, Mapping) else None
-    activation = _ACTIVATIONS.get(str(name or "silu"))
+        field, act = "ffn_config.ffn_act_fn", cast(Mapping[str, object], ffn).get("ffn_act_fn")
+        if act is not None and not isinstance(act, Mapping):
+            raise CheckpointError(f"{path}: {field} is {shown(act)}; it must be an object with a name")
+        name = cast(Mapping[str, object], act or {}).get("name")
+    activation = _ACTIVATIONS.get("silu" if name is None else str(name))
     if activation is None:
         raise UnsupportedModelError(
-            f"config.json: hidden_act {name!r} is not supported; these are: {', '.join(_ACTIVATIONS)}"
+            f"{path}: {field} {shown(name)!r} is not supported; these are: {', '.join(_ACTIVATIONS)}"
         )
     return ExpertForm(activation=activation)
 
 
-def role_of(architecture: Architecture, key: str) -> tuple[Role, int, int | None] | None:
-    """Say what a tensor is: (role, decoder layer, expert or None for all), or None where it is no expert's."""
-    for pattern, role in architecture.patterns.items():
-        if match := re.match(pattern, key):
-            expert = match.groupdict().get("expert")
-            return role, int(match["layer"]), None if expert is None else int(expert)
+def role_of(architecture: Architecture, key: str) -> tuple[Layout, Role, int, int | None] | None:
+    """Say what a tensor is: (layout, role, decoder layer, expert or None for all), or None if it is no expert's."""
+    for layout, patterns in architecture.layouts.items():
+        for pattern, role in patterns.items():
+            if match := re.fullmatch(pattern, key):
+                expert = match.groupdict().get("expert")
+                return layout, role, int(match["layer"]), None if expert is None else int(expert)
     return None

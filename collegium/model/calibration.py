@@ -22,6 +22,7 @@ import torch
 
 from collegium.model import native
 from collegium.model.architectures import ExpertForm
+from collegium.model.cache_root import cache_file
 from collegium.model.experts import PackedExpert, expert_run
 from collegium.model.kernels import Kernel, available, kernel_for, use_kernel
 from collegium.model.weights import ExpertWeights
@@ -160,8 +161,7 @@ def _processor() -> str:
 
 
 def _cache_file() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "collegium" / "kernels.json"
+    return cache_file("kernels.json")
 
 
 @contextlib.contextmanager

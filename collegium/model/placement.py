@@ -57,6 +57,10 @@ class Placement:
                     counts[self.worker_ids[w]] += 1
         return counts
 
+    def has_shape(self, layers: Sequence[LayerSize]) -> bool:
+        """Whether it lists the experts of these layers; False for an empty placement."""
+        return bool(self.worker_ids) and [len(layer) for layer in self.homes] == [one.num_experts for one in layers]
+
     def renamed(self, names: Mapping[str, str]) -> Placement:
         """Give the same placement with some worker ids replaced."""
         ids = tuple(names.get(worker_id, worker_id) for worker_id in self.worker_ids)

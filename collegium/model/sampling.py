@@ -8,9 +8,10 @@ whole: a floor that provably keeps every survivor is found in one pass, and only
 V vocabulary, B rows of a step, T positions.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,36 +72,46 @@ class TokenCounts:
     `ids[:num_ids]`: distinct ids of prompt and output; `counts[:num_ids]`: how often each occurs in the output alone.
     """
 
-    __slots__ = ("_slots", "counts", "ids")
+    __slots__ = ("_of_prompt", "_slots", "counts", "ids")
 
-    def __init__(self, prompt_ids: Iterable[int], output_ids: Iterable[int] = ()) -> None:
-        self._slots: dict[int, int] = {}
-        self.ids = np.empty(64, np.int64)
-        self.counts = np.empty(64, np.float32)
-        for token_id in dict.fromkeys(prompt_ids):
-            self._slot(token_id)
+    def __init__(
+        self, prompt_ids: Iterable[int], output_ids: Iterable[int] = (), *, like: "TokenCounts | None" = None
+    ) -> None:
+        """`like`: those of another choice with the same prompt, which is then not read but shared."""
+        if like is None:
+            self._of_prompt: Mapping[int, int] = dict(zip(dict.fromkeys(prompt_ids), itertools.count(), strict=False))
+        else:
+            self._of_prompt = like._of_prompt
+        self._slots: dict[int, int] = {}  # of ids that the prompt has not
+        num_ids = len(self._of_prompt)
+        self.ids = np.empty(num_ids + 64, np.int64)
+        self.ids[:num_ids] = np.fromiter(self._of_prompt, np.int64, num_ids) if like is None else like.ids[:num_ids]
+        self.counts = np.zeros(num_ids + 64, np.float32)
         for token_id, count in Counter(output_ids).items():
-            self.counts[self._slot(token_id)] += count
+            self._add(token_id, count)
 
     @property
     def num_ids(self) -> int:
         """How many distinct ids have been seen."""
-        return len(self._slots)
+        return len(self._of_prompt) + len(self._slots)
 
     def add(self, token_id: int) -> None:
         """Count one more token of the output."""
+        self._add(token_id, 1)
+
+    def _add(self, token_id: int, count: int) -> None:
         slot = self._slot(token_id)  # first, since it may replace the array
-        self.counts[slot] += 1
+        self.counts[slot] += count
 
     def _slot(self, token_id: int) -> int:
-        slot = self._slots.get(token_id)
+        slot = self._of_prompt.get(token_id, self._slots.get(token_id))
         if slot is None:
-            slot = len(self._slots)
+            slot = self.num_ids
             if slot == len(self.ids):
                 self.ids = np.concatenate([self.ids, np.empty_like(self.ids)])
-                self.counts = np.concatenate([self.counts, np.empty_like(self.counts)])
+                self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
             self._slots[token_id] = slot
-            self.ids[slot], self.counts[slot] = token_id, 0
+            self.ids[slot] = token_id
         return slot
 
 

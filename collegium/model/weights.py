@@ -13,8 +13,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from collegium.model.architectures import CheckpointError, Layout, Role
-from collegium.model.manifest import ExpertEntry, Manifest, TensorRef
+from collegium.model.architectures import Layout, Role
+from collegium.model.checkpoint_files import CheckpointError, open_file
+from collegium.model.manifest_entries import ExpertEntry, Manifest, TensorRef
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _STORED_AS = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
@@ -124,7 +125,7 @@ def read_expert(manifest: Manifest, layer: int, expert: int, dtype: torch.dtype)
 def _read(path: Path, ref: TensorRef, view: memoryview) -> None:
     position = 0
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
             while position < len(view):
                 count = os.preadv(file.fileno(), [view[position:]], ref.offset + position)
                 if not count:

@@ -32,12 +32,21 @@ MEMBER_STATE_DRAINING: MemberState
 MEMBER_STATE_RETIRING: MemberState
 
 class ModelShape(_message.Message):
-    __slots__ = ("digest", "layers")
+    __slots__ = ("digest", "layers", "parts")
+    class PartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     digest: str
     layers: _containers.RepeatedCompositeFieldContainer[LayerShape]
-    def __init__(self, digest: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerShape, _Mapping]]] = ...) -> None: ...
+    parts: _containers.ScalarMap[str, str]
+    def __init__(self, digest: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerShape, _Mapping]]] = ..., parts: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class LayerShape(_message.Message):
     __slots__ = ("num_experts", "expert_bytes")

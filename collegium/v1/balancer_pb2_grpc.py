@@ -78,7 +78,7 @@ class BalancerServicer:
 
     def Join(self, request, context):
         """Join takes a lease for a process that has just started. Not idempotent: every call makes a new member.
-        FAILED_PRECONDITION when a worker's model differs from the cluster's.
+        FAILED_PRECONDITION if a worker's or router's model differs from that of the live workers, naming what differs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

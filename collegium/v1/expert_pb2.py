@@ -24,27 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63ollegium/v1/expert.proto\x12\x0c\x63ollegium.v1\"}\n\x0fOpenLinkRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x10\n\x08max_rows\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\"\x94\x01\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bnum_credits\x18\x05 \x01(\r\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x13\n\x0bwants_hints\x18\x07 \x01(\x08\"\x12\n\x10GetWorkerRequest\"/\n\rResidentLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\xdf\x01\n\x11GetWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x08resident\x18\x02 \x03(\x0b\x32\x1b.collegium.v1.ResidentLayer\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12?\n\x08\x63ounters\x18\x04 \x03(\x0b\x32-.collegium.v1.GetWorkerResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xa1\x01\n\x06\x45xpert\x12I\n\x08OpenLink\x12\x1d.collegium.v1.OpenLinkRequest\x1a\x1e.collegium.v1.OpenLinkResponse\x12L\n\tGetWorker\x12\x1e.collegium.v1.GetWorkerRequest\x1a\x1f.collegium.v1.GetWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63ollegium/v1/expert.proto\x12\x0c\x63ollegium.v1\"\xf4\x01\n\x0fOpenLinkRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x10\n\x08max_rows\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x42\n\x0bmodel_parts\x18\x07 \x03(\x0b\x32-.collegium.v1.OpenLinkRequest.ModelPartsEntry\x1a\x31\n\x0fModelPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x94\x01\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bnum_credits\x18\x05 \x01(\r\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x13\n\x0bwants_hints\x18\x07 \x01(\x08\"\x12\n\x10GetWorkerRequest\"/\n\rResidentLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\xdf\x01\n\x11GetWorkerResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x08resident\x18\x02 \x03(\x0b\x32\x1b.collegium.v1.ResidentLayer\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x04\x12?\n\x08\x63ounters\x18\x04 \x03(\x0b\x32-.collegium.v1.GetWorkerResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xa1\x01\n\x06\x45xpert\x12I\n\x08OpenLink\x12\x1d.collegium.v1.OpenLinkRequest\x1a\x1e.collegium.v1.OpenLinkResponse\x12L\n\tGetWorker\x12\x1e.collegium.v1.GetWorkerRequest\x1a\x1f.collegium.v1.GetWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'collegium.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_OPENLINKREQUEST_MODELPARTSENTRY']._loaded_options = None
+  _globals['_OPENLINKREQUEST_MODELPARTSENTRY']._serialized_options = b'8\001'
   _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_OPENLINKREQUEST']._serialized_start=43
-  _globals['_OPENLINKREQUEST']._serialized_end=168
-  _globals['_OPENLINKRESPONSE']._serialized_start=171
-  _globals['_OPENLINKRESPONSE']._serialized_end=319
-  _globals['_GETWORKERREQUEST']._serialized_start=321
-  _globals['_GETWORKERREQUEST']._serialized_end=339
-  _globals['_RESIDENTLAYER']._serialized_start=341
-  _globals['_RESIDENTLAYER']._serialized_end=388
-  _globals['_GETWORKERRESPONSE']._serialized_start=391
-  _globals['_GETWORKERRESPONSE']._serialized_end=614
-  _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._serialized_start=567
-  _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._serialized_end=614
-  _globals['_EXPERT']._serialized_start=617
-  _globals['_EXPERT']._serialized_end=778
+  _globals['_OPENLINKREQUEST']._serialized_start=44
+  _globals['_OPENLINKREQUEST']._serialized_end=288
+  _globals['_OPENLINKREQUEST_MODELPARTSENTRY']._serialized_start=239
+  _globals['_OPENLINKREQUEST_MODELPARTSENTRY']._serialized_end=288
+  _globals['_OPENLINKRESPONSE']._serialized_start=291
+  _globals['_OPENLINKRESPONSE']._serialized_end=439
+  _globals['_GETWORKERREQUEST']._serialized_start=441
+  _globals['_GETWORKERREQUEST']._serialized_end=459
+  _globals['_RESIDENTLAYER']._serialized_start=461
+  _globals['_RESIDENTLAYER']._serialized_end=508
+  _globals['_GETWORKERRESPONSE']._serialized_start=511
+  _globals['_GETWORKERRESPONSE']._serialized_end=734
+  _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._serialized_start=687
+  _globals['_GETWORKERRESPONSE_COUNTERSENTRY']._serialized_end=734
+  _globals['_EXPERT']._serialized_start=737
+  _globals['_EXPERT']._serialized_end=898
 # @@protoc_insertion_point(module_scope)

@@ -7,20 +7,29 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class OpenLinkRequest(_message.Message):
-    __slots__ = ("router_id", "model_digest", "dtype", "transports", "max_rows", "host")
+    __slots__ = ("router_id", "model_digest", "dtype", "transports", "max_rows", "host", "model_parts")
+    class ModelPartsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_PARTS_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     model_digest: str
     dtype: str
     transports: _containers.RepeatedScalarFieldContainer[str]
     max_rows: int
     host: str
-    def __init__(self, router_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., max_rows: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+    model_parts: _containers.ScalarMap[str, str]
+    def __init__(self, router_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., max_rows: _Optional[int] = ..., host: _Optional[str] = ..., model_parts: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class OpenLinkResponse(_message.Message):
     __slots__ = ("link_id", "secret", "transport", "address", "num_credits", "worker_id", "wants_hints")

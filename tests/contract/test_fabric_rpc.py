@@ -120,6 +120,9 @@ async def test_a_status_that_finds_its_caller_gone_is_a_cancelled_call_and_no_fa
         def invocation_metadata(self) -> tuple[()]:
             return ()
 
+        async def read(self) -> object:
+            return object()
+
         async def abort(self, *_: object) -> None:
             raise aio.InternalError("Failed execute_batch")
 
@@ -132,7 +135,7 @@ async def test_a_status_that_finds_its_caller_gone_is_a_cancelled_call_and_no_fa
     details: Any = type("Details", (), {"method": "/a.B/C", "invocation_metadata": ()})()
     handler: Any = await StatusInterceptor(()).intercept_service(find, details)
     with pytest.raises(asyncio.CancelledError):
-        await handler.unary_unary(None, Gone())
+        await handler.stream_unary(None, Gone())
 
 
 async def test_a_service_that_is_added_late_is_unavailable_until_then() -> None:

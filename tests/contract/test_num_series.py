@@ -34,6 +34,10 @@ VALUES = {
     "tier": ("host", "disk"),
     "role": ("gateway", "router", "worker"),
     "phase": ("decode", "prefill"),
+    "reason": (
+        *("INVALID_SUBMISSION", "INVALID_FRAME", "SUBMISSION_FAILED", "DUPLICATE_REQUEST_ID"),
+        *("QUEUE_FULL", "TOO_MANY_GATEWAYS", "TOO_MANY_TRACES"),
+    ),
     "statistic": ("min", "p50", "mean", "max"),
 }
 # Of the gateways' gen_ai histograms: what is asked for, and by whose fault it fails.

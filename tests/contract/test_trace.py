@@ -183,7 +183,8 @@ async def test_trace_writes_what_replay_reads(
     trace = read_trace(out)
     assert (trace.header.model, trace.header.num_experts, trace.header.top_k) == ("tiny", 8, 2)
     assert len(trace) == NUM_TOKENS * 3 * 2
-    for turn, prompt in enumerate(PROMPTS):
+    # Turns are numbered as they were first computed, the shortest prompt first.
+    for turn, prompt in enumerate(sorted(PROMPTS, key=len)):
         mine = (trace.turn == turn) & (trace.layer == 2) & (trace.slot == 0)
         assert trace.step[mine].tolist() == list(range(len(prompt) + MAX_TOKENS - 1))
         assert trace.phase[mine].tolist() == [0] * len(prompt) + [1] * (MAX_TOKENS - 1)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from collegium.fabric import settings
-from tests.deploy.helm import CHART, ROOT, containers, pods, render
+from tests.deploy.helm import CHART, ROOT, VALUES, containers, pods, render
 from tests.deploy.services import ROLES
 
 DOCKER = ROOT / "deploy" / "docker"
@@ -36,9 +36,9 @@ def compose() -> dict[str, Any]:
 
 def composed() -> list[tuple[str, dict[str, Any]]]:
     return [
-        (BY_MODULE[service["command"][2]], service)
+        (BY_MODULE[service["command"][3]], service)
         for service in compose()["services"].values()
-        if service["command"][:2] == ["python", "-m"]
+        if service["command"][:3] == ["python", "-P", "-m"]
     ]
 
 
@@ -115,7 +115,7 @@ def test_compose_tells_a_service_what_it_has_settings_for(role: str) -> None:
     env = {name: str(value) for name, value in service["environment"].items()}
     known = {ROLES[role].variable(field) for field in ROLES[role].fields}
     assert env.keys() - known <= {"OMP_NUM_THREADS"}
-    options = settings.read(ROLES[role].settings, service["command"][3:], env)
+    options = settings.read(ROLES[role].settings, service["command"][4:], env)
     services = compose()["services"]
     if role != "balancer":
         host, _, port = options.balancer.partition(":")
@@ -124,6 +124,23 @@ def test_compose_tells_a_service_what_it_has_settings_for(role: str) -> None:
         assert options.redis_url.split("/")[2].split(":")[0] in services
     checks = services[role]["healthcheck"]["test"]
     assert options.health_bind.rpartition(":")[2] in checks[-1]
+
+
+def test_no_python_of_image_chart_and_compose_imports_from_the_working_directory() -> None:
+    assert "PYTHONSAFEPATH=1" in "\n".join(stages()["cpu"])
+    assert len(composed()) == len(ROLES)
+    for service in compose()["services"].values():
+        check = service["healthcheck"].get("test", [])
+        for argv in (service["command"], check[1:]):
+            assert argv[:1] != ["python"] or argv[1] == "-P", argv
+    for name in VALUES:
+        for _, _, spec in pods(render(name)):
+            for container in containers(spec):
+                args = container.get("args", [])
+                assert args[:1] != ["python"] or args[1] == "-P", args
+    # What people are told to type, in front of which any folder may lie.
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.search(r"python3? -m (gateway|router_svc|expert_svc|balancer_svc)\b", page.read_text()), page
 
 
 def test_compose_locks_its_containers_up_and_publishes_the_gateway_alone() -> None:

@@ -67,8 +67,8 @@ def test_the_paths_that_exist_are_open_and_no_others(name: str) -> None:
     for caller, called, port in sorted(tried):
         labels, ports = known[called]
         caller_labels, _ = known[caller]
-        may_go = admits(policy_of(objects, caller_labels)["egress"], "to", labels, ports[port])
-        may_come = admits(policy_of(objects, labels)["ingress"], "from", caller_labels, ports[port])
+        may_go = admits(policy_of(objects, caller_labels).get("egress", []), "to", labels, ports[port])
+        may_come = admits(policy_of(objects, labels).get("ingress", []), "from", caller_labels, ports[port])
         is_path = (caller, called, port) in PATHS
         # Everyone may come to a gateway where no clients are named; then it is the caller's policy that holds it back.
         is_open = may_go and may_come
@@ -83,12 +83,12 @@ def test_every_pod_has_a_policy_for_both_directions_and_every_port_in_it_is_one(
     for component, (labels, ports) in known.items():
         policy = policy_of(objects, labels)
         assert policy["policyTypes"] == ["Ingress", "Egress"]
-        for rule in policy["ingress"]:
+        for rule in policy.get("ingress", []):
             assert rule["ports"]
             assert {one["port"] for one in rule["ports"]} <= set(ports.values()), component
     others = {port for _, ports in known.values() for port in ports.values()} | {53, 4317, 6380, 443}
     for policy in of_kind(objects, "NetworkPolicy"):
-        for rule in policy["spec"]["egress"]:
+        for rule in policy["spec"].get("egress", []):
             assert {one["port"] for one in rule["ports"]} <= others
         assert any(selects(policy["spec"]["podSelector"], labels) for labels, _ in known.values())
 
@@ -97,7 +97,7 @@ def peers(objects: list[Object], component: str, key: str, port: int) -> list[An
     """Give the peers that a component's policy names at a port; None for everyone."""
     labels, _ = components(objects)[component]
     policy = policy_of(objects, labels)
-    rules = policy["ingress" if key == "from" else "egress"]
+    rules = policy.get("ingress" if key == "from" else "egress", [])
     return [rule.get(key) for rule in rules if port in {one["port"] for one in rule["ports"]}]
 
 
@@ -158,15 +158,81 @@ def test_controllers_budgets_and_scalers_hold_on_to_what_is_theirs(name: str) ->
         for component, (labels, _) in components(objects).items()
         if selects(budget["spec"]["selector"], labels)
     ]
-    assert sorted(held) == sorted(ROLES.keys() - ({"balancer"} if name == "everything" else set()))
-    for budget in budgets:
-        assert budget["spec"]["maxUnavailable"] == 1
+    # In `everything` the balancers' budget is switched off, and there is no Valkey.
+    assert sorted(held) == sorted({*ROLES, "memory"} - ({"balancer", "memory"} if name == "everything" else set()))
     for scaler in of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject"):
         target = scaler["spec"]["scaleTargetRef"]
         (owner,) = [
             one for one in objects if (one["kind"], one["metadata"]["name"]) == (target["kind"], target["name"])
         ]
         assert "replicas" not in owner["spec"], "two would decide on the number of replicas"
+
+
+def allowed(spec: Object, num_pods: int) -> int:
+    """Say how many of the pods of a budget, all of them ready, may be evicted at once, as Kubernetes reckons."""
+    if "minAvailable" in spec:
+        assert "maxUnavailable" not in spec, "the API server takes one of them"
+        return max(0, num_pods - spec["minAvailable"])
+    most = spec["maxUnavailable"]
+    share = -(-num_pods * int(most.removesuffix("%")) // 100) if isinstance(most, str) else most
+    return min(share, num_pods)
+
+
+def fewest(objects: list[Object], labels: dict[str, str]) -> int:
+    """Say how many pods there are at least of a component."""
+    (owner,) = [
+        one for one in of_kind(objects, "Deployment", "StatefulSet") if selects(one["spec"]["selector"], labels)
+    ]
+    for scaler in of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject"):
+        if scaler["spec"]["scaleTargetRef"]["name"] == owner["metadata"]["name"]:
+            return scaler["spec"].get("minReplicas", scaler["spec"].get("minReplicaCount"))
+    return owner["spec"]["replicas"]
+
+
+SIZES: list[Object] = [
+    {},
+    {role: {"replicas": 1} for role in ROLES} | {"gateway": {"replicas": 1, "autoscaling": {"enabled": False}}},
+    {"gateway": {"autoscaling": {"minReplicas": 1}}, "router": {"replicas": 5}},
+    {"router": {"replicas": 7, "keda": {"enabled": True, "serverAddress": "http://p", "minReplicas": 1}}},
+    {"worker": {"replicas": 2, "podDisruptionBudget": {"maxUnavailable": 2}}},
+    {"worker": {"replicas": 3, "podDisruptionBudget": {"maxUnavailable": "100%"}}},
+    {"worker": {"replicas": 1, "podDisruptionBudget": {"maxUnavailable": "10%"}}},
+    {"worker": {"replicas": 9, "podDisruptionBudget": {"maxUnavailable": "50%"}}},
+    {"router": {"podDisruptionBudget": {"maxUnavailable": 0}}},
+]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [*SIZES, *(values_of(name) for name in VALUES)],
+    ids=[*(f"sizes-{i}" for i in range(len(SIZES))), *VALUES],
+)
+def test_no_budget_lets_the_last_pod_go(values: Object) -> None:
+    objects = render_values(values)
+    for component, (labels, _) in components(objects).items():
+        for budget in of_kind(objects, "PodDisruptionBudget"):
+            if selects(budget["spec"]["selector"], labels):
+                least = fewest(objects, labels)
+                for num_pods in range(least, least + 4):
+                    assert allowed(budget["spec"], num_pods) < num_pods, (component, budget["spec"])
+                assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+                if least > 1 and str(budget["spec"].get("maxUnavailable")) != "0":
+                    assert allowed(budget["spec"], least) >= 1, "a drain would wait for ever"
+
+
+def test_the_last_pod_goes_where_a_drain_must_not_wait() -> None:
+    single = {"replicas": 1, "podDisruptionBudget": {"protectLast": False}}
+    values: Object = dict.fromkeys(ROLES, single) | {"valkey": {"podDisruptionBudget": {"protectLast": False}}}
+    values["gateway"] = {**single, "autoscaling": {"enabled": False}}
+    budgets = of_kind(render_values(values), "PodDisruptionBudget")
+    assert [allowed(budget["spec"], 1) for budget in budgets] == [1] * 5
+    assert not of_kind(
+        render_values(
+            {role: {"podDisruptionBudget": {"enabled": False}} for role in ROLES}
+            | {"valkey": {"podDisruptionBudget": {"enabled": False}}}
+        ),
+        "PodDisruptionBudget",
+    )
 
 
 @every_values_file

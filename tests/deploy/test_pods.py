@@ -57,7 +57,7 @@ def environment_of(container: Object) -> dict[str, str]:
 
 def read(role: Role, container: Object) -> Any:
     """Read a service's settings from its container as the service itself does."""
-    return settings.read(role.settings, container["args"][3:], environment_of(container))
+    return settings.read(role.settings, container["args"][4:], environment_of(container))
 
 
 @every_values_file
@@ -65,7 +65,7 @@ def test_every_role_is_there_and_runs_its_module(name: str) -> None:
     found = {component: container for _, component, container, _ in services(render(name))}
     assert found.keys() == ROLES.keys()
     for component, container in found.items():
-        assert container["args"][:3] == ["python", "-m", ROLES[component].module]
+        assert container["args"][:4] == ["python", "-P", "-m", ROLES[component].module]
         assert container["name"] == component
 
 

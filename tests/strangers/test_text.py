@@ -17,6 +17,7 @@ from collegium.v1 import router_pb2
 from gateway.choice import Choice
 from gateway.generation import Generation
 from gateway.restore import restore
+from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
 from gateway.validation import Accepted, Progress
 from tests.tokenizer_kinds import KINDS, SPECIAL, mixed_ids, tokenizer_of
@@ -129,13 +130,14 @@ class Caller:
         choice = Choice(
             0,
             prompt_end=prompt_end,
-            stop_strings=accepted.stop_strings,
+            stops=StopStrings(accepted.stop_strings),
             stop_tokens=accepted.stop_tokens,
             min_tokens=case.min_tokens,
         )
         if self.token_ids:
             progress = Progress(token_ids=tuple(self.token_ids), text_offset=len(self.text), finish_reason=self.reason)
-            restore([choice], {0: progress}, accepted, pb.Model(vocab_size=1 << 20))
+            for _ in restore([choice], {0: progress}, accepted, pb.Model(vocab_size=1 << 20)):
+                pass
         self.generation = Generation(accepted, [choice], model="m")
         return self.generation
 

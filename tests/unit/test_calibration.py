@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from collegium.model import calibration
+from collegium.model import cache_root, calibration
 from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.calibration import ROWS, calibrate, choose, measure, settle_kernel
 from collegium.model.kernels import Kernel, KernelUnavailableError, available, kernel_for
@@ -66,7 +66,11 @@ def test_a_cache_that_cannot_be_read_costs_a_measurement(
 
 
 def test_without_a_place_to_remember_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder() -> Path:
+        raise OSError("no folder can be written")
+
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(cache_root, "_temporary", no_folder)
     assert calibrate(32, 48, torch.float32, FORM).kernel in available(torch.float32)
 
 

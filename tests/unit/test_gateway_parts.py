@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from collegium.v1 import balancer_pb2
 from collegium.v1 import inference_pb2 as ipb
 from collegium.v1 import router_pb2 as pb
 from gateway import outbox as outbox_module
-from gateway.admission import Admission
+from gateway.admission import Admission, Limits, Ticket
 from gateway.app import router_addresses
 from gateway.auth import KeyRing
 from gateway.choose import RUN_TOKENS, Candidate, PrefixTable, choose
@@ -35,69 +36,115 @@ class Clock:
 # Admission.
 
 
+def admission_of(
+    clock: Clock | None = None, *, requests: int = 9, sequences: int = 99, output: int = 999, queued: int = 100
+) -> Admission:
+    limits = Limits(requests=requests, sequences=sequences, output_tokens=output, queued_tokens=queued)
+    return Admission(limits, clock=clock or Clock())
+
+
 def test_requests_are_bounded_and_a_place_given_back_is_free() -> None:
-    admission = Admission(max_requests=2, max_queued_tokens=100, clock=Clock())
-    first, _ = admission.admit(1), admission.admit(1)
-    with pytest.raises(ResourceExhausted) as caught:
-        admission.admit(1)
-    assert caught.value.retry_after_s is not None
-    assert caught.value.retry_after_s > 0
-    admission.release(first)
-    admission.admit(1)
+    admission = admission_of(requests=2)
+    with admission.admitted():
+        with admission.admitted():
+            with pytest.raises(ResourceExhausted) as caught, admission.admitted():
+                pass
+            assert caught.value.retry_after_s is not None
+            assert caught.value.retry_after_s > 0
+        with admission.admitted():
+            pass
 
 
 def test_waiting_tokens_are_bounded_and_stop_waiting_at_the_first_answer() -> None:
-    admission = Admission(max_requests=9, max_queued_tokens=100, clock=Clock())
-    first = admission.admit(90)
-    with pytest.raises(ResourceExhausted, match="90 prompt tokens"):
-        admission.admit(20)
-    admission.start(first)
-    admission.start(first)
-    admission.admit(20)
-    assert admission.queued_tokens == 20
+    admission = admission_of()
+    with admission.admitted() as first, admission.admitted() as second:
+        admission.queue(first, 90)
+        with pytest.raises(ResourceExhausted, match="90 prompt tokens"):
+            admission.queue(second, 20)
+        admission.start(first)
+        admission.start(first)
+        admission.queue(second, 20)
+        assert admission.queued_tokens == 20
 
 
 def test_a_prompt_larger_than_the_bound_comes_in_alone() -> None:
-    admission = Admission(max_requests=9, max_queued_tokens=100, clock=Clock())
-    large = admission.admit(500)
-    with pytest.raises(ResourceExhausted):
-        admission.admit(1)
-    admission.release(large)
+    admission = admission_of()
+    with admission.admitted() as large:
+        admission.queue(large, 500)
+        with pytest.raises(ResourceExhausted), admission.admitted() as small:
+            admission.queue(small, 1)
     assert admission.queued_tokens == 0
+
+
+def test_those_who_ask_for_many_choices_are_bounded_and_leave_room_for_one() -> None:
+    admission = admission_of(sequences=100)
+    with admission.admitted(num_sequences=64):
+        with pytest.raises(ResourceExhausted) as caught, admission.admitted(num_sequences=64):
+            pass
+        assert caught.value.reason == "SEQUENCES_EXHAUSTED"
+        assert "64 sequences" in caught.value.message
+        with admission.admitted(num_sequences=36), admission.admitted():
+            assert admission.num_sequences == 101
+    with admission.admitted(num_sequences=200):  # more than the bound, alone
+        assert admission.num_sequences == 200
+    assert admission.num_sequences == 0
+
+
+def test_tokens_to_be_made_are_bounded_for_those_who_ask_for_many_choices() -> None:
+    admission = admission_of(output=1000)
+    with admission.admitted(num_sequences=2, num_output_tokens=900):
+        with (
+            pytest.raises(ResourceExhausted) as caught,
+            admission.admitted(num_sequences=2, num_output_tokens=200),
+        ):
+            pass
+        assert caught.value.reason == "OUTPUT_EXHAUSTED"
+        with admission.admitted(num_output_tokens=200):
+            assert admission.output_tokens == 1100
+    assert admission.output_tokens == 0
 
 
 def test_the_retry_delay_follows_how_long_prompts_have_waited() -> None:
     clock = Clock()
-    admission = Admission(max_requests=9, max_queued_tokens=10, clock=clock)
+    admission = admission_of(clock, queued=10)
     for _ in range(50):
-        ticket = admission.admit(10)
-        clock.now_s += 8.0
-        admission.start(ticket)
-        admission.release(ticket)
-    admission.admit(10)
-    with pytest.raises(ResourceExhausted) as caught:
-        admission.admit(10)
+        with admission.admitted() as ticket:
+            admission.queue(ticket, 10)
+            clock.now_s += 8.0
+            admission.start(ticket)
+    with admission.admitted() as first, admission.admitted() as second:
+        admission.queue(first, 10)
+        with pytest.raises(ResourceExhausted) as caught:
+            admission.queue(second, 10)
     assert caught.value.retry_after_s == pytest.approx(8.0, rel=0.1)
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=40))
-def test_counts_return_to_zero_whatever_happens(steps: list[tuple[int, int]]) -> None:
-    admission = Admission(max_requests=5, max_queued_tokens=120, clock=Clock())
-    tickets = []
-    for action, amount in steps:
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50), st.integers(1, 64)), max_size=40))
+def test_counts_return_to_zero_whatever_happens(steps: list[tuple[int, int, int]]) -> None:
+    admission = admission_of(requests=5, sequences=80, queued=120)
+    inside: list[tuple[ExitStack, Ticket]] = []
+    for action, amount, num_sequences in steps:
         if action <= 1:
+            stack = ExitStack()
             try:
-                tickets.append(admission.admit(amount))
+                ticket = stack.enter_context(admission.admitted(num_sequences=num_sequences))
+                admission.queue(ticket, amount)
             except ResourceExhausted:
-                assert len([t for t in tickets if t.is_open]) == 5 or admission.queued_tokens + amount > 120
-        elif tickets:
-            ticket = tickets[amount % len(tickets)]
-            (admission.start if action == 2 else admission.release)(ticket)
-        assert admission.num_requests <= 5
-    for ticket in tickets:
-        admission.release(ticket)
-        admission.release(ticket)
-    assert (admission.num_requests, admission.queued_tokens) == (0, 0)
+                stack.close()
+            else:
+                inside.append((stack, ticket))
+        elif inside:
+            stack, ticket = inside[amount % len(inside)]
+            if action == 2:
+                admission.start(ticket)
+            else:
+                inside.remove((stack, ticket))
+                stack.close()
+        assert admission.num_requests == len(inside) <= 5
+        assert admission.num_sequences == sum(ticket.num_sequences for _, ticket in inside)
+    for stack, _ in inside:
+        stack.close()
+    assert (admission.num_requests, admission.num_sequences, admission.queued_tokens) == (0, 0, 0)
 
 
 # Frames.
@@ -148,6 +195,27 @@ def test_a_choice_is_cancelled_by_its_index_even_where_that_is_zero() -> None:
     one, whole = frame.cancellations
     assert one.HasField("choice_index")
     assert not whole.HasField("choice_index")
+
+
+def test_a_replay_of_many_long_choices_goes_in_several_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_FRAME_TOKENS", 100)
+    box = Outbox()
+    starts = [pb.ChoiceStart(choice_index=index, output_ids=[7] * 30) for index in range(8)]
+    box.submit(pb.Submission(request_id="a", prompt_ids=[1] * 20, choices=starts, num_logprobs=3))
+    frames: list[pb.AttachRequest] = []
+    while (frame := box.next_frame()) is not None:
+        frames.append(frame)
+    sent = [submission for frame in frames for submission in frame.submissions]
+    assert len(frames) == len(sent) == 4
+    assert [choice for one in sent for choice in one.choices] == starts
+    assert {(one.request_id, tuple(one.prompt_ids), one.num_logprobs) for one in sent} == {("a", (1,) * 20, 3)}
+    box.submit(pb.Submission(request_id="b", prompt_ids=[1] * 20, choices=starts))
+    box.next_frame()
+    box.cancel("b")  # of what the router has had a part
+    frame = box.next_frame()
+    assert frame is not None
+    assert not frame.submissions
+    assert [ref.request_id for ref in frame.cancellations] == ["b"]
 
 
 def test_frames_stay_small_and_nothing_overtakes_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:

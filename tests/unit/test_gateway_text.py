@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
-from gateway.stops import StopMatcher
+from gateway.stops import StopMatcher, StopStrings
 from gateway.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
@@ -25,7 +25,7 @@ encode = TOKENIZER.encode
 
 def pieces(token_ids: Sequence[int], tokenizer: Tokenizer = TOKENIZER) -> list[str]:
     """Feed one id at a time; give the text that each set free, and what was left."""
-    answer = tokenizer.prompt_end(()).answer(StopMatcher(()))
+    answer = tokenizer.prompt_end(()).answer(StopMatcher(StopStrings()))
     return [*(answer.feed(token_id, may_stop=True)[0] for token_id in token_ids), answer.flush()]
 
 
@@ -103,7 +103,7 @@ def reference(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 def test_the_stop_string_that_ends_first_wins_however_the_text_is_cut(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     given_out, found, rest = "", None, text
     while rest and found is None:
         size = data.draw(st.integers(1, len(rest)))
@@ -116,7 +116,7 @@ def test_the_stop_string_that_ends_first_wins_however_the_text_is_cut(
 
 @given(ALPHABET, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_text_is_held_back_only_while_it_may_become_a_stop_string(text: str, stops: list[str]) -> None:
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     given_out = ""
     for position, character in enumerate(text, start=1):
         piece, found = matcher.feed(character)
@@ -129,7 +129,7 @@ def test_text_is_held_back_only_while_it_may_become_a_stop_string(text: str, sto
 
 def test_a_stop_string_over_several_tokens_is_not_delivered_and_ids_end_where_it_ends() -> None:
     token_ids = encode("one two END three")
-    one = choice(stop_strings=["END"])
+    one = choice(stops=StopStrings(["END"]))
     assert one.add(token_ids)
     chunk = one.take()
     assert chunk is not None
@@ -143,7 +143,7 @@ def test_a_stop_string_over_several_tokens_is_not_delivered_and_ids_end_where_it
 
 def test_a_stop_string_before_min_tokens_passes_as_text() -> None:
     token_ids = encode(" a a a a a")
-    one = choice(stop_strings=["a"], min_tokens=3)
+    one = choice(stops=StopStrings(["a"]), min_tokens=3)
     one.add(token_ids)
     chunk = one.take()
     assert chunk is not None
@@ -152,7 +152,7 @@ def test_a_stop_string_before_min_tokens_passes_as_text() -> None:
 
 
 def test_text_that_was_held_back_comes_out_at_the_end() -> None:
-    one = choice(stop_strings=["hello world"])
+    one = choice(stops=StopStrings(["hello world"]))
     one.add(encode("hello"))
     first = one.take()
     assert first is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from collegium.fabric.errors import InvalidArgument, NotFound
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
 from gateway.restore import restore
+from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Accepted, check_generate, check_progress, check_score
+from gateway.validation import Accepted, Prompt, check_generate, check_progress, check_score, check_scored
 
 DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
 TOKENIZER = Tokenizer.load(DEMO)
@@ -23,7 +25,14 @@ def check(tokenizer: Tokenizer | None = TOKENIZER, **fields: object) -> Accepted
     if not {"text", "token_ids", "chat"} & set(fields):
         fields["token_ids"] = pb.TokenIds(ids=[1, 2, 3])
     request = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
-    return check_generate(request, model=MODEL, tokenizer=tokenizer, draw_seed=lambda: 77, draw_id=lambda: "drawn")
+    asked = check_generate(request, model=MODEL, tokenizer=tokenizer, draw_seed=lambda: 77, draw_id=lambda: "drawn")
+    return asked.accept(ids_of(asked.prompt, tokenizer))
+
+
+def ids_of(prompt: Prompt, tokenizer: Tokenizer | None) -> Sequence[int]:
+    if prompt.turns:
+        return tokenizer.encode_chat(prompt.turns) if tokenizer else ()
+    return tokenizer.encode(prompt.text) if tokenizer and prompt.text else prompt.token_ids
 
 
 def ids(*token_ids: int) -> pb.TokenIds:
@@ -129,7 +138,11 @@ def test_the_request_itself_is_not_changed() -> None:
 
 
 def test_a_score_takes_the_models_whole_length_and_no_more() -> None:
-    assert len(check_score(pb.ScoreRequest(token_ids=ids(*range(16))), model=MODEL, tokenizer=None)) == 16
+    def score(request: pb.ScoreRequest, tokenizer: Tokenizer | None) -> Sequence[int]:
+        prompt = check_score(request, model=MODEL, tokenizer=tokenizer)
+        return check_scored(ids_of(prompt, tokenizer), prompt.field, MODEL)
+
+    assert len(score(pb.ScoreRequest(token_ids=ids(*range(16))), None)) == 16
     for request, field in (
         (pb.ScoreRequest(token_ids=ids(*range(17))), "token_ids"),
         (pb.ScoreRequest(), "input"),
@@ -137,7 +150,7 @@ def test_a_score_takes_the_models_whole_length_and_no_more() -> None:
         (pb.ScoreRequest(text=b"\xff"), "text"),
     ):
         with pytest.raises(InvalidArgument) as caught:
-            check_score(request, model=MODEL, tokenizer=TOKENIZER)
+            score(request, TOKENIZER)
         assert caught.value.field == field
 
 
@@ -150,13 +163,14 @@ def resumed(progress: list[pb.ChoiceProgress], **fields: object) -> list[Choice]
         Choice(
             index,
             prompt_end=None if TOKENIZER is None else TOKENIZER.prompt_end(accepted.prompt_ids),
-            stop_strings=accepted.stop_strings,
+            stops=StopStrings(accepted.stop_strings),
             stop_tokens=accepted.stop_tokens,
             min_tokens=accepted.stopping.min_tokens,
         )
         for index in range(accepted.num_choices)
     ]
-    restore(choices, check_progress(progress, accepted, MODEL), accepted, MODEL)
+    for _ in restore(choices, check_progress(progress, accepted, MODEL), accepted, MODEL):
+        pass
     return choices
 
 

@@ -268,6 +268,16 @@ def test_counts_that_overflow_their_own_width_do_not_add_up_by_wrapping() -> Non
         header.check_counts(counts, pair_rows, 1)
 
 
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=150))
+def test_an_expert_has_one_group_of_a_dispatch(experts: list[int]) -> None:
+    try:
+        header.check_distinct(np.array(experts, dtype=np.uint16))
+    except FrameError:
+        assert len(set(experts)) < len(experts)
+    else:
+        assert len(set(experts)) == len(experts)
+
+
 @given(st.lists(st.binary(max_size=9), max_size=6), st.integers(0, 60))
 def test_the_rest_of_a_send_is_what_was_not_taken(buffers: list[bytes], taken: int) -> None:
     assert rest_of(buffers, taken) == b"".join(buffers)[taken:]

@@ -241,12 +241,13 @@ def test_a_header_that_cannot_be_followed_ends_its_link_and_no_other(
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
+        (HEADER_BYTES + 2, b"\x03\x00", "2 groups name 1 experts"),
         (HEADER_BYTES + 4, b"\x02\x00", "counts add up to 3"),
         (HEADER_BYTES + 6, b"\x00\x00", "the least 0"),
         (HEADER_BYTES + 8, b"\x03\x00\x00\x00", "a pair names row 3 of 3"),
     ],
 )
-def test_counts_that_do_not_add_up_are_answered_and_the_link_lives_on(
+def test_groups_that_cannot_be_are_answered_and_the_link_lives_on(
     rig: Rig, raw: socket.socket, at: int, value: bytes, message: str
 ) -> None:
     open_raw(rig, raw)

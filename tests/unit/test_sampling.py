@@ -338,7 +338,7 @@ def test_logits_and_counts_are_not_modified() -> None:
     assert (tokens.counts[:3] == counts).all()
 
 
-@given(st.lists(st.integers(0, 300), max_size=200), st.lists(st.integers(0, 300), max_size=200), st.integers(0, 200))
+@given(st.lists(st.integers(0, 300), max_size=200), st.lists(st.integers(0, 300), max_size=400), st.integers(0, 400))
 def test_token_counts_equal_a_count_of_the_whole_text(prompt: list[int], output: list[int], num_known: int) -> None:
     tokens = TokenCounts(prompt, output[:num_known])
     for token_id in output[num_known:]:
@@ -347,6 +347,24 @@ def test_token_counts_equal_a_count_of_the_whole_text(prompt: list[int], output:
     ids, counts = tokens.ids[: tokens.num_ids].tolist(), tokens.counts[: tokens.num_ids].tolist()
     assert dict(zip(ids, counts, strict=True)) == expected
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 600])
+@pytest.mark.parametrize("num_prompt", [0, 1, 63, 64, 65])
+def test_a_replay_of_any_number_of_distinct_ids_counts_as_if_each_was_added(num_ids: int, num_prompt: int) -> None:
+    prompt, output = range(10_000, 10_000 + num_prompt), [*range(num_ids), *range(0, num_ids, 3)]
+    replayed, grown = TokenCounts(prompt, output), TokenCounts(prompt)
+    for token_id in output:
+        grown.add(token_id)
+    assert replayed.num_ids == grown.num_ids == num_prompt + num_ids
+    counted = dict(zip(replayed.ids[: replayed.num_ids].tolist(), replayed.counts.tolist(), strict=False))
+    assert counted == dict(zip(grown.ids[: grown.num_ids].tolist(), grown.counts.tolist(), strict=False))
+    assert sum(counted.values()) == len(output)
+    other = TokenCounts(prompt, output[::2], like=replayed)  # shares the prompt, and no count
+    assert other._of_prompt is replayed._of_prompt
+    apart = TokenCounts(prompt, output[::2])
+    assert other.ids[: other.num_ids].tolist() == apart.ids[: apart.num_ids].tolist()
+    assert other.counts[: other.num_ids].tolist() == apart.counts[: apart.num_ids].tolist()
 
 
 @pytest.mark.parametrize(

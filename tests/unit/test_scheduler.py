@@ -165,6 +165,10 @@ def test_further_choices_wait_for_the_first_ones_prompt_and_then_share_it() -> N
         compute(scheduler, step)
     run_to_end(scheduler)
     assert follower.num_cached == 32
+    # Nor is the prompt's content hashed again for each choice.
+    assert [a is b for a, b in zip(follower.block_names(40), leader.block_names(40), strict=True)] == [True] * 2
+    other = sequence(1, 40, 2, common=True)
+    assert follower.block_names(41) == other.block_names(40)
 
 
 def test_an_end_of_sequence_id_counts_only_after_min_tokens() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,3 +117,15 @@ def test_a_redis_urls_password_is_never_repeated() -> None:
 def test_usual_redis_urls_are_accepted(url: str) -> None:
     check_redis_url(url)
     assert read(BalancerSettings, [], {"REDIS_URL": url}).redis_url == url
+
+
+def test_the_page_of_settings_is_the_services_own() -> None:
+    folder = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("settings_page", folder / "settings_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    if os.environ.get("COLLEGIUM_RENEW"):
+        (folder / "settings.md").write_text(page.render())
+    assert (folder / "settings.md").read_text() == page.render(), "run `make docs`"

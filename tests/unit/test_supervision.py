@@ -64,12 +64,13 @@ def test_threads_in_no_form_are_refused(text: str) -> None:
         parse_threads(text, num_cores=4, num_routers=1, num_workers=1)
 
 
-def test_restarts_back_off_and_end_after_five_in_a_minute() -> None:
+def test_restarts_back_off_to_half_a_minute_and_never_end() -> None:
     policy = RestartPolicy()
-    pauses = [policy.after_death(float(second)) for second in range(6)]
+    pauses = [policy.after_death(float(second)) for second in range(50)]
     assert pauses[0] == pytest.approx(0.1)
-    assert all(a is not None and b is not None and a < b for a, b in itertools.pairwise(pauses[:5]))
-    assert pauses[5] is None
+    assert all(a < b for a, b in itertools.pairwise(pauses[:6]))
+    assert set(pauses[6:]) == {30.0}
+    assert (policy.num_deaths, policy.num_recent) == (50, 50)
 
 
 def test_deaths_that_are_far_apart_are_always_forgiven() -> None:

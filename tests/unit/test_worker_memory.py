@@ -305,7 +305,7 @@ tensors = (ref(Role.GATE, D_FFN, D_MODEL), ref(Role.UP, D_FFN, D_MODEL), ref(Rol
 experts = (ExpertEntry(tensors=tensors, checksum=""),) * NUM_EXPERTS
 manifest = Manifest(model_dir="", model_type="", layout=Layout.PER_EXPERT, form=ExpertForm(activation=Activation.SILU),
                     d_model=D_MODEL, d_ffn=D_FFN, top_k=2, dtype="float32",
-                    layers=(LayerEntry(decoder_layer=0, experts=experts),), files={}, digest="")
+                    layers=(LayerEntry(decoder_layer=0, experts=experts),), files={}, sources={}, stored_dtypes={})
 
 class Source:
     def fill(self, expert_id, slot):

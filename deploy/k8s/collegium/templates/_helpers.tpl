@@ -216,8 +216,10 @@ readinessProbe:
 {{- define "collegium.commonPorts" -}}
 - name: health
   containerPort: {{ include "collegium.port" "health" }}
+  protocol: TCP
 - name: metrics
   containerPort: {{ include "collegium.port" "metrics" }}
+  protocol: TCP
 {{- end }}
 
 {{/* Fields of a pod's spec that do not depend on what it runs. */}}
@@ -287,10 +289,28 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* Budget of one role. An unready pod may always be evicted: it serves nobody, and would block a node's drain for ever. */}}
+{{/*
+How many pods of a role there are at least, whatever scales them.
+*/}}
+{{- define "collegium.fewestPods" -}}
+{{- $values := index .root.Values .role }}
+{{- $scaler := ternary ($values.autoscaling | default dict) ($values.keda | default dict) (eq .role "gateway") }}
+{{- ternary $scaler.minReplicas $values.replicas ($scaler.enabled | default false) | int }}
+{{- end }}
+
+{{/*
+Budget of one role. Where a budget of maxUnavailable would let the last pod go, it says minAvailable: 1 instead, which an
+eviction waits for; podDisruptionBudget.protectLast=false takes that back. An unready pod may always be evicted: it serves
+nobody, and would block a node's drain for ever.
+*/}}
 {{- define "collegium.podDisruptionBudget" -}}
 {{- $budget := (index .root.Values .role).podDisruptionBudget }}
 {{- if $budget.enabled }}
+{{- $fewest := include "collegium.fewestPods" . | int }}
+{{- $may_go := $budget.maxUnavailable | toString }}
+{{- if hasSuffix "%" $may_go }}
+{{- $may_go = divf (mulf (trimSuffix "%" $may_go) $fewest) 100 | ceil }}
+{{- end }}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
@@ -299,7 +319,11 @@ metadata:
   labels:
     {{- include "collegium.labels" . | nindent 4 }}
 spec:
+  {{- if and $budget.protectLast (le $fewest (int $may_go)) }}
+  minAvailable: 1
+  {{- else }}
   maxUnavailable: {{ $budget.maxUnavailable }}
+  {{- end }}
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
@@ -344,5 +368,6 @@ spec:
     - name: grpc
       port: {{ include "collegium.port" .role }}
       targetPort: grpc
+      protocol: TCP
       appProtocol: kubernetes.io/h2c
 {{- end }}

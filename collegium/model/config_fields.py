@@ -1,0 +1,185 @@
+"""Check the values of config.json and generation_config.json before anything is built from them.
+
+Owns the tables of fields and their bounds: numbers that become loops, memory or divisors, and what must fit together.
+Fields that no table names are left to the model library, but for one thing: no number may be infinite or NaN. Every
+refusal names file, field and value. Imports neither torch nor transformers.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from collegium.model.checkpoint_files import CheckpointError, has_file, kind_of, read_json, shown
+
+# Of experts and layers, as many as a balancer places; published models have 512 and 128.
+_DIM, _HEADS, _EXPERTS, _LAYERS, _LENGTH = 1 << 20, 1 << 16, 4096, 1024, 1 << 30
+
+# Whole numbers: the least and largest value, and whether null stands for the architecture's own.
+_WHOLE: Mapping[str, tuple[int, int, bool]] = {
+    "vocab_size": (1, 1 << 24, False),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_hidden_size"), (1, _DIM, False)),
+    **dict.fromkeys(("d_model", "head_dim", "q_lora_rank", "v_head_dim"), (1, _DIM, True)),
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"), (1, _DIM, False)),
+    "shared_expert_intermediate_size": (1, _DIM, False),
+    **dict.fromkeys(("num_attention_heads", "kv_n_heads"), (1, _HEADS, False)),
+    **dict.fromkeys(("num_key_value_heads", "n_heads"), (1, _HEADS, True)),
+    "num_hidden_layers": (1, _LAYERS, False),
+    "n_layers": (1, _LAYERS, True),
+    "max_position_embeddings": (1, _LENGTH, False),
+    **dict.fromkeys(("max_seq_len", "original_max_position_embeddings"), (1, _LENGTH, True)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), (1, _EXPERTS, False)),
+    **dict.fromkeys(("num_experts_per_tok", "moe_top_k"), (1, _EXPERTS, False)),
+    **dict.fromkeys(("n_group", "topk_group"), (1, _EXPERTS, True)),
+    "n_shared_experts": (0, 1024, True),
+    "first_k_dense_replace": (0, _LAYERS, True),
+    "decoder_sparse_step": (1, _LAYERS, False),
+    "max_window_layers": (0, _LENGTH, True),
+    "sliding_window": (0, _LENGTH, True),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), (-(1 << 31), 1 << 31, True)),
+}
+# Numbers: the bounds, themselves included.
+_NUMBERS: Mapping[str, tuple[float, float]] = {
+    "rope_theta": (1e-3, 1e30),
+    "factor": (1e-3, 1e6),
+    **dict.fromkeys(("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), (1e-6, 1e6)),
+    **dict.fromkeys(("mscale", "mscale_all_dim", "attention_factor"), (0.0, 1e6)),
+    "partial_rotary_factor": (1e-3, 1.0),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps"), (0.0, 1.0)),
+    **dict.fromkeys(("swiglu_limit", "clip_qkv"), (1e-6, 1e30)),
+    "swiglu_alpha": (-1e6, 1e6),
+    "logits_scaling": (1e-6, 1e6),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (-1e6, 1e6)),
+    "routed_scaling_factor": (-1e6, 1e6),
+}
+_TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias", "use_qk_norm", "qkv_bias")
+_TEXTS = ("model_type", "hidden_act", "topk_method")
+# Objects whose fields are checked by the same tables.
+_NESTED = ("attn_config", "ffn_config", "rope_scaling", "rope_parameters")
+_ROPE_TYPES = ("default", "linear", "yarn", "longrope", "llama3", "dynamic")  # what refuses "dynamic" says why
+# Fields that are each other's names in transformers: which of two different values counted would be chance.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_SAME = (_EXPERT_COUNTS, ("d_model", "hidden_size"), ("n_heads", "num_attention_heads"))
+_MAX_EOS_IDS = 1024
+
+
+def check_config(path: Path, config: Mapping[str, object]) -> None:
+    """Check the values of a config.json. Raises CheckpointError naming the field."""
+    _check_finite(path, config)
+    for name, value in _named_fields(path, config):
+        _check_field(path, name, value)
+    for names in _SAME:
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        if len(set(map(str, values.values()))) > 1:
+            said = " and ".join(f"{name} is {shown(value)}" for name, value in values.items())
+            raise CheckpointError(f"{path}: {said}; they name one thing and must be equal")
+    _check_eos(path, config)
+    _check_relations(path, config)
+
+
+def check_generation_config(model_dir: Path) -> dict[str, object]:
+    """Read and check generation_config.json; empty if the checkpoint has none. Raises CheckpointError."""
+    path = model_dir / "generation_config.json"
+    if not has_file(path):
+        return {}
+    config = read_json(path)
+    _check_eos(path, config)
+    return config
+
+
+def whole_number(config: Mapping[str, object], name: str) -> int | None:
+    """Return a field of a checked config; None if it is absent or null."""
+    value = config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _named_fields(path: Path, config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Iterate over a config's fields and those of the nested objects, by dotted name."""
+    for name, value in config.items():
+        yield name, value
+        if name not in _NESTED or value is None:
+            continue
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: {name} is {kind_of(value)}, not an object")
+        for key, inner in cast("dict[str, object]", value).items():
+            yield f"{name}.{key}", inner
+            if name.startswith("rope") and isinstance(inner, dict):  # one object for each kind of layer
+                for leaf, deepest in cast("dict[str, object]", inner).items():
+                    yield f"{name}.{key}.{leaf}", deepest
+
+
+def _check_field(path: Path, name: str, value: object) -> None:
+    leaf = name.rpartition(".")[2]
+    if leaf in _WHOLE:
+        low, high, can_be_null = _WHOLE[leaf]
+        if value is None and can_be_null:
+            return
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be a whole number")
+        if not low <= value <= high:
+            raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be from {low} to {high}")
+    elif leaf in _NUMBERS and value is not None:
+        least, most = _NUMBERS[leaf]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+            raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be a number from {least:g} to {most:g}")
+    elif leaf in _TRUTHS and value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be true or false")
+    elif leaf in _TEXTS and not isinstance(value, str) and not (value is None and leaf == "topk_method"):
+        raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be text")
+    elif name.startswith("rope") and leaf in ("rope_type", "type") and value not in _ROPE_TYPES:
+        raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be one of {', '.join(_ROPE_TYPES)}")
+
+
+def _check_eos(path: Path, config: Mapping[str, object]) -> None:
+    eos = config.get("eos_token_id")
+    ids = cast("list[object]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
+    eos = cast(object, eos)
+    is_whole = all(isinstance(one, int) and not isinstance(one, bool) and abs(one) < 1 << 31 for one in ids)
+    if not is_whole or len(ids) > _MAX_EOS_IDS:
+        raise CheckpointError(
+            f"{path}: eos_token_id is {_value(eos)}; it must be a token id or a list of at most {_MAX_EOS_IDS} of them"
+        )
+
+
+def _check_relations(path: Path, config: Mapping[str, object]) -> None:
+    ffn = config.get("ffn_config")
+    experts = [whole_number(config, name) for name in _EXPERT_COUNTS]
+    tops = [whole_number(config, "num_experts_per_tok")]
+    if isinstance(ffn, dict):
+        experts.append(whole_number(cast("dict[str, object]", ffn), "moe_num_experts"))
+        tops.append(whole_number(cast("dict[str, object]", ffn), "moe_top_k"))
+    num_experts, top_k = next(filter(None, experts), None), next(filter(None, tops), None)
+    if num_experts and top_k and top_k > num_experts:
+        raise CheckpointError(f"{path}: {top_k} experts are chosen for each token, and there are {num_experts}")
+    groups, kept = whole_number(config, "n_group") or 1, whole_number(config, "topk_group") or 1
+    if num_experts and (num_experts % groups or kept > groups or (top_k or 0) > num_experts // groups * kept):
+        raise CheckpointError(
+            f"{path}: n_group is {groups} and topk_group {kept}, which does not fit {num_experts} experts of which "
+            f"{top_k} are chosen"
+        )
+    heads, kv_heads = whole_number(config, "num_attention_heads"), whole_number(config, "num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise CheckpointError(
+            f"{path}: num_attention_heads is {heads}, which is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    vocab_size, pad = whole_number(config, "vocab_size"), whole_number(config, "pad_token_id")
+    if vocab_size and pad is not None and not -vocab_size <= pad < vocab_size:
+        raise CheckpointError(f"{path}: pad_token_id is {pad}; the vocabulary has {vocab_size} ids")
+    if config.get("sliding_window") == 0 and config.get("use_sliding_window") is not False:
+        raise CheckpointError(f"{path}: sliding_window is 0; it must be at least 1, or null for none")
+
+
+def _check_finite(path: Path, config: Mapping[str, object]) -> None:
+    rest: list[tuple[str, object]] = list(config.items())
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{path}: {shown(name)} is {value}; every number must be finite")
+        if isinstance(value, dict):
+            rest += [(f"{name}.{key}", inner) for key, inner in cast("dict[str, object]", value).items()]
+        elif isinstance(value, list):
+            rest += [(f"{name}[{i}]", inner) for i, inner in enumerate(cast("list[object]", value))]
+
+
+def _value(value: object) -> str:
+    return f"the text {shown(repr(value))}" if isinstance(value, str) else shown("null" if value is None else value)

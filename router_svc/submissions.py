@@ -1,0 +1,147 @@
+"""Check what a gateway sends before the engine sees it: every field of a frame, in the bounds that gateways keep.
+
+Owns the bounds. Pure. A gateway validates what its callers send, but its frames are a peer's input all the same: a
+value out of bounds would cost the other sequences of the step their answers. A wrong submission is refused alone; a
+frame whose own fields are out of bounds ends its stream.
+"""
+
+import re
+from collections.abc import Sequence as Seq
+
+from collegium.fabric.errors import InvalidArgument
+from collegium.model.sampling import SamplingParams
+from collegium.v1 import inference_pb2, router_pb2
+
+MAX_REQUEST_ID_CHARS = 256  # 128 of the caller's, then the gateway's suffix that makes it unique
+MAX_GATEWAY_ID_CHARS = 128
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_STOP_IDS = 256
+MAX_FRAME_ITEMS = 65_536  # of each list of a frame
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def check_frame(frame: router_pb2.AttachRequest) -> None:
+    """Check what a frame has beside its submissions. Raises InvalidArgument that names the field."""
+    if len(frame.gateway_id) > MAX_GATEWAY_ID_CHARS or not _is_plain(frame.gateway_id):
+        raise InvalidArgument(
+            f"gateway_id has {len(frame.gateway_id)} characters; it must be printable ASCII, at most "
+            f"{MAX_GATEWAY_ID_CHARS} characters",
+            field="gateway_id",
+            reason="INVALID_FRAME",
+        )
+    for name, items in (
+        ("submissions", frame.submissions),
+        ("cancellations", frame.cancellations),
+        ("pauses", frame.pauses),
+        ("unpauses", frame.unpauses),
+    ):
+        if len(items) > MAX_FRAME_ITEMS:
+            message = f"{name} has {len(items)} entries; the maximum is {MAX_FRAME_ITEMS}"
+            raise InvalidArgument(message, field=name, remedy="send several frames", reason="INVALID_FRAME")
+
+
+def can_name(ref: router_pb2.SequenceRef) -> bool:
+    """True if a sequence can have this name; one that none can have is passed over like one that has ended."""
+    return 0 < len(ref.request_id) <= MAX_REQUEST_ID_CHARS and ref.choice_index < MAX_CHOICES
+
+
+def check_submission(submission: router_pb2.Submission, model: inference_pb2.Model) -> SamplingParams:
+    """Check every field of a submission. Returns how its tokens are drawn.
+
+    Raises InvalidArgument that names the field, its value, and the bound.
+    """
+    request_id, prompt_ids = submission.request_id, submission.prompt_ids
+    if not (0 < len(request_id) <= MAX_REQUEST_ID_CHARS and _is_plain(request_id)):
+        message = (
+            f"request_id has {len(request_id)} characters; it must be printable ASCII, 1 to {MAX_REQUEST_ID_CHARS} "
+            "characters"
+        )
+        raise _wrong("request_id", message)
+    if not prompt_ids:
+        raise _wrong("prompt_ids", "prompt_ids is empty; a prompt has at least one token")
+    most = model.max_model_len if submission.is_score else model.max_model_len - 1
+    if len(prompt_ids) > most:
+        raise _wrong("prompt_ids", f"prompt_ids has {len(prompt_ids)} tokens; the maximum is {most}")
+    _check_ids("prompt_ids", prompt_ids, model)
+    room = model.max_model_len - len(prompt_ids)
+    max_tokens = _check_stopping(submission.stopping, model, room)
+    _check_choices(submission, model, min(max_tokens, room))
+    if submission.num_logprobs > MAX_LOGPROBS:
+        raise _wrong("num_logprobs", f"num_logprobs is {submission.num_logprobs}; the maximum is {MAX_LOGPROBS}")
+    if submission.traceparent and not _TRACEPARENT.fullmatch(submission.traceparent):
+        shown = repr(submission.traceparent[:60])
+        raise _wrong("traceparent", f"traceparent is {shown}; it must be empty or a W3C trace context")
+    return _sampling_of(submission.sampling)
+
+
+def _check_stopping(stopping: inference_pb2.Stopping, model: inference_pb2.Model, room: int) -> int:
+    """Check when choices end; returns the tokens that a choice may have, not bounded by the room where it is given."""
+    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else room
+    if stopping.HasField("max_tokens") and max_tokens < 1:
+        raise _wrong("stopping.max_tokens", "stopping.max_tokens is 0; it must be at least 1")
+    if stopping.min_tokens > max_tokens:
+        message = f"stopping.min_tokens is {stopping.min_tokens}; max_tokens allows {max_tokens}"
+        raise _wrong("stopping.min_tokens", message)
+    if len(stopping.stop_ids) > MAX_STOP_IDS:
+        message = f"stopping.stop_ids has {len(stopping.stop_ids)} ids; the maximum is {MAX_STOP_IDS}"
+        raise _wrong("stopping.stop_ids", message)
+    _check_ids("stopping.stop_ids", stopping.stop_ids, model)
+    if stopping.stop_strings:
+        message = "stopping.stop_strings must be empty: a router knows no text"
+        raise _wrong("stopping.stop_strings", message)
+    return max_tokens
+
+
+def _check_choices(submission: router_pb2.Submission, model: inference_pb2.Model, most: int) -> None:
+    """Check the choices, each of which may have `most` tokens."""
+    choices = submission.choices
+    if len(choices) > MAX_CHOICES:
+        raise _wrong("choices", f"choices has {len(choices)} entries; the maximum is {MAX_CHOICES}")
+    if submission.is_score and len(choices) > 1:
+        raise _wrong("choices", f"choices has {len(choices)} entries; a score has one")
+    seen: set[int] = set()
+    for position, start in enumerate(choices):
+        field = f"choices[{position}]"
+        if start.choice_index >= MAX_CHOICES:
+            message = f"{field}.choice_index is {start.choice_index}; the maximum is {MAX_CHOICES - 1}"
+            raise _wrong(f"{field}.choice_index", message)
+        if start.choice_index in seen:
+            message = f"{field}.choice_index is {start.choice_index}, as that of another choice; give each once"
+            raise _wrong(f"{field}.choice_index", message)
+        seen.add(start.choice_index)
+        if start.output_ids and submission.is_score:
+            raise _wrong(f"{field}.output_ids", f"{field}.output_ids must be empty: a score has no output")
+        if len(start.output_ids) > most:
+            message = f"{field}.output_ids has {len(start.output_ids)} tokens; the choice may have {most}"
+            raise _wrong(f"{field}.output_ids", message)
+        _check_ids(f"{field}.output_ids", start.output_ids, model)
+
+
+def _sampling_of(asked: inference_pb2.Sampling) -> SamplingParams:
+    try:
+        return SamplingParams(
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p if asked.HasField("top_p") else 1.0,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            seed=asked.seed,
+        )
+    except ValueError as error:  # it names the field first
+        raise _wrong(f"sampling.{str(error).split()[0]}", f"sampling.{error}") from None
+
+
+def _check_ids(field: str, ids: Seq[int], model: inference_pb2.Model) -> None:
+    if ids and max(ids) >= model.vocab_size:
+        raise _wrong(field, f"{field} has {max(ids)}; the vocabulary ends at {model.vocab_size - 1}")
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable()
+
+
+def _wrong(field: str, message: str) -> InvalidArgument:
+    return InvalidArgument(message, field=field, reason="INVALID_SUBMISSION")
