@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from collegium.fabric import logs, metrics, rpc
 from collegium.fabric.channels import check_target
@@ -24,6 +25,7 @@ from collegium.v1 import inference_pb2 as pb
 from gateway.admission import Admission, Limits
 from gateway.auth import KeyInterceptor, KeyRing
 from gateway.cluster import ClusterView
+from gateway.converted import tokenizer_folder
 from gateway.counts import Counts
 from gateway.pool import RouterPool
 from gateway.relay import Relay
@@ -95,9 +97,8 @@ class Gateway:
 async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
     """Run a gateway; CollegiumError or SettingsError where it cannot start."""
     options.check()
-    tokenizer = Tokenizer.load(options.model)
-    if tokenizer is None:
-        _log.info("no tokenizer.json: this gateway serves token ids only", model=options.model)
+    tokenizer_dir = await tokenizer_folder(options.model)
+    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     try:
         own_parts = read_text_sources(options.model)
     except CheckpointError as error:
@@ -120,7 +121,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         pool = await stack.enter_async_context(
             RouterPool(gateway_id=gateway_id, connect=rpc.channel, on_serving=serving.set, own_parts=own_parts)
         )
-        texts = await stack.enter_async_context(_texts(options, tokenizer))
+        texts = await stack.enter_async_context(_texts(options, tokenizer, tokenizer_dir or options.model))
         stack.callback(metrics.expose(lambda: _series(counts, admission, pool, texts)))
         balancer_channel = None
         if options.balancer:
@@ -216,21 +217,37 @@ def _status(gateway_id: str, address: str, metrics_url: str, counts: Counts, *, 
 
 
 @asynccontextmanager
-async def _texts(options: GatewaySettings, tokenizer: Tokenizer | None) -> AsyncGenerator[Texts, None]:
+async def _texts(
+    options: GatewaySettings, tokenizer: Tokenizer | None, tokenizer_dir: Path
+) -> AsyncGenerator[Texts, None]:
     short, long = (
-        TextProcess(options.model, limit_s=options.text_limit_s, memory_bytes=int(options.text_memory))
+        TextProcess(tokenizer_dir, limit_s=options.text_limit_s, memory_bytes=int(options.text_memory))
         for _ in range(2)
     )
-    starting = None
+    checking = None
     if tokenizer is not None and tokenizer.has_chat_template:
-        starting = asyncio.create_task(short.start(), name="text-process")
+        checking = asyncio.create_task(_check_template(short, tokenizer, options.model), name="check-template")
     try:
         yield Texts(tokenizer, short, long)
     finally:
-        if starting is not None:
-            await _end(starting)
+        if checking is not None:
+            await _end(checking)
         await short.close()
         await long.close()
+
+
+async def _check_template(process: TextProcess, tokenizer: Tokenizer, model_dir: Path) -> None:
+    """Tell of a chat template that is broken or incomplete; start the process that renders it, before the first job."""
+    if tokenizer.undefined_names:
+        _log.warning(
+            "the checkpoint's chat template uses names that nothing defines; they stay empty",
+            model=model_dir,
+            names=", ".join(tokenizer.undefined_names),
+            remedy="name these tokens in tokenizer_config.json",
+        )
+    fault = await process.template_fault()
+    if fault:
+        _log.warning("the checkpoint's chat template is broken: chat requests fail", model=model_dir, fault=fault)
 
 
 def _series(counts: Counts, admission: Admission, pool: RouterPool, texts: Texts) -> dict[str, float]:

@@ -126,7 +126,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """Return the text of a conversation of (role, content) up to where the assistant speaks.
 
-        InvalidArgument if the template refuses it, for example for a role that it does not know, or fails on it.
+        InvalidArgument if the template refuses it, for example for a role that it does not know, or fails on it;
+        FailedPrecondition if it would fail on any conversation.
         """
         try:
             return self._render(messages)
@@ -137,7 +138,12 @@ class ChatTemplate:
                 remedy="use the roles and the order that the model was trained on",
                 reason="CHAT_TEMPLATE",
             ) from error
+        except MemoryError:  # for the owner of the process
+            raise
+        except RecursionError as error:
+            raise _unusable(error) from error
         except Exception as error:  # a template is a program: it may raise anything
+            self.check()
             raise InvalidArgument(
                 f"the model's chat template fails on this conversation: {_described(error)}",
                 field="chat.messages",
@@ -153,21 +159,19 @@ class ChatTemplate:
                 self._render(messages)
             except _Refused:
                 return
+            except MemoryError:
+                raise
             except Exception as error:
                 failure = failure or error
             else:
                 return
         if failure is not None:
-            raise FailedPrecondition(
-                f"the checkpoint's chat template cannot be rendered: {_described(failure)}",
-                remedy="fetch the checkpoint again, or repair chat_template",
-            ) from failure
+            raise _unusable(failure) from failure
 
     def _render(self, messages: Sequence[tuple[str, str]]) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
-        # Special tokens last, as keyword arguments of their names win in transformers too.
         given: dict[str, object] = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
-        return self._template.render(given | self._names)
+        return self._template.render(self._names | given)
 
 
 def _unguarded(tree: nodes.Template) -> set[str]:
@@ -188,13 +192,23 @@ def _guards(tree: nodes.Template) -> Iterator[nodes.Node]:
 
 
 def _bare_guards(tree: nodes.Template) -> Iterator[nodes.Name]:
-    """Yield names whose truth alone is asked: `{% if name %}`, `not name`, `name and ...`, `name or ...`."""
+    """Yield names that are only asked about: `{% if name %}`, `not name`, `name and ...`, `name == ...`."""
     waiting: list[nodes.Node | None] = []
     for branch in tree.find_all((nodes.If, nodes.CondExpr)):
         waiting.append(branch.test)
+    for comparison in tree.find_all(nodes.Compare):
+        waiting += [comparison.expr, *(operand.expr for operand in comparison.ops)]
     for operation in tree.find_all((nodes.And, nodes.Or, nodes.Not)):
         waiting += [operation.left, operation.right] if isinstance(operation, nodes.BinExpr) else [operation.node]
     yield from (node for node in waiting if isinstance(node, nodes.Name))
+
+
+def _unusable(error: BaseException) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"the checkpoint's chat template cannot be rendered: {_described(error)}",
+        remedy="send text, and repair chat_template in the checkpoint",
+        reason="CHAT_TEMPLATE",
+    )
 
 
 def _described(error: BaseException) -> str:

@@ -7,7 +7,6 @@ Source: transformers 5.23, PreTrainedTokenizerBase._from_pretrained and Tokenize
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import cast
 import tokenizers
 
 from collegium.fabric.errors import FailedPrecondition
+from collegium.model import checkpoint_files
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_MAP = "special_tokens_map.json"
@@ -24,7 +24,6 @@ ADDED = "added_tokens.json"
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = "extra_special_tokens"
 _EXTRA_BEFORE_5 = "additional_special_tokens"
-_MAX_CONFIG_BYTES = 64 << 20
 _AddedToken = tokenizers.AddedToken
 
 
@@ -102,17 +101,12 @@ def add_declared(inner: tokenizers.Tokenizer, declared: DeclaredTokens) -> froze
 
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object; an empty one if there is no such file. FailedPrecondition if it is broken."""
-    if not path.is_file():
+    if not checkpoint_files.has_file(path):
         return {}
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise _broken(path, f"it has {path.stat().st_size} bytes; the maximum is {_MAX_CONFIG_BYTES}")
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _broken(path, f"it is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise _broken(path, f"it holds a {type(found).__name__} instead of an object")
-    return cast("dict[str, object]", found)
+        return dict(checkpoint_files.read_json(path, limit_bytes=checkpoint_files.TOKENIZER_BYTES))
+    except checkpoint_files.CheckpointError as error:
+        raise FailedPrecondition(str(error), remedy="fetch the checkpoint again") from error
 
 
 def _special_map(path: Path, extra: object) -> dict[str, object]:

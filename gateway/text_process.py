@@ -66,7 +66,7 @@ class TextProcess:
             self.num_refusals += 1
             raise self._too_much(field, answer, limit_s)
         if answer[:1] == b"-":
-            raise _refused(field, json.loads(answer[1:]))
+            raise _refused("chat.messages" if turns else field, json.loads(answer[1:]))
         ids = array("I")
         ids.frombytes(answer[1:])
         return ids.tolist()
@@ -101,10 +101,19 @@ class TextProcess:
                 await asyncio.gather(exchange, return_exceptions=True)
                 raise
 
-    async def start(self) -> None:
-        """Start the process before the first job, which need not wait for it then."""
-        async with self._line:
-            self._process = await self._running()
+    async def template_fault(self) -> str:
+        """Render a trivial conversation; return what is wrong with the chat template, "" if it can be rendered.
+
+        Starts the process, for which the first job need not wait then.
+        """
+        job = json.dumps({"check": True, "limit_s": self._limit_s}).encode()
+        try:
+            answer = await self._in_turn(job, self._limit_s)
+        except Unavailable as error:
+            return error.message
+        if isinstance(answer, str):
+            return f"it takes more than {self._limit(answer, self._limit_s)} for one short message"
+        return json.loads(answer[1:])["message"] if answer[:1] == b"-" else ""
 
     async def close(self) -> None:
         """End the process."""
@@ -162,9 +171,12 @@ class TextProcess:
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
 
+    def _limit(self, what: str, limit_s: float) -> str:
+        return f"{limit_s:.3g} s of processor time" if what == "time" else f"{self._memory_bytes / 2**20:.0f} MiB"
+
     def _too_much(self, field: str, what: str, limit_s: float) -> InvalidArgument:
         who = "the model's chat template" if field == "chat" else "the model's tokenizer"
-        limit = f"{limit_s:.3g} s of processor time" if what == "time" else f"{self._memory_bytes / 2**20:.0f} MiB"
+        limit = self._limit(what, limit_s)
         _log.warning("a prompt was given up", field=field, why=what, limit=limit)
         return InvalidArgument(
             f"{who} takes more than {limit} for it",

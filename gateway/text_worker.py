@@ -3,9 +3,9 @@
 Owns one Tokenizer and the limits on itself: a timer of processor time for each job, which ends the process even inside
 a library, and a bound on its memory. Ends with the gateway, whose pipe it reads. text_process.py is the other end.
 
-A message is four bytes of length and that many bytes. A job is JSON: limit_s, max_bytes, and text or turns. An answer
-is b"+" and the ids as 32-bit integers, or b"-" and JSON: reason, message, field and remedy of an error; b"-" alone says
-that there was not enough memory.
+A message is four bytes of length and that many bytes. A job is JSON: limit_s, max_bytes, and text or turns; or limit_s
+and check, to render a trivial conversation. An answer is b"+" and the ids as 32-bit integers, or b"-" and JSON: reason,
+message, field and remedy of an error; b"-" alone says that there was not enough memory.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def main(model_dir: Path, memory_bytes: int) -> int:
 
 def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
     try:
+        if "check" in job:
+            tokenizer.check_template()
+            return b"+"
         if "turns" in job:
             turns = [(role, content) for role, content in job["turns"]]
             token_ids = tokenizer.encode_chat(turns, max_bytes=job["max_bytes"])

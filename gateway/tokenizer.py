@@ -18,7 +18,7 @@ from gateway.answer_text import PromptEnd
 from gateway.chat import ChatTemplate
 from gateway.cleanup import clean_up
 from gateway.decoding import Decoding, is_library_failure
-from gateway.special_tokens import CONFIG, add_declared, declared_tokens, read_json
+from gateway.special_tokens import CONFIG, DeclaredTokens, add_declared, declared_tokens, read_json
 
 # A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
 _NORMALIZED_SHARE = 4
@@ -70,8 +70,7 @@ class Tokenizer:
         declared = declared_tokens(model_dir, config)
         special = add_declared(inner, declared)
         inner.encode_special_tokens = config.get("split_special_tokens") is True
-        source = _template_source(model_dir, config)
-        chat = None if source is None else ChatTemplate(source, declared.names)
+        chat = _template(model_dir, config, declared)
         return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config))
 
     @property
@@ -94,9 +93,9 @@ class Tokenizer:
         return num_tokens * self._bytes_per_token
 
     def check_template(self) -> None:
-        """Render a trivial conversation. FailedPrecondition if the template cannot be rendered at all.
+        """Render a trivial conversation. FailedPrecondition if the chat template cannot be rendered at all.
 
-        Takes as long as the template takes.
+        Takes as long, and as much memory, as the template takes.
         """
         if self._chat is not None:
             self._chat.check()
@@ -152,6 +151,11 @@ class Tokenizer:
                 remedy="send token_ids, or other text",
                 reason="TOKENIZER",
             ) from None
+
+
+def _template(model_dir: Path, config: Mapping[str, object], declared: DeclaredTokens) -> ChatTemplate | None:
+    source = _template_source(model_dir, config)
+    return None if source is None else ChatTemplate(source, declared.names)
 
 
 def _template_source(model_dir: Path, config: Mapping[str, object]) -> str | None:

@@ -208,7 +208,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> No
 def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(chat_folder(tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}"))
     assert tokenizer is not None
-    with pytest.raises(InvalidArgument):
+    with pytest.raises(FailedPrecondition, match="unsafe"):
         tokenizer.encode_chat([("user", "x")])
 
 
