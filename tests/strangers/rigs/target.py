@@ -219,14 +219,20 @@ class Keeper:
     def __init__(self, make_folder: Callable[[], Path]) -> None:
         self._make_folder = make_folder
         self._target: Target | None = None
+        self._why_not = ""  # it could not be started: nobody waits for that again
 
     def target(self) -> Target:
         """Return a target that is well."""
         if self._target is not None and not self._is_well():
             self.close()
         if self._target is None:
+            assert not self._why_not, self._why_not
             made = Target(self._make_folder())
-            made.__enter__()
+            try:
+                made.__enter__()
+            except Exception as error:
+                self._why_not = f"no target could be started: {str(error)[:2000]}"
+                raise
             self._target = made
         return self._target
 
