@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.fabric.model_shape import shape_of
 from collegium.model.manifest import ensure_manifest, load_manifest
+from collegium.v1 import inference_pb2, inference_pb2_grpc
 from tests.redis_server import RedisServer
 from tests.strangers.rigs.canary import Canary, Visit
 from tests.strangers.rigs.footprint import Footprint, footprint, is_alive, listening_names, listening_ports
@@ -90,11 +91,27 @@ class Target:
         try:
             self.cluster.__enter__()
             self.note_processes()
+            self._warm_up()
             self._canary = Canary(self.cluster.targets, pause_s=self._canary_pause_s)
         except BaseException:
             self.close()
             raise
         return self
+
+    def _warm_up(self) -> None:
+        """Have the gateway make what it makes once: processes that render and tokenise, and threads."""
+        with self.channel("gateway-0") as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)
+            message = inference_pb2.ChatMessage(role="user", content=b"hello")
+            chat = inference_pb2.ChatPrompt(messages=[message])
+            stopping = inference_pb2.Stopping(max_tokens=1)
+            calls = [
+                stub.Generate(inference_pb2.GenerateRequest(stopping=stopping, **prompt), timeout=LIMIT_S)
+                for prompt in (*({"chat": chat}, {"text": b"hello " * 1500}) * 4, {"text": b"hello " * 20_000})
+            ]
+            for call in calls:
+                with contextlib.suppress(grpc.RpcError):
+                    list(call)
 
     def __exit__(self, *_: object) -> None:
         """End everything."""
