@@ -22,7 +22,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
 class Decoding:
     """Ids to text, without special tokens."""
 
-    __slots__ = ("_hidden", "_inner", "has_byte_fallback", "joins_bytes")
+    __slots__ = ("_hidden", "_inner", "has_byte_fallback", "joins_bytes", "only_joins_bytes")
 
     def __init__(self, inner: tokenizers.Tokenizer, hidden: Collection[str]) -> None:
         """`hidden`: the special tokens, which have no text."""
@@ -30,6 +30,7 @@ class Decoding:
         self._hidden = frozenset(hidden)
         steps = set(_steps(inner))
         self.joins_bytes = "ByteLevel" in steps  # tokens are runs of bytes: a character may span several
+        self.only_joins_bytes = self.joins_bytes and steps <= {"ByteLevel", "Sequence"}  # and looks at nothing else
         self.has_byte_fallback = "ByteFallback" in steps  # characters outside the vocabulary are tokens of one byte
 
     def token(self, token_id: int) -> str | None:

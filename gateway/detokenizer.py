@@ -97,6 +97,9 @@ class Detokenizer:
         if num_unsure == 0:
             self._base += text
             self._given = 0
+            if self._decoding.only_joins_bytes:  # at the end of a character, what follows does not depend on it
+                self._ids.clear()
+                self._base = ""
         if len(self._ids) > _MAX_WINDOW_IDS:
             self._shorten(num_unsure)
         return piece
