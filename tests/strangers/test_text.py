@@ -298,6 +298,20 @@ def test_a_token_costs_the_same_in_an_answer_of_any_length(kind: str, monkeypatc
         assert len(decoded) <= 3 * len(run)
 
 
+@pytest.mark.parametrize("kind", ["llama", "unigram_bytes"])
+def test_a_prompt_that_ends_in_a_long_run_of_bytes_goes_on_as_a_short_one(kind: str) -> None:
+    inner, random_ = inner_of(kind), random.Random(2)
+    for number in range(60):
+        data = "".join(random_.choices("яж🙂€é", k=random_.randrange(2, 60))).encode()
+        data = data[: -random_.randrange(4) or None] + (b"\xff" if number % 7 == 0 else b"")
+        ids = [inner.token_to_id(f"<0x{byte:02X}>") for byte in data]
+        prompt = random_.choice(([], [inner.token_to_id("b")], odd_ids(kind, random_, 3))) + ids
+        answer = [inner.token_to_id(f"<0x{byte:02X}>") for byte in "🙂ж".encode()[random_.randrange(4) :]]
+        answer += mixed_ids(kind, random_)[:6]
+        case = Case(kind, prompt, answer, (), 0)
+        assert Caller(case).run(random_) == expected(case), case
+
+
 @given(st.lists(st.sampled_from([" ", ".", "?", "!", ",", "'", "n", "t", "m", "s", "ve", "re", "x", " ' ", " n't"])))
 def test_cleaning_up_piece_by_piece_is_cleaning_up_the_whole(pieces: list[str]) -> None:
     cleanup = Cleanup()
