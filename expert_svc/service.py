@@ -20,6 +20,7 @@ from collegium.link.frame import SECRET_BYTES
 from collegium.model.manifest import Manifest
 from collegium.v1 import expert_pb2, expert_pb2_grpc
 from expert_svc.buffer import ExpertBuffer
+from expert_svc.validation import check_open_link
 
 _log = logs.get("worker")
 _SECRET_LIFE_S = 10.0
@@ -53,6 +54,7 @@ class ExpertService(expert_pb2_grpc.ExpertServicer):
         """Promise a link and say how to connect."""
         if self.is_draining:
             raise Unavailable("the worker is draining", reason="DRAINING", retry_after_s=1.0)
+        check_open_link(request)
         self._check(request)
         transport, address = self._choose(request)
         link_id, secret = next(self._ids), secrets.token_bytes(SECRET_BYTES)

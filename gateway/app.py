@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.fabric import logs, metrics, rpc
+from collegium.fabric.channels import check_target
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
 from collegium.model.checkpoint_files import CheckpointError
@@ -102,6 +103,9 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         own_parts = read_text_sources(options.model)
     except CheckpointError as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
+    for setting, addresses in (("--balancer", [options.balancer]), ("--routers", options.routers)):
+        for address in filter(None, addresses):
+            check_target(address, setting)
     gateway_id = uuid.uuid4().hex[:8]
     counts = Counts()
     limits = Limits(

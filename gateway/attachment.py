@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.fabric import logs
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, Internal, Unavailable, from_rpc_error
+from collegium.fabric.faults import Faults
 from collegium.v1 import inference_pb2, router_pb2_grpc
 from collegium.v1 import router_pb2 as pb
 from gateway.choose import Candidate
@@ -117,6 +118,7 @@ class Attachment:
         self._has_mail = asyncio.Event()
         self._seats: dict[str, Seat] = {}
         self._serial = itertools.count()
+        self._faults = Faults(_log, f"the stream to router {address}")
         self._num_sequences = 0
         self._unstarted_tokens = 0
 
@@ -181,6 +183,9 @@ class Attachment:
                 words = from_rpc_error(error).message
             except TimeoutError:
                 words = f"it sent no first frame within {_DESCRIBE_S:g} s"
+            except Exception as error:  # of what it sent, or of ours: its requests go to another router
+                self._faults.note(error)
+                words = "its stream could not be read"
             if self._end(Unavailable(f"router {self.address}: {words}", reason="ROUTER_LOST")):
                 pause_s, self.last_words = _BACKOFF_S[0], ""
             if words != self.last_words:

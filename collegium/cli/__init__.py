@@ -2,6 +2,13 @@
 
 import importlib
 import os
+import sys
+
+
+def _leave_working_directory() -> None:
+    # `python -c` has it first on the path; launch.guard() does more, where it comes to run before any import.
+    if sys.argv[:1] == ["-c"]:
+        sys.path[:] = [entry for entry in sys.path if entry]
 
 
 def _import_grpc_quietly() -> None:
@@ -16,4 +23,5 @@ def _import_grpc_quietly() -> None:
         del os.environ["GRPC_VERBOSITY"]
 
 
+_leave_working_directory()
 _import_grpc_quietly()

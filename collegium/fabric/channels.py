@@ -58,8 +58,8 @@ def channel(
 ) -> aio.Channel:
     """Open a channel with our limits and keepalive and without a proxy; options beat ours.
 
-    address: HOST:PORT, or several with numeric hosts, separated by commas: the first that answers is used. Plain text
-    unless tls or credentials are given. SettingsError.
+    address: HOST:PORT, or several with numeric hosts, separated by commas: the first that answers is used; see
+    check_target. Plain text unless tls or credentials are given. SettingsError where the CA file cannot be read.
     """
     trust = channel_credentials(tls) if credentials is None and tls is not None else credentials
     if trust is None:
@@ -95,24 +95,37 @@ def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(None if tls.ca is None else read_file(tls.ca, "the CA file"))
 
 
+def check_target(text: str, setting: str) -> None:
+    """Check what a setting gives as the address of a channel; SettingsError names the setting."""
+    parts = [part for part in text.split(",") if part.strip()]
+    try:
+        addresses = [read_address(part, is_encrypted=False) for part in parts]  # services speak plain text
+        hosts = {address.rpartition(":")[0].strip("[]") for address in addresses}
+    except ValueError as error:
+        raise SettingsError(f"{setting}={text!r} cannot be used: {error}; give HOST:PORT") from None
+    if not parts:
+        raise SettingsError(f"{setting}={text!r} cannot be used: give HOST:PORT")
+    if len(parts) == 1:
+        return
+    try:
+        versions = {ipaddress.ip_address(host).version for host in hosts}
+    except ValueError as error:
+        raise SettingsError(f"{setting}={text!r}: several addresses need numeric hosts ({error})") from None
+    if len(versions) != 1:
+        raise SettingsError(f"{setting}={text!r}: several addresses need hosts of one kind, IPv4 or IPv6")
+
+
 def _target(address: str) -> str:
-    parts = [_address(part) for part in address.split(",") if part.strip()]
+    """Write an address for gRPC. One that is none, as a peer may tell it, is left to gRPC, which will not reach it."""
+    try:
+        check_target(address, "address")
+    except SettingsError:
+        return address
+    parts = [read_address(part) for part in address.split(",") if part.strip()]
     if len(parts) == 1:
         return parts[0]
-    try:
-        versions = {ipaddress.ip_address(part.rpartition(":")[0].strip("[]")).version for part in parts}
-    except ValueError as error:
-        raise SettingsError(f"{address!r}: several addresses need numeric hosts ({error})") from None
-    if len(versions) != 1:
-        raise SettingsError(f"{address!r}: several addresses need hosts of one kind, IPv4 or IPv6")
-    return f"ipv{versions.pop()}:{','.join(parts)}"
-
-
-def _address(text: str) -> str:
-    try:
-        return read_address(text)
-    except ValueError as error:
-        raise SettingsError(f"{text!r} is no address: {error}; give HOST:PORT") from None
+    kind = "ipv6" if parts[0].startswith("[") else "ipv4"
+    return f"{kind}:{','.join(parts)}"
 
 
 async def wait_until_serving(address: str, *, service: str = "", tls: TlsTrust | None = None) -> None:

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from collegium.fabric import bounds, lifecycle, logs, metrics, rpc
+from collegium.fabric.channels import check_target
 from collegium.fabric.errors import CollegiumError, DeadlineExceeded, NotFound, Unavailable, from_rpc_error
 from collegium.fabric.faults import Faults
 from collegium.fabric.views import check_view
@@ -152,6 +153,7 @@ class Membership:
 
     async def __aenter__(self) -> Membership:
         """Join and start renewing and watching."""
+        check_target(self._balancer_address, "--balancer")
         self._channel = rpc.channel(self._balancer_address, tls=self._tls)
         self._stub: Any = balancer_pb2_grpc.BalancerStub(self._channel)
         try:

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
+from grpc import aio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,14 @@ from collegium.client import AsyncClient, Client, InvalidArgument
 from collegium.client.retry import Addresses
 from collegium.fabric import rpc
 from collegium.fabric.addresses import read_address
+from collegium.fabric.channels import check_target
 from collegium.fabric.errors import SettingsError
+from collegium.fabric.leases import Membership
+from collegium.v1.balancer_pb2 import ROLE_GATEWAY
+from gateway.app import open_gateway
+from gateway.settings import GatewaySettings
 from tests.fake_router import FakeRouter
-from tests.gateway_rig import certificate, rig
+from tests.gateway_rig import DEMO, certificate, rig
 
 TAKEN = {
     "127.0.0.1:50051": "127.0.0.1:50051",
@@ -94,14 +100,34 @@ def test_a_scheme_and_the_wish_for_tls_must_agree(tmp_path: Any) -> None:
         Client("http://h:1", tls=True)
 
 
-def test_a_service_refuses_what_is_no_address_as_well() -> None:
-    for text in ("https://127.0.0.1:1/x", "127.0.0.1", "127.0.0.1:1,nowhere"):
-        with pytest.raises(SettingsError, match="HOST:PORT"):
-            rpc.channel(text)
-    with pytest.raises(SettingsError, match="give HOST:PORT"):
-        rpc.split_address("http://h:1", "--bind")
-    with pytest.raises(SettingsError, match="give HOST:PORT"):
-        rpc.split_address("h:²", "--bind")
+async def test_a_service_refuses_what_is_no_address_as_well() -> None:
+    for text in (
+        "https://127.0.0.1:1/x",
+        "127.0.0.1",
+        "127.0.0.1:1,nowhere",
+        "127.0.0.1:1,h:2",
+        "127.0.0.1:1,[::1]:2",
+        ",",
+    ):
+        with pytest.raises(SettingsError, match=f"--balancer={text!r}".replace("[", r"\[")):
+            check_target(text, "--balancer")
+    check_target("http://127.0.0.1:1, 127.0.0.1:2", "--balancer")
+    with pytest.raises(SettingsError, match="--balancer='nonsense' cannot be used: the port is missing"):
+        async with Membership("nonsense", role=ROLE_GATEWAY, address="127.0.0.1:1"):
+            pass
+    with pytest.raises(SettingsError, match="--routers='nonsense'"):
+        async with open_gateway(GatewaySettings(model=DEMO, routers=("nonsense",))):
+            pass
+    for setting, text in (("--bind", "http://h:1"), ("--bind", "h:²")):
+        with pytest.raises(SettingsError, match="give HOST:PORT"):
+            rpc.split_address(text, setting)
+
+
+@pytest.mark.parametrize("text", [*REFUSED, "a:1,b:2", ",", ""], ids=lambda text: repr(text[:20]))
+async def test_an_address_that_a_peer_tells_is_not_reached_and_raises_nothing_of_ours(text: str) -> None:
+    async with rpc.channel(text) as channel:
+        with pytest.raises(aio.AioRpcError):
+            await channel.unary_unary("/a/B")(b"", timeout=0.05)
 
 
 async def test_a_target_with_a_scheme_is_called() -> None:

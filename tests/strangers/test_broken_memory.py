@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import redis.asyncio as redis
+from hypothesis import given
+from hypothesis import strategies as st
 
 from balancer_svc.load_windows import Window
 from balancer_svc.messages import from_shape, to_message
+from balancer_svc.redis_records import MAX_KEPT_EPOCH, Reading
 from balancer_svc.redis_store import RedisStore
 from balancer_svc.roster import Member
 from balancer_svc.store import Memory
@@ -304,6 +307,32 @@ async def fill_again(store: RedisStore, bare: Any) -> Memory:
     await store.save_report("router-1", COUNTS)
     await store.save_wanted(3)
     return await store.load()
+
+
+GARBLED = st.one_of(
+    st.binary(max_size=60),
+    st.builds(
+        lambda whole, at, value: whole[:at] + bytes([value]) + whole[at + 1 :],
+        st.sampled_from([placement(), member(), loads(ONE), model(*SHAPE.layers), packed(pb.Balance(moves=3))]),
+        st.integers(0, 40),
+        st.integers(0, 255),
+    ),
+)
+
+
+@given(st.dictionaries(st.sampled_from([b"placement", b"planned", b"model", b"balance", b"epoch"]), GARBLED), GARBLED)
+def test_no_bytes_of_any_record_raise(fields: dict[bytes, bytes], value: bytes) -> None:
+    reading = Reading(PREFIX)
+    kept = reading.placement(fields), reading.planned(fields)
+    for one in kept:
+        assert one is None or 0 < one.epoch <= MAX_KEPT_EPOCH
+    reading.model(fields)
+    reading.balance(fields)
+    reading.ids([value])
+    reading.member("worker-1", value)
+    reading.windows([value, value])
+    reading.reports({value: value, b"router-1": value})
+    assert 0 <= reading.number("wanted", value, 100) <= 100
 
 
 TYPES: dict[str, Break] = {

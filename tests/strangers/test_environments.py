@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -11,12 +12,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.resources import Resource
 
 from collegium.cli.embedded import find_server
 from collegium.cli.environment import DECIDED, service_env
 from collegium.cli.spec import ClusterSpec, members_of
+from collegium.client import AsyncClient, Client
+from collegium.fabric import metrics, rpc
+from collegium.fabric.otlp_metrics import MetricsPush
 from collegium.launch import PACKAGES, ROOT, absolute_entries
+from collegium.v1.inference_pb2 import ListModelsRequest
+from collegium.v1.inference_pb2_grpc import InferenceStub
+from tests.collector import Collector
 from tests.deploy.services import ROLES
+from tests.fake_router import FakeRouter
+from tests.gateway_rig import rig
 
 LAUNCH = (sys.executable, "-P", str(Path(ROOT) / "collegium" / "launch.py"))
 # Modules that a stranger's folder may hold: ours, Python's, and what services import.
@@ -50,7 +60,7 @@ def run(argv: tuple[str, ...], folder: Path, **env: str) -> subprocess.Completed
     return subprocess.run(argv, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("given", ["", ":/nowhere:."])
+@pytest.mark.parametrize("given", [":/nowhere:."])
 def test_a_service_runs_nothing_of_the_folder_that_it_is_started_in(hostile: Path, given: str) -> None:
     env = service_env(1, os.environ | {"PYTHONPATH": given})
     done = subprocess.run(
@@ -71,6 +81,14 @@ def test_the_command_runs_nothing_of_the_folder_that_it_is_started_in(hostile: P
     done = run((sys.executable, str(script), "status", "--help"), hostile, PYTHONPATH=first)
     assert done.returncode == 0, done.stderr
     assert "placement epoch" in done.stdout
+    assert not (hostile / "MARK").exists()
+
+
+def test_python_c_runs_nothing_of_the_folder_either(hostile: Path) -> None:
+    (hostile / "collegium.py").unlink()  # which Python itself takes, before any code of ours
+    code = "import sys; from collegium.cli.main import main; sys.exit(main())"
+    done = run((sys.executable, "-c", code, "status", "--help"), hostile)
+    assert done.returncode == 0, done.stderr
     assert not (hostile / "MARK").exists()
 
 
@@ -157,3 +175,34 @@ def test_no_address_and_no_identity_comes_from_the_shell(role: str) -> None:
     env = service_env(1, {ROLES[role].variable(name): "x" for name in settings})
     assert not [name for name in settings if ROLES[role].variable(name) in env]
     assert {name.upper() for name in settings} <= set(DECIDED)
+
+
+PROXIES = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "grpc", "all", "HTTP", "HTTPS", "ALL")}
+
+
+async def test_a_proxy_of_the_shell_stands_before_no_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with rig(FakeRouter()) as served:
+        # A name, for gRPC's core asks a proxy to resolve it.
+        target = f"localhost:{served.address.rpartition(':')[2]}"
+        async with AsyncClient(target, timeout_s=20.0) as client, rpc.channel(target) as channel:
+            assert (await client.get_model()).name
+            assert (await InferenceStub(channel).ListModels(ListModelsRequest(), timeout=20)).models
+        with Client(target, timeout_s=20.0) as blocking:
+            assert (await asyncio.to_thread(blocking.get_model)).name
+        await rpc.wait_until_serving(target)
+
+
+def test_telemetry_goes_to_its_collector_past_a_proxy(
+    collector: tuple[Collector, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    seen, address = collector
+    endpoint = "http://localhost:" + address.rpartition(":")[2]
+    push = MetricsPush(metrics.registry(), endpoint, Resource.create({"service.name": "x"}), 60.0, start_ns=0)
+    push.start()
+    push.stop()
+    assert "x" in seen.metrics

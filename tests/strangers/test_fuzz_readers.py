@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from balancer_svc.load_windows import from_message as read_window
 from balancer_svc.load_windows import read_layers
 from balancer_svc.messages import from_message, from_shape, to_message, to_shape
+from collegium.fabric import bounds
+from collegium.fabric.errors import InvalidArgument
 from collegium.fabric.views import from_proto, to_proto
 from collegium.link import header
 from collegium.link.frame import HEADER_BYTES, FrameError, LinkError, LinkShape
@@ -119,13 +121,13 @@ async def status_of(channel: aio.Channel, path: str, raw: bytes) -> str:
 
 
 @fuzzed
-def test_submissions_become_sequences_or_a_value_error_that_names_the_field(num_examples: int) -> None:
+def test_submissions_become_sequences_or_an_error_that_names_the_field(num_examples: int) -> None:
     def check(draw: random.Random) -> None:
         submission = read(draw, rpb.Submission)
         try:
             sequences = sequences_of(submission, 1, MODEL)
-        except ValueError as error:
-            assert str(error)
+        except InvalidArgument as error:
+            assert error.field
             return
         for one in sequences:
             assert 0 < len(one.prompt_ids) <= MODEL.max_model_len
@@ -140,6 +142,7 @@ def test_reports_of_load_are_read_or_refused(num_examples: int) -> None:
     def check(draw: random.Random) -> None:
         report = read(draw, bpb.ReportLoadRequest) if draw.random() < 0.5 else load_report(draw)
         try:
+            bounds.check(report)
             counts = read_layers(report.layers)
         except ValueError:
             return
@@ -165,13 +168,14 @@ def load_report(draw: random.Random) -> bpb.ReportLoadRequest:
 @fuzzed
 def test_windows_members_and_shapes_are_read_as_they_were_written_or_refused(num_examples: int) -> None:
     def check(draw: random.Random) -> None:
-        member, shape = read(draw, bpb.Member), read(draw, bpb.ModelShape)
-        for read_one in (
-            lambda: read_window(read(draw, bpb.LoadWindow)),
-            lambda: to_message(from_message(member)),
-            lambda: to_shape(from_shape(shape)),
+        window, member, shape = read(draw, bpb.LoadWindow), read(draw, bpb.Member), read(draw, bpb.ModelShape)
+        for message, read_one in (
+            (window, lambda: read_window(window)),
+            (member, lambda: to_message(from_message(member))),
+            (shape, lambda: to_shape(from_shape(shape))),
         ):
             try:
+                bounds.check(message)
                 read_one()
             except ValueError as error:
                 assert str(error)

@@ -20,9 +20,9 @@ from tests.strangers.rigs.target import Keeper, Target
 ATTACKS = (*by_callers.ATTACKS, *by_sockets.ATTACKS, *by_peers.ATTACKS)
 SHORT = tuple(attack for attack in ATTACKS if not attack.is_long)
 # What a canary may wait on a machine that does much else. The exact bound is held in the long run, on a quiet machine.
-SLOWEST_S = 10.0
-SLOW_S = 0.5
-AT_ONCE_S = 3.0
+SLOWEST_S, SLOW_S = 10.0, 1.5
+SLOW_LONG_S = 0.5
+AT_ONCE_S = 1.0
 BACK_S = 30.0
 NUM_CALM, NUM_CALM_LONG = 5, 300
 LONG_S = 6.0
@@ -53,7 +53,7 @@ def test_an_attack_of_full_size_at_most_doubles_what_others_wait(keeper: Keeper,
     until_s = time.monotonic() + LONG_S
     while time.monotonic() < until_s:
         visits += attacked(target, attack, attack.many)
-    assert p99_s(visits) <= max(2 * p99_s(calm), SLOW_S), f"{p99_s(visits):.3f} s, calm {p99_s(calm):.3f} s"
+    assert p99_s(visits) <= max(2 * p99_s(calm), SLOW_LONG_S), f"{p99_s(visits):.3f} s, calm {p99_s(calm):.3f} s"
 
 
 def attacked(target: Target, attack: Attack, count: int) -> list[Visit]:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from balancer_svc.memory_store import MemoryStore
 from balancer_svc.store import Memory
@@ -18,11 +20,12 @@ from collegium.fabric.leases import Membership
 from collegium.fabric.views import check_view, from_proto, to_proto
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2 as pb
-from collegium.v1 import balancer_pb2_grpc
+from collegium.v1 import balancer_pb2_grpc, inference_pb2, router_pb2
 from expert_svc.homes import HomeKeeper
 from router_svc.links import LinkKeeper
 from tests.balancers import SHAPE, running_balancer
-from tests.gateway_rig import until
+from tests.fake_router import FakeRouter
+from tests.gateway_rig import rig, until
 
 LAYER = pb.LayerPlacement(offsets=[0, 1, 2], worker_idx=[0, 1])
 
@@ -82,6 +85,30 @@ def test_a_view_that_is_wrong_anywhere_is_refused_whole(bad: pb.WatchPlacementRe
         check_view(bad)
     check_view(view(2, members=[member()]))
     check_view(pb.WatchPlacementResponse())
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 4_095, 4_096, 2**20, 2**31, 2**32 - 1])
+LAYERS = st.builds(layer, st.lists(NUMBERS, max_size=6), st.lists(NUMBERS, max_size=6))
+
+
+@given(
+    st.builds(
+        placed,
+        st.sampled_from([0, 1, 2**52, 2**53, 2**53 + 1, 2**64 - 1]),
+        worker_ids=st.lists(st.text(max_size=3), max_size=4),
+        layers=st.lists(LAYERS, max_size=3),
+    )
+)
+def test_whatever_placement_is_taken_has_a_home_for_each_expert(message: pb.Placement) -> None:
+    try:
+        taken = from_proto(message)
+    except ValueError:
+        return
+    for homes in taken.homes:
+        for expert in homes:
+            assert expert
+            assert all(0 <= w < len(taken.worker_ids) for w in expert)
+    assert to_proto(taken) == message
 
 
 def test_placements_survive_the_wire() -> None:
@@ -240,6 +267,43 @@ async def test_a_balancer_whose_ticks_fail_goes_on_and_plans_as_soon_as_they_do_
         assert running.balancer.counters()["collegium_loop_faults_total"] == 5
     assert caplog.text.count("leading failed") == 1
     assert caplog.text.count("sharing with other balancers failed") == 1
+
+
+async def test_a_routers_stream_that_cannot_be_read_frees_its_requests_and_is_opened_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Sitter:
+        """A request whose router says what it cannot take."""
+
+        def __init__(self) -> None:
+            self.lost = asyncio.Event()
+            self.num_news = 0
+
+        def submission(self, submission_id: str, *, deadline_ms: int, traceparent: str) -> router_pb2.Submission:
+            choice = router_pb2.ChoiceStart(choice_index=0)
+            stopping, sampling = inference_pb2.Stopping(max_tokens=2), inference_pb2.Sampling(seed=1)
+            return router_pb2.Submission(
+                request_id=submission_id, prompt_ids=[1], choices=[choice], stopping=stopping, sampling=sampling
+            )
+
+        def sit(self, seat: Any) -> None: ...
+
+        def take_news(self, news: Any) -> None:
+            self.num_news += 1
+            raise OverflowError("a token beyond any vocabulary")
+
+        def lose_router(self, why: Any) -> None:
+            self.lost.set()
+
+    router = FakeRouter()
+    async with rig(router) as gateway, asyncio.timeout(30):
+        (attachment,) = gateway.gateway.pool.attachments
+        sitter: Any = Sitter()
+        attachment.seat(sitter, "r", deadline_ms=0, traceparent="")
+        await sitter.lost.wait()
+        assert sitter.num_news == 1
+        await until(lambda: attachment.is_attached)
+    assert caplog.text.count("the stream to router") == 1
 
 
 async def test_a_placement_of_another_shape_reaches_neither_rows_nor_weights() -> None:

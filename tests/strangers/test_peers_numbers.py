@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer_svc import validation
@@ -20,11 +20,12 @@ from balancer_svc.planner import Planner
 from balancer_svc.rebalancing import Candidate, Rules, lacking, propose
 from balancer_svc.roster import Member, Roster
 from balancer_svc.service import Balancer
-from collegium.fabric import bounds
+from collegium.fabric import bounds, rpc
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, InvalidArgument, NotFound
 from collegium.model.placement import LayerSize, Worker, plan_homes
 from collegium.v1 import balancer_pb2 as pb
-from tests.balancers import SHAPE
+from gateway.cluster import ClusterView
+from tests.balancers import SHAPE, running_balancer
 
 MESSAGES: dict[str, Any] = dict(pb.DESCRIPTOR.message_types_by_name)
 RPCS = ("Join", "Renew", "Leave", "WatchPlacement", "ReportLoad", "Scale")
@@ -156,6 +157,7 @@ async def test_each_field_beyond_its_bound_is_refused_by_name_and_nothing_is_kep
     assert seen >= 1
 
 
+@settings(max_examples=40)
 @given(st.data())
 async def test_no_request_makes_the_balancer_fail_otherwise_than_by_a_status(data: st.DataObject) -> None:
     numbers = st.sampled_from([0, 1, 3, 4, 5, 4_095, 4_097, 2**31, 2**32 - 1, 2**48, 2**52, 2**53, *BEYOND_INT])
@@ -239,6 +241,16 @@ async def test_more_workers_than_can_be_started_are_refused_with_the_bound(wante
         error = await rig.refusal("Scale", pb.ScaleRequest(num_workers=wanted))
         assert error.message.startswith(f"num_workers: is {wanted}; the maximum is 8")
         await rig.call("Scale", pb.ScaleRequest(num_workers=8))
+
+
+async def test_a_caller_of_a_gateway_is_told_the_balancers_bound() -> None:
+    async with running_balancer(MemoryStore()) as running, rpc.channel(running.address) as channel:
+        nothing: Any = None
+        cluster = ClusterView(nothing, nothing, balancer=running.address, channel=channel)
+        for wanted in (257, 2**31, 2**32 - 1):
+            with pytest.raises(InvalidArgument, match=rf"num_workers: is {wanted}; the maximum is 256") as caught:
+                await cluster.scale(wanted)
+            assert "--max-workers" in (caught.value.remedy or "")
 
 
 def counts_of(value: int) -> np.ndarray:

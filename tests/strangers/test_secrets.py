@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.cli.preflight import check_tls
@@ -30,6 +30,7 @@ def test_keys_are_read_whatever_editor_wrote_them(tmp_path: Path, mark: str, lin
     assert KeyRing.load(tmp_path / "keys").accepts("first key")
 
 
+@settings(max_examples=30)
 @given(KEYS, st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans())
 def test_each_key_of_a_file_is_accepted(
     tmp_path_factory: pytest.TempPathFactory, keys: list[str], line_end: str, has_mark: bool, ends_in_one: bool

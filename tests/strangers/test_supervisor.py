@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.cli import cluster as supervised
@@ -117,6 +117,7 @@ def test_a_minute_without_a_death_makes_the_next_one_the_first(rig: Rig) -> None
     assert rig.until_started(sick) == pytest.approx(0.1, abs=0.06)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 100), st.sampled_from([0, 1, 2, -9])), min_size=1, max_size=40))
 def test_no_order_of_deaths_ends_a_cluster_that_has_served(deaths: list[tuple[float, int]]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:

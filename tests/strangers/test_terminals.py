@@ -65,6 +65,7 @@ def test_what_nobody_reads_is_lost_and_raises_nothing(monkeypatch: pytest.Monkey
 def test_a_reader_that_does_not_read_holds_up_no_writer_for_long_and_gets_what_comes_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(streams, "_PATIENCE_S", 0.1)
     with outliving_pipes(monkeypatch) as pipes:
         written = threading.Event()
 
@@ -136,12 +137,19 @@ def test_a_command_whose_reader_leaves_ends_without_a_word() -> None:
     assert process.returncode == 1
 
 
-def test_a_command_whose_output_finds_no_room_says_so_in_one_line() -> None:
-    with open("/dev/full", "w") as full:
-        process = collegium("status", "--help", stdout=full, stderr=subprocess.PIPE)
-        _, err = process.communicate(timeout=LIMIT_S)
-    assert err == b"collegium: the output cannot be written: No space left on device\n"
-    assert process.returncode == 1
+def test_a_command_whose_output_finds_no_room_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    silenced: list[bool] = []
+    monkeypatch.setattr(streams, "silence", lambda: silenced.append(True))  # else pytest itself would be
+    monkeypatch.setattr(sys, "argv", ["collegium", "status", "--help"])
+    with monkeypatch.context() as patch, open("/dev/full", "wb", buffering=0) as full:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(full), "utf-8"))
+        assert main() == 1
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+    assert capfd.readouterr().err == "collegium: the output cannot be written: No space left on device\n"
+    assert silenced
 
 
 def test_complaining_to_nobody_changes_no_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:

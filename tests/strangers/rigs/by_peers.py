@@ -24,6 +24,7 @@ from tests.strangers.rigs.target import LIMIT_S, MAX_MODEL_LEN, NUM_LAYERS, VOCA
 
 U32, U63, U64 = 2**32 - 1, 2**63, 2**64 - 1
 BALANCER, ROUTER, WORKER, SICK = "balancer", "router-0", "worker-0", "worker-1"
+FIRST = router_pb2.ChoiceStart()
 _WATCH_S = 0.6  # some of the balancer's ticks
 _NOBODY = "127.0.0.1:1"
 
@@ -339,8 +340,7 @@ def _join_and_leave(stub: Any, request: bpb.JoinRequest) -> str:
 
 def _attach(target: Target, *submissions: router_pb2.Submission) -> set[str]:
     """Submit on a stream of its own; returns the codes of what failed, and OK where a choice ended well."""
-    wanted = {(one.request_id, start.choice_index) for one in submissions for start in one.choices}
-    wanted = wanted or {(one.request_id, 0) for one in submissions}
+    wanted = {(one.request_id, start.choice_index) for one in submissions for start in one.choices or [FIRST]}
     names = {code.value[0]: code.name for code in grpc.StatusCode}
     codes: set[str] = set()
     with target.channel(ROUTER) as channel, left_calls() as calls:
@@ -351,8 +351,8 @@ def _attach(target: Target, *submissions: router_pb2.Submission) -> set[str]:
             for frame in call:
                 for news in frame.news:
                     if news.HasField("failure"):
-                        codes.add(names[news.failure.code])
-                        wanted.discard((news.request_id, news.choice_index))
+                        codes.add(names[news.failure.code])  # of one choice, or of all of them
+                        wanted = {one for one in wanted if one[0] != news.request_id}
                     elif news.finish_reason:
                         codes.add(OK)
                         wanted.discard((news.request_id, news.choice_index))

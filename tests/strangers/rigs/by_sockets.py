@@ -25,6 +25,7 @@ from tests.strangers.rigs.footprint import footprint
 from tests.strangers.rigs.target import Port, Target, read_page
 
 _MANY = 1000
+_CONNECT_S = 0.25  # a port whose queue is full takes no more, which is an answer as well
 _SILENT_S = 15.0  # how long a port may keep others waiting while silent connections hang on it
 
 
@@ -135,11 +136,11 @@ def _connections(address: str, count: int) -> Iterator[list[socket.socket]]:
                 if address.startswith("@"):
                     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     opened.append(one)
-                    one.settimeout(1.0)
+                    one.settimeout(_CONNECT_S)
                     one.connect("\0" + address[1:])
                 else:
                     host, _, number = address.rpartition(":")
-                    opened.append(socket.create_connection((host, int(number)), timeout=1.0))
+                    opened.append(socket.create_connection((host, int(number)), timeout=_CONNECT_S))
             except OSError:
                 break
         yield opened

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.fabric.model_shape import shape_of
 from collegium.model.manifest import ensure_manifest, load_manifest
+from collegium.v1 import inference_pb2, inference_pb2_grpc
 from tests.redis_server import RedisServer
 from tests.strangers.rigs.canary import Canary, Visit
 from tests.strangers.rigs.footprint import Footprint, footprint, is_alive, listening_names, listening_ports
@@ -90,11 +91,27 @@ class Target:
         try:
             self.cluster.__enter__()
             self.note_processes()
+            self._warm_up()
             self._canary = Canary(self.cluster.targets, pause_s=self._canary_pause_s)
         except BaseException:
             self.close()
             raise
         return self
+
+    def _warm_up(self) -> None:
+        """Have the gateway make what it makes once: processes that render and tokenise, and threads."""
+        with self.channel("gateway-0") as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)
+            message = inference_pb2.ChatMessage(role="user", content=b"hello")
+            chat = inference_pb2.ChatPrompt(messages=[message])
+            stopping = inference_pb2.Stopping(max_tokens=1)
+            calls = [
+                stub.Generate(inference_pb2.GenerateRequest(stopping=stopping, **prompt), timeout=LIMIT_S)
+                for prompt in (*({"chat": chat}, {"text": b"hello " * 1500}) * 4, {"text": b"hello " * 20_000})
+            ]
+            for call in calls:
+                with contextlib.suppress(grpc.RpcError):
+                    list(call)
 
     def __exit__(self, *_: object) -> None:
         """End everything."""
@@ -219,14 +236,20 @@ class Keeper:
     def __init__(self, make_folder: Callable[[], Path]) -> None:
         self._make_folder = make_folder
         self._target: Target | None = None
+        self._why_not = ""  # it could not be started: nobody waits for that again
 
     def target(self) -> Target:
         """Return a target that is well."""
         if self._target is not None and not self._is_well():
             self.close()
         if self._target is None:
+            assert not self._why_not, self._why_not
             made = Target(self._make_folder())
-            made.__enter__()
+            try:
+                made.__enter__()
+            except Exception as error:
+                self._why_not = f"no target could be started: {str(error)[:2000]}"
+                raise
             self._target = made
         return self._target
 
