@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 from gateway.cleanup import CLEANED, Cleanup
 from gateway.decoding import Decoding
-from gateway.detokenizer import CONTEXT_IDS, Detokenizer, Fate, num_common
+from gateway.detokenizer import CONTEXT_IDS, Detokenizer, Fate, Heard, num_common
 from gateway.stops import StopMatcher
+
+# Where no letter or digit stands among so many ids, what the clean-up made of the ones before no longer matters.
+_MAX_CLEANED_IDS = 512
 
 
 class PromptEnd:
@@ -27,19 +30,27 @@ class PromptEnd:
         self._tokens = Detokenizer(decoding)
         self._cleanup = Cleanup() if cleans_up else None
         self._draft = ""  # text of byte-fallback tokens that the prompt ends with
-        for token_id in _tail(decoding, prompt_ids, cleans_up=cleans_up):
-            heard = self._tokens.feed(token_id)
-            if heard.fate is Fate.KEPT:
-                _clean(self._cleanup, self._draft)
-            if heard.fate is not Fate.OPEN:
-                self._draft = ""
-            _clean(self._cleanup, heard.certain)
-            self._draft += heard.draft
+        tail = _tail(decoding, prompt_ids, cleans_up=cleans_up)
+        others = (i for i, token_id in enumerate(reversed(tail)) if token_id not in decoding.bytes_by_id)
+        num_bytes = next(others, len(tail))  # of the run that the prompt ends with
+        num_single = len(tail) - max(0, num_bytes - CONTEXT_IDS)
+        for token_id in tail[:num_single]:
+            self._note(self._tokens.feed(token_id))
+        if num_single < len(tail):
+            self._note(self._tokens.feed_run(tail[num_single:]))
         last = self._tokens.copy().flush()
         cleanup = copy.copy(self._cleanup)
         end = ("" if last.fate is Fate.DROPPED else self._draft) + last.certain
         # Not settled, and part of the prompt's text all the same: an answer that begins with it does not repeat it.
         self._said = _clean(cleanup, end) + ("" if cleanup is None else cleanup.flush())
+
+    def _note(self, heard: Heard) -> None:
+        if heard.fate is Fate.KEPT:
+            _clean(self._cleanup, self._draft)
+        if heard.fate is not Fate.OPEN:
+            self._draft = ""
+        _clean(self._cleanup, heard.certain)
+        self._draft += heard.draft
 
     def answer(self, stops: StopMatcher) -> AnswerText:
         """Begin an answer; `stops` is its own."""
@@ -184,9 +195,9 @@ def _tail(decoding: Decoding, prompt_ids: Sequence[int], *, cleans_up: bool) -> 
         if token is None:
             continue
         tail.append(token_id)
-        if num_settled or decoding.byte(token) is None:
+        if num_settled or token_id not in decoding.bytes_by_id:
             num_settled += bool(token)
-            is_clean = is_clean or _separates(decoding.text((token_id,)))
+            is_clean = is_clean or num_settled >= _MAX_CLEANED_IDS or _separates(decoding.text((token_id,)))
         if num_settled >= 2 * CONTEXT_IDS and is_clean:
             break
     return tail[::-1]

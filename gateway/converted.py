@@ -21,6 +21,7 @@ from pathlib import Path
 import collegium
 from collegium.fabric import logs
 from collegium.fabric.errors import CollegiumError, FailedPrecondition
+from collegium.model.cache_root import cache_file
 
 TOKENIZER = "tokenizer.json"
 _VERSION = 1
@@ -78,9 +79,11 @@ async def _converted(model_dir: Path, sources: Sequence[str]) -> Path:
 
 def _places(model_dir: Path, sources: Sequence[str]) -> tuple[Path, Path | None]:
     """Return where the converted tokenizer belongs, and where to make it; None if it is there already."""
-    path = _cache_root() / _digest(model_dir.resolve(), sources)
+    name = _digest(model_dir.resolve(), sources)
+    path = cache_file(f"tokenizers/{name}/{TOKENIZER}").parent
     if (path / TOKENIZER).is_file():
         return path, None
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path, Path(tempfile.mkdtemp(prefix="partial-", dir=path.parent))
 
 
@@ -90,17 +93,6 @@ def _move(partial: Path, path: Path) -> None:
     except OSError:
         if not (path / TOKENIZER).is_file():  # else another gateway was faster
             raise
-
-
-def _cache_root() -> Path:
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collegium" / "tokenizers"
-        root.mkdir(parents=True, exist_ok=True)
-        if os.access(root, os.W_OK):
-            return root
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
-        pass
-    return Path(tempfile.mkdtemp(prefix="collegium-tokenizer-"))
 
 
 def _digest(model_dir: Path, sources: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.decoding import Decoding
@@ -20,6 +21,7 @@ _REPLACEMENT = "\ufffd"
 CONTEXT_IDS = 8
 # The window is cut back to CONTEXT_IDS once it is this long: one decoding of at most this many ids per token.
 _MAX_WINDOW_IDS = 24
+_MAX_CHARACTERS = 65_536  # remembered of those that byte-fallback tokens spell: some 10 MB
 
 
 class Fate(enum.Enum):
@@ -66,17 +68,21 @@ class Detokenizer:
 
     def feed(self, token_id: int) -> Heard:
         """Add one id and return what is now known, often one word, nothing within a character."""
-        token = self._decoding.token(token_id)
-        if token is None:
-            return _NOTHING
-        byte = self._decoding.byte(token)
+        byte = self._decoding.bytes_by_id.get(token_id)
         if byte is not None:
             if self._run is None:
                 self._run = _ByteRun(self._decoding, self._ids)
             return self._run.feed(token_id, byte)
+        if self._decoding.token(token_id) is None:
+            return _NOTHING
         ended = self._end_run()
         text = self._feed_token(token_id)
         return Heard(ended.certain + text, "", ended.fate)
+
+    def feed_run(self, token_ids: Sequence[int]) -> Heard:
+        """Add many byte-fallback tokens in one go, after others of the same run that made at least one character."""
+        assert self._run is not None
+        return self._run.feed_many(bytes(self._decoding.bytes_by_id[token_id] for token_id in token_ids))
 
     def flush(self) -> Heard:
         """Return what is left if no id follows: the bytes of an unfinished character as replacement characters."""
@@ -152,16 +158,37 @@ class _ByteRun:
     def feed(self, token_id: int, byte: int) -> Heard:
         """Add one byte: whole characters are a draft, and broken bytes are certain from the first one on."""
         self._num_bytes += 1
-        self.last_ids = [*self.last_ids[1 - CONTEXT_IDS :], token_id]
+        if len(self.last_ids) == CONTEXT_IDS:
+            del self.last_ids[0]
+        self.last_ids.append(token_id)
         if self._is_broken:
             return Heard(_REPLACEMENT)
         self._character.append(token_id)
         try:
-            is_whole = bool(self._utf8.decode(bytes((byte,))))
+            character = self._utf8.decode(bytes((byte,)))
         except UnicodeDecodeError:
             self._is_broken = True
             return Heard(_REPLACEMENT * self._num_bytes, "", Fate.DROPPED)
-        return Heard("", self._take_character()) if is_whole else _NOTHING
+        return Heard("", self._take(character)) if character else _NOTHING
+
+    def feed_many(self, data: bytes) -> Heard:
+        """Add bytes as feed does, in one go, after a whole character or a broken byte."""
+        ids_of = self._decoding.ids_by_byte
+        self._num_bytes += len(data)
+        self.last_ids = [*self.last_ids, *(ids_of[byte] for byte in data[-CONTEXT_IDS:])][-CONTEXT_IDS:]
+        if self._is_broken:
+            return Heard(_REPLACEMENT * len(data))
+        try:
+            characters = self._utf8.decode(data)
+        except UnicodeDecodeError:
+            self._is_broken = True
+            return Heard(_REPLACEMENT * self._num_bytes, "", Fate.DROPPED)
+        texts: dict[str, str] = {}
+        for character in (*dict.fromkeys(characters), *characters[-1:]):
+            self._character = [ids_of[byte] for byte in character.encode()]
+            texts[character] = self._take(character)
+        self._character = [ids_of[byte] for byte in self._utf8.getstate()[0]]
+        return Heard("", "".join(map(texts.__getitem__, characters)))
 
     def end(self) -> Heard:
         """Settle the draft, because no byte follows."""
@@ -171,10 +198,17 @@ class _ByteRun:
             return Heard(_REPLACEMENT * self._num_bytes, "", Fate.DROPPED)
         return Heard("", "", Fate.KEPT)
 
-    def _take_character(self) -> str:
-        # The library says what a character becomes, as it may strip the very first space of a text.
+    def _take(self, character: str) -> str:
+        # The library says what a character becomes, as it may strip the very first space of a text. Further on it is
+        # the same everywhere, and asked for once.
         known = self._before + self._previous
-        text = self._decoding.text(known + self._character)[len(self._decoding.text(known)) :]
+        texts = self._decoding.texts_of_characters if known else {}
+        text = texts.get(character)
+        if text is None:
+            text = self._decoding.text(known + self._character)[len(self._decoding.text(known)) :]
+            if len(texts) >= _MAX_CHARACTERS:
+                texts.clear()
+            texts[character] = text
         self._previous, self._character = self._character, []
         return text
 

@@ -7,20 +7,27 @@ taken at any time, resumed on a fresh one at any point, with stop strings, stop 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import router_pb2
+from gateway import detokenizer
+from gateway.answer_text import AnswerText
 from gateway.choice import Choice
+from gateway.cleanup import Cleanup, clean_up
+from gateway.decoding import Decoding
+from gateway.detokenizer import Detokenizer, Fate
 from gateway.generation import Generation
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
 from gateway.validation import Accepted, Progress
-from tests.tokenizer_kinds import KINDS, SPECIAL, mixed_ids, tokenizer_of
+from tests.tokenizer_kinds import KINDS, SPECIAL, inner_of, mixed_ids, odd_ids, tokenizer_of
 
 
 def num_alike(one: str, other: str) -> int:
@@ -189,7 +196,7 @@ def check(kind: str, seed: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_what_the_whole_decoding_adds_to_the_prompts(kind: str) -> None:
-    for number in range(80):
+    for number in range(100):
         check(kind, f"{kind} {number}")
 
 
@@ -200,3 +207,113 @@ def test_an_answer_is_what_the_whole_decoding_adds_in_thousands_of_cases(kind: s
     first = random.SystemRandom().randrange(1 << 40)
     for number in range(2_000):
         check(kind, f"{kind} {first + number}")
+
+
+# The same property fails where one of its reasons is taken away.
+
+
+def answer_beside_prompt(case: Case) -> Ending:
+    choice = Choice(0, prompt_end=case.tokenizer.prompt_end(()))
+    choice.add(case.answer)
+    choice.finish(pb.FINISH_REASON_LENGTH)
+    chunk = choice.take()
+    assert chunk is not None
+    return Ending(len(chunk.token_ids), chunk.text, chunk.finish_reason)
+
+
+def num_wrong(kind: str, run: Callable[[Case, random.Random], Ending], num_cases: int = 60) -> int:
+    wrong = 0
+    for number in range(num_cases):
+        random_ = random.Random(f"{kind} {number}")
+        case = draw_case(kind, random_)
+        wrong += run(case, random_) != expected(case)
+    return wrong
+
+
+def told(case: Case, random_: random.Random) -> Ending:
+    try:
+        return Caller(case).run(random_)
+    except AssertionError:  # offsets with gaps
+        return Ending(-1, "", 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "word_piece", "unigram", "bpe_suffix", "word_level"])
+def test_answers_decoded_beside_their_prompts_are_seen_to_be_wrong(kind: str) -> None:
+    assert num_wrong(kind, told) == 0
+    assert num_wrong(kind, lambda case, _: answer_beside_prompt(replace(case, stops=()))) > 5
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "word_piece"])
+def test_windows_without_context_are_seen_to_be_wrong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detokenizer, "CONTEXT_IDS", 1)
+    monkeypatch.setattr(detokenizer, "_MAX_WINDOW_IDS", 0)
+    monkeypatch.setattr(Detokenizer, "_shorten", lambda self, _: (self._ids.clear(), setattr(self, "_base", "")))
+    assert num_wrong(kind, told) > 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram_bytes"])
+def test_drafts_that_are_never_taken_back_are_seen_to_be_wrong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = AnswerText._settle
+    kept = {Fate.DROPPED: Fate.KEPT}
+    monkeypatch.setattr(AnswerText, "_settle", lambda self, fate: settle(self, kept.get(fate, fate)))
+    assert num_wrong(kind, told) > 5
+
+
+def test_stop_tokens_that_are_forgotten_are_seen_to_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(case: Case, random_: random.Random) -> Ending:
+        with monkeypatch.context() as patch:
+            patch.setattr(Case, "stop_tokens", {})
+            return told(case, random_)
+
+    assert num_wrong("byte_level", run, num_cases=200) > 1
+
+
+# What an answer costs.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_costs_the_same_in_an_answer_of_any_length(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, inner = tokenizer_of(kind), inner_of(kind)
+    random_ = random.Random(1)
+    hidden = inner.token_to_id("<s>")
+    one = random_.randrange(inner.get_vocab_size() - 8)
+    prompt = (mixed_ids(kind, random_) * 400)[:2000] + [hidden] * 2000
+    runs = [[hidden] * 3000, [one] * 3000, odd_ids(kind, random_, 3000), mixed_ids(kind, random_) * 20]
+    if (byte := inner.token_to_id("<0xD0>")) is not None:  # Cyrillic letters, each of two bytes, then a broken one
+        runs += [[byte, byte - 0x20] * 1500, [byte] * 3000]
+    decoded: list[int] = []
+    text = Decoding.text
+
+    def watched(self: Decoding, token_ids: Sequence[int]) -> str:
+        decoded.append(len(token_ids))
+        return text(self, token_ids)
+
+    monkeypatch.setattr(Decoding, "text", watched)
+    choice = Choice(0, prompt_end=tokenizer.prompt_end(prompt))
+    assert sum(decoded) <= 64 * 64 or tokenizer._cleans_up
+    for run in runs:
+        decoded.clear()
+        choice.add(run)
+        assert max(decoded, default=0) <= 40
+        assert len(decoded) <= 3 * len(run)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram_bytes"])
+def test_a_prompt_that_ends_in_a_long_run_of_bytes_goes_on_as_a_short_one(kind: str) -> None:
+    inner, random_ = inner_of(kind), random.Random(2)
+    for number in range(60):
+        data = "".join(random_.choices("яж🙂€é", k=random_.randrange(2, 60))).encode()
+        data = data[: -random_.randrange(4) or None] + (b"\xff" if number % 7 == 0 else b"")
+        ids = [inner.token_to_id(f"<0x{byte:02X}>") for byte in data]
+        prompt = random_.choice(([], [inner.token_to_id("b")], odd_ids(kind, random_, 3))) + ids
+        answer = [inner.token_to_id(f"<0x{byte:02X}>") for byte in "🙂ж".encode()[random_.randrange(4) :]]
+        answer += mixed_ids(kind, random_)[:6]
+        case = Case(kind, prompt, answer, (), 0)
+        assert Caller(case).run(random_) == expected(case), case
+
+
+@given(st.lists(st.sampled_from([" ", ".", "?", "!", ",", "'", "n", "t", "m", "s", "ve", "re", "x", " ' ", " n't"])))
+def test_cleaning_up_piece_by_piece_is_cleaning_up_the_whole(pieces: list[str]) -> None:
+    cleanup = Cleanup()
+    assert "".join(map(cleanup.feed, pieces)) + cleanup.flush() == clean_up("".join(pieces))
+    assert not cleanup.is_holding
