@@ -35,13 +35,18 @@ def silent_connections(target: Target, count: int) -> None:
     On metrics pages and data ports at once, and in the long run on each kind of port. A silent connection may hold its
     place for some seconds.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # of this process, which holds the other ends
     kinds = [("metrics", "data")] if count < _MANY else [("metrics",), ("data",), ("health",), ("grpc",)]
-    for some in kinds:
-        ports = [port for port in target.ports if port.kind in some]
-        with _few_descriptors(target, count), ExitStack() as stack:
-            for port in ports:
-                stack.enter_context(_connections(port.address, count))
-            _check_answers(ports)
+    try:
+        for some in kinds:
+            ports = [port for port in target.ports if port.kind in some]
+            with _few_descriptors(target, count), ExitStack() as stack:
+                for port in ports:
+                    stack.enter_context(_connections(port.address, count))
+                _check_answers(ports)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def half_requests(target: Target, count: int) -> None:

@@ -35,7 +35,10 @@ LIMIT_S = 60.0  # a guard: nothing takes as long on a cluster that works
 RSS_MB = 50.0  # what a process may keep of an attack
 # A gRPC server's own threads come and go with its connections; they are few and bounded by the number of cores.
 NUM_SPARE_THREADS = 6
+# Keys and values take their memory as they are first used, and keep it.
+KV_MB = 128.0
 _POLL_S = 0.05
+_WELL_S = 10.0
 _BEGINNING = re.compile(r"\d\d:\d\d:\d\d\.\d+ [A-Z]+ |-{20}")  # of the next line of a log
 _TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
@@ -77,7 +80,8 @@ class Target:
                 manifest=manifest,
                 redis_url=self.redis.url,
                 log_level="warning",
-                flags=dict.fromkeys(("gateway", "router", "worker", "balancer"), health),
+                flags=dict.fromkeys(("gateway", "worker", "balancer"), health)
+                | {"router": (*health, "--kv-memory", f"{KV_MB:.0f}MiB")},
             ),
             relay=lambda name, line: self.lines.append((name, line)),
         )
@@ -201,8 +205,10 @@ class Target:
 
     def is_well(self) -> bool:
         """True if every process lives and the cluster answers."""
-        if self.dead() or not all(self.cluster.is_serving(name) for name in self.pids):
-            return False
+        until_s = time.monotonic() + _WELL_S
+        while not all(self.cluster.is_serving(name) for name in self.pids):
+            if self.dead() or time.monotonic() > until_s:
+                return False
         return not any(one.error for one in self.wait_for_canary(1))
 
     def excess(self, before: Mapping[str, Footprint], spared: Collection[str] = ()) -> list[str]:
@@ -212,7 +218,7 @@ class Target:
             was = before.get(name)
             if was is None or name in spared:
                 continue
-            if now.rss_mb > was.rss_mb + RSS_MB:
+            if now.rss_mb > was.rss_mb + RSS_MB + (KV_MB if name.startswith("router") else 0.0):
                 found.append(f"{name}: {now.rss_mb:.0f} MiB, before {was.rss_mb:.0f} MiB")
             if now.num_descriptors > was.num_descriptors:
                 found.append(f"{name}: {now.num_descriptors} descriptors, before {was.num_descriptors}")
@@ -270,12 +276,12 @@ class Keeper:
 def kind_of(port: int) -> str:
     """Find out what a port speaks that is not a control port."""
     with contextlib.suppress(OSError, http.client.HTTPException):
-        read_page(port)
+        read_page(port, timeout_s=LIMIT_S)
         return "metrics"
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
-            stub.Check(health_pb2.HealthCheckRequest(service="live"), timeout=2.0)
+            stub.Check(health_pb2.HealthCheckRequest(service="live"), timeout=LIMIT_S)
         except grpc.RpcError:
             return "data"
         return "health"
