@@ -8,6 +8,7 @@ T tokens, K top-k, D model.
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,21 +135,21 @@ def load_router_model(
     transformers.logging.disable_progress_bar()
     with _told_as(f"{path} is not usable"):
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        if getattr(config, "head_dim", 0) is None:  # as attention reads it; yarn and llama3 scaling do not
+            config.head_dim = config.hidden_size // config.num_attention_heads
     _refuse_unsupported(config, path)
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
-    register_patch_mapping({_EXPERTS_CLASS: RemoteExperts})
-    try:
-        with _told_as(f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                model_dir,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                generation_config=transformers.GenerationConfig(),  # its file is read here, within bounds
-            )
-    finally:
-        unregister_patch_mapping([_EXPERTS_CLASS])
+    what = f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"
+    with _told_as(what), _without_experts(config):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            generation_config=transformers.GenerationConfig(),  # its file was read above, within bounds
+            attn_implementation="eager",  # whatever config.json asks for, which may be code from a hub
+        )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{model_dir} lacks tensor {missing[0]} ({len(missing)} missing); fetch the checkpoint again"
@@ -196,6 +197,26 @@ def _told_as(what: str) -> Generator[None]:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{what}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_experts(config: PreTrainedConfig) -> Generator[None]:
+    """Have RemoteExperts built where a model has its experts. transformers does not undo its patches after an error."""
+    AutoModelForCausalLM._model_mapping[type(config)]  # imports the modelling classes, which are then patched
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    originals = [
+        (module, name, value)
+        for module in modules
+        for name, value in list(vars(module).items())
+        if isinstance(value, type) and re.match(_EXPERTS_CLASS, name)
+    ]
+    register_patch_mapping({_EXPERTS_CLASS: RemoteExperts})
+    try:
+        yield
+    finally:
+        unregister_patch_mapping([_EXPERTS_CLASS])
+        for module, name, original in originals:
+            setattr(module, name, original)
 
 
 def _move(model: PreTrainedModel, device: torch.device) -> None:

@@ -25,5 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: BaseException, limit: int = 300) -> str:
     """Write what failed as one line: the error's class and the first line of its text."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return f"{type(error).__name__}: {text[:limit]}" if text else type(error).__name__

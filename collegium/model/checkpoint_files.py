@@ -115,7 +115,7 @@ def shown(value: object) -> str:
     text = kind_of(cast(object, value)) if isinstance(value, list | dict) else str(value)
     clipped = text[:_SHOWN_CHARACTERS]
     if not clipped.isprintable():
-        clipped = ascii(clipped)
+        clipped = ascii(clipped)[1:-1]
     return clipped if len(text) <= _SHOWN_CHARACTERS else f"{clipped}..."
 
 

@@ -8,7 +8,7 @@ refusal names file, field and value. Imports neither torch nor transformers.
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from collegium.model.checkpoint_files import CheckpointError, has_file, kind_of, read_json, shown
 
@@ -36,6 +36,7 @@ _WHOLE: Mapping[str, tuple[int, int, bool]] = {
     "decoder_sparse_step": (1, _LAYERS, False),
     "max_window_layers": (0, _LENGTH, True),
     "sliding_window": (0, _LENGTH, True),
+    "num_labels": (0, 1 << 16, True),  # transformers makes a name for each
     **dict.fromkeys(("pad_token_id", "bos_token_id"), (-(1 << 31), 1 << 31, True)),
 }
 # Numbers: the bounds, themselves included.
@@ -51,8 +52,14 @@ _NUMBERS: Mapping[str, tuple[float, float]] = {
     "logits_scaling": (1e-6, 1e6),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (-1e6, 1e6)),
     "routed_scaling_factor": (-1e6, 1e6),
+    **dict.fromkeys(("initializer_range", "router_aux_loss_coef", "router_jitter_noise"), (-1e6, 1e6)),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "emb_pdrop", "attn_pdrop"), (0.0, 1.0)),
 }
-_TRUTHS = ("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias", "use_qk_norm", "qkv_bias")
+_TRUTHS = (
+    *("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias", "use_qk_norm", "qkv_bias"),
+    *("use_cache", "output_router_logits", "mlp_bias", "lm_head_bias", "rope_interleave"),
+)
+_LISTS = ("layer_types", "mlp_only_layers", "architectures")
 _TEXTS = ("model_type", "hidden_act", "topk_method")
 # Objects whose fields are checked by the same tables.
 _NESTED = ("attn_config", "ffn_config", "rope_scaling", "rope_parameters")
@@ -124,6 +131,8 @@ def _check_field(path: Path, name: str, value: object) -> None:
             raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be a number from {least:g} to {most:g}")
     elif leaf in _TRUTHS and value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be true or false")
+    elif leaf in _LISTS and value is not None and not isinstance(value, list):
+        raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be a list")
     elif leaf in _TEXTS and not isinstance(value, str) and not (value is None and leaf == "topk_method"):
         raise CheckpointError(f"{path}: {name} is {_value(value)}; it must be text")
     elif name.startswith("rope") and leaf in ("rope_type", "type") and value not in _ROPE_TYPES:
@@ -133,7 +142,6 @@ def _check_field(path: Path, name: str, value: object) -> None:
 def _check_eos(path: Path, config: Mapping[str, object]) -> None:
     eos = config.get("eos_token_id")
     ids = cast("list[object]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
-    eos = cast(object, eos)
     is_whole = all(isinstance(one, int) and not isinstance(one, bool) and abs(one) < 1 << 31 for one in ids)
     if not is_whole or len(ids) > _MAX_EOS_IDS:
         raise CheckpointError(
@@ -181,5 +189,5 @@ def _check_finite(path: Path, config: Mapping[str, object]) -> None:
             rest += [(f"{name}[{i}]", inner) for i, inner in enumerate(cast("list[object]", value))]
 
 
-def _value(value: object) -> str:
+def _value(value: Any) -> str:
     return f"the text {shown(repr(value))}" if isinstance(value, str) else shown("null" if value is None else value)
