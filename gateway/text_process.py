@@ -123,6 +123,12 @@ class TextProcess:
 
     async def _exchange(self, job: bytes, wall_s: float) -> bytes | str:
         """Give the process a job; returns its answer, or what it had too little of: "time" or "memory"."""
+        is_reused = self._process is not None
+        answer = await self._attempt(job, wall_s)
+        # A process that served before may have died of what it did then, such as memory that it could not give back.
+        return await self._attempt(job, wall_s) if is_reused and answer == "memory" else answer
+
+    async def _attempt(self, job: bytes, wall_s: float) -> bytes | str:
         process = self._process = await self._running()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -134,8 +140,8 @@ class TextProcess:
         except TimeoutError:
             self._kill()
             return "time"
-        except (asyncio.IncompleteReadError, ConnectionError):
-            self._process = None
+        except (asyncio.IncompleteReadError, ConnectionError, RuntimeError):  # uvloop's own, of a pipe that has closed
+            self._kill()
             status = await process.wait()
             if status == 3:
                 raise Unavailable(
@@ -150,8 +156,9 @@ class TextProcess:
         return answer
 
     async def _running(self) -> asyncio.subprocess.Process:
-        if self._process is not None and self._process.returncode is None:
-            return self._process
+        process = self._process
+        if process is not None and process.returncode is None and process.stdin and not process.stdin.is_closing():
+            return process
         env = os.environ | {"PYTHONPATH": _ROOT, "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "gateway.text_worker", str(self._model_dir), str(self._memory_bytes)),

@@ -65,6 +65,8 @@ def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
             token_ids = tokenizer.encode(job["text"])
         return b"+" + array("I", token_ids).tobytes()
     except CollegiumError as error:
+        if isinstance(error.__cause__, MemoryError):
+            return OUT_OF_MEMORY
         return _refusal(error.reason, error.message, error.field, error.remedy)
     except MemoryError:
         return OUT_OF_MEMORY
