@@ -146,7 +146,9 @@ def worker_service(manifest: Manifest) -> ExpertService:
 
 
 async def refusal_at_open_link(worker: Manifest, router: Manifest) -> str:
-    request = expert_pb2.OpenLinkRequest(model_digest=router.digest, dtype="float32", model_parts=router.parts)
+    request = expert_pb2.OpenLinkRequest(
+        router_id="router-1", model_digest=router.digest, dtype="float32", model_parts=router.parts, max_rows=1
+    )
     with pytest.raises(FailedPrecondition) as caught:
         await worker_service(worker).OpenLink(request, cast(grpc.aio.ServicerContext, None))
     assert caught.value.reason == "MODEL_DIFFERS"

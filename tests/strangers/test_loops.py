@@ -321,6 +321,7 @@ async def test_a_placement_of_another_shape_reaches_neither_rows_nor_weights() -
         calls,
         nothing,
         digest="",
+        parts={},
         max_rows=1,
         transport="auto",
         d_model=1,

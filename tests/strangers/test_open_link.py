@@ -15,6 +15,7 @@ from expert_svc.validation import BOUNDS
 GOOD: dict[str, Any] = {
     "router_id": "router-1",
     "model_digest": "d",
+    "model_parts": {"experts": "e"},
     "dtype": "float32",
     "transports": ["unix", "tcp"],
     "max_rows": 64,
@@ -24,6 +25,9 @@ BEYOND = [
     ("router_id", "x" * 100_000),
     ("router_id", "a\nb"),
     ("model_digest", "x" * 100_000),
+    ("model_parts", {str(number): "e" for number in range(1000)}),
+    ("model_parts", {"experts": "x" * 100_000}),
+    ("model_parts", {"x" * 100_000: "e"}),
     ("dtype", "x" * 5_000),
     ("transports", ["x" * 5_000]),
     ("transports", ["tcp"] * 10_000),
@@ -47,7 +51,7 @@ class Promises:
 
 @pytest.fixture
 def service() -> ExpertService:
-    manifest: Any = type("Manifest", (), {"digest": "d", "d_model": 8, "top_k": 2})()
+    manifest: Any = type("Manifest", (), {"digest": "d", "parts": {}, "d_model": 8, "top_k": 2})()
     buffer: Any = type("Buffer", (), {"can_prefetch": False})()
     port: Any = Promises()
     return ExpertService(port, buffer, manifest, torch.float32, data_address="", counters=dict)
@@ -79,5 +83,5 @@ async def test_what_a_router_wrote_comes_back_cut(service: ExpertService) -> Non
 
 
 def test_the_fields_are_those_of_the_request() -> None:
-    assert set(BOUNDS) <= {field.name for field in pb.OpenLinkRequest.DESCRIPTOR.fields}
+    assert set(BOUNDS) == {field.name for field in pb.OpenLinkRequest.DESCRIPTOR.fields}
     assert set(GOOD) == set(BOUNDS)
