@@ -105,7 +105,9 @@ class Accounts:
         self._model = model
 
     @asynccontextmanager
-    async def of(self, operation: str, left_s: float | None, request_id: str = "") -> AsyncGenerator[Account, None]:
+    async def of(
+        self, operation: str, left_s: float | None, request_id: str = "", *, caller: int = 0
+    ) -> AsyncGenerator[Account, None]:
         """Account for what is done inside; left_s: seconds until the caller's deadline, None without one.
 
         request_id: as the caller gave it; it is in no line of the log unless it can be one.
@@ -113,7 +115,8 @@ class Accounts:
         if request_id and is_plain_id(request_id):
             logs.bind(request_id=request_id)
         now_s = asyncio.get_running_loop().time()
-        arrival = Arrival(arrived_s=now_s, deadline_s=None if left_s is None else now_s + left_s)
+        deadline_s = None if left_s is None else now_s + left_s
+        arrival = Arrival(arrived_s=now_s, deadline_s=deadline_s, caller=caller)
         account = Account(arrival, operation)
         code, reason, field = "CANCELLED", "", ""  # an exception of another kind is the caller's going away
         try:

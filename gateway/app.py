@@ -142,6 +142,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             texts=texts,
             cluster=cluster,
             counts=counts,
+            has_keys=options.api_keys is not None,
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server.grpc)
         address = rpc.advertised(await server.start(options.bind), options.advertise)

@@ -135,10 +135,11 @@ class Attachment:
             waiting_tokens=max(self._unstarted_tokens, self.load.waiting_tokens),
         )
 
-    def seat(self, sitter: Sitter, request_id: str, *, deadline_ms: int, traceparent: str) -> Seat:
+    def seat(self, sitter: Sitter, request_id: str, *, deadline_ms: int, traceparent: str, caller: int = 0) -> Seat:
         """Hand a request to the router, under an id that no other stream and no earlier attempt has used."""
         submission_id = f"{request_id}/{self._gateway_id}.{next(self._serial)}"
         submission = sitter.submission(submission_id, deadline_ms=deadline_ms, traceparent=traceparent)
+        submission.caller = caller
         seat = Seat(self, submission, sitter)
         self._seats[submission_id] = seat
         self._num_sequences += len(seat.open_choices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from collegium.fabric.secret_files import warn_if_open
 _OPEN_METHODS = "/grpc.health.v1.Health/"
 _METADATA_KEY = "authorization"
 _SCHEME = "bearer "
+_SALT = secrets.token_bytes(16)  # so that a caller's number tells routers nothing of its key
 
 
 class KeyRing:
@@ -88,3 +90,16 @@ def _refuse(why: str) -> Behaviour:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def caller_of(context: aio.ServicerContext[Any, Any], *, has_keys: bool) -> int:
+    """Return a number for who calls: the same for all calls with one API key or, without keys, of one connection.
+
+    Never 0, and tells neither.
+    """
+    who = str(context.peer())
+    if has_keys:
+        metadata = context.invocation_metadata() or ()
+        who = next((str(value) for key, value in metadata if key == _METADATA_KEY), who)
+    digest = hashlib.blake2b(who.encode("utf-8", "surrogateescape"), digest_size=8, key=_SALT).digest()
+    return int.from_bytes(digest, "big") or 1

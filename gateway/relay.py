@@ -38,10 +38,11 @@ class Work(Sitter, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """When a request came and by when it must be answered (None: no limit), on the loop's clock."""
+    """When a request came and by when it must be answered (None: no limit), on the loop's clock; and who asks."""
 
     arrived_s: float
     deadline_s: float | None
+    caller: int = 0  # as routers are told; 0: not known
 
     def left_ms(self, now_s: float) -> int:
         """Give what remains, as routers are told: at least 1; 0 says that there is no limit."""
@@ -106,7 +107,9 @@ class Relay:
             progress = end.progress
             deadline_ms = arrival.left_ms(asyncio.get_running_loop().time())
             traceparent = tracing.current_traceparent()
-            seat = router.seat(work, request_id, deadline_ms=deadline_ms, traceparent=traceparent)
+            seat = router.seat(
+                work, request_id, deadline_ms=deadline_ms, traceparent=traceparent, caller=arrival.caller
+            )
             if await _sit_out(work, seat, end):
                 return
             avoid = router

@@ -11,6 +11,7 @@ import secrets
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from collegium.v1 import inference_pb2_grpc
 from gateway import validation
 from gateway.account import SCORE, Account, Accounts
 from gateway.admission import Admission, Ticket
+from gateway.auth import caller_of
 from gateway.choice import Choice
 from gateway.cluster import ClusterView
 from gateway.counts import Counts
@@ -53,7 +55,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         texts: Texts,
         cluster: ClusterView,
         counts: Counts,
+        has_keys: bool = False,
     ) -> None:
+        """has_keys: whether callers are known by API keys."""
         self._pool = pool
         self._admission = admission
         self._relay = relay
@@ -61,6 +65,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._texts = texts
         self._cluster = cluster
         self._counts = counts
+        self._has_keys = has_keys
         self._accounts = Accounts(counts, lambda: pool.model_name)
         self._running: defaultdict[str, set[Generation]] = defaultdict(set)
 
@@ -72,7 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream a new request."""
-        async with self._accounts.of(_operation(request), context.time_remaining(), request.request_id) as account:
+        async with self._account(_operation(request), context, request.request_id) as account:
             await self._generate(request, (), context.write, account)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
@@ -82,7 +87,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.write(pb.ResumeResponse(response=response))
 
         wanted = request.request
-        async with self._accounts.of(_operation(wanted), context.time_remaining(), wanted.request_id) as account:
+        async with self._account(_operation(wanted), context, wanted.request_id) as account:
             if request.progress and not wanted.sampling.HasField("seed"):
                 raise InvalidArgument(
                     "without its seed the request would continue differently",
@@ -102,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score a text in one answer."""
-        async with self._accounts.of(SCORE, context.time_remaining()) as account:
+        async with self._account(SCORE, context) as account:
             model = self._pool.model
             prompt = validation.check_score(request, model=model, tokenizer=self._tokenizer)
             with self._admission.admitted() as ticket:
@@ -136,6 +141,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         model.has_tokenizer = self._tokenizer is not None
         model.has_chat_template = self._tokenizer is not None and self._tokenizer.has_chat_template
         return model
+
+    def _account(self, operation: str, context: Context, request_id: str = "") -> AbstractAsyncContextManager[Account]:
+        caller = caller_of(context, has_keys=self._has_keys)
+        return self._accounts.of(operation, context.time_remaining(), request_id, caller=caller)
 
     async def _generate(
         self, request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], write: Write, account: Account

@@ -52,6 +52,7 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
                 is_score=submission.is_score,
                 deadline_s=deadline_s,
                 traceparent=submission.traceparent,
+                caller=submission.caller,
                 leader=sequences[0] if sequences else None,
             )
         )

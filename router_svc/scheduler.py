@@ -9,6 +9,7 @@ waiting; a quarter of it is the oldest prompt's, so that a long one is computed 
 
 import heapq
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
@@ -138,7 +139,8 @@ class Scheduler:
         """Form the next step, or None where nothing can be computed.
 
         Blocks for the rows of running sequences are taken from the youngest by preemption where none are free. Waiting
-        ones are admitted while places and blocks last; only paused ones are preempted for them.
+        ones are admitted while places and blocks last; paused ones are preempted for them, and, for a place, those of
+        a caller that has at least two more than theirs.
         """
         self.at_hand = None
         self._waiting.look_again()
@@ -215,7 +217,7 @@ class Scheduler:
                 sequence, is_turn_of_first = turn
                 if reserved < 0:  # for rows that running sequences are planned, or need to be of use at all
                     reserved = sum(s.num_new_blocks(s.num_remaining) for s in self._running if not s.is_paused)
-                if self._admit(sequence, reserved, is_turn_of_first=is_turn_of_first):
+                if self._admit(sequence, reserved, planned, is_turn_of_first=is_turn_of_first):
                     plan(sequence, sequence.num_remaining, share if is_turn_of_first else budget)
                     reserved += sequence.num_new_blocks(sequence.num_remaining)
                 elif is_turn_of_first and not is_passing:
@@ -236,11 +238,13 @@ class Scheduler:
         """Rows that a waiting sequence needs before its next token."""
         return sequence.num_tokens - len(self._find(sequence)) * BLOCK_TOKENS
 
-    def _admit(self, sequence: Sequence, reserved: int, *, is_turn_of_first: bool) -> bool:
+    def _admit(
+        self, sequence: Sequence, reserved: int, planned: dict[Sequence, int], *, is_turn_of_first: bool
+    ) -> bool:
         """Give a waiting sequence a place and what the cache has of it, if a place and the other blocks are free.
 
-        reserved: blocks that running sequences will take. Paused sequences are preempted for it. Returns whether it
-        was admitted.
+        reserved: blocks that running sequences will take. Paused sequences are preempted for it, and for a place one
+        of a caller that has more; it loses its planned row. Returns whether the sequence was admitted.
         """
         while True:
             found = self._find(sequence)
@@ -248,7 +252,8 @@ class Scheduler:
             lacking = num_blocks_for(sequence.num_tokens) - len(found) + self.pool.num_unheld(found)
             if len(self._running) < self._max_num_seqs and self.pool.can_allocate(lacking + reserved):
                 break
-            if not self._preempt_paused():
+            has_place = len(self._running) < self._max_num_seqs
+            if not self._preempt_paused() and (has_place or not self._preempt_of_most(sequence, planned)):
                 return False
         self._waiting.admit(sequence, is_turn_of_first=is_turn_of_first)
         self._running.append(sequence)
@@ -267,6 +272,21 @@ class Scheduler:
         if stalled is not None:
             self._preempt(stalled)
         return stalled is not None
+
+    def _preempt_of_most(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
+        """Take a place from the caller that has the most, if it has at least two more than the sequence's caller."""
+        if not sequence.caller:
+            return False
+        nums = Counter(one.payer for one in self._running if one.caller)
+        payer, most = max(nums.items(), key=lambda item: item[1], default=(sequence.payer, 0))
+        if most < nums[sequence.payer] + 2:
+            return False
+        victim = next((one for one in reversed(self._running) if one.payer == payer and one.is_decoding), None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        planned.pop(victim, None)
+        return True
 
     def _allocate(self, sequence: Sequence, planned: dict[Sequence, int]) -> None:
         """Give a running sequence the blocks for its planned rows.

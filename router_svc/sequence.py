@@ -54,6 +54,7 @@ class Sequence:
     is_score: bool = False
     deadline_s: float = float("inf")
     traceparent: str = ""
+    caller: int = 0  # who asks; 0: not told
     leader: "Sequence | None" = None  # the choice that computes the common prompt first
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -71,6 +72,11 @@ class Sequence:
     stalled_since_s: float | None = None  # since when its steps find no worker
     life: SequenceLife | None = None  # what is told of it when it ends
     _names: list[bytes] = field(default_factory=list)
+
+    @property
+    def payer(self) -> tuple[int, int | str]:
+        """Whose share of the places it takes: its caller's, or its own request's where no caller is told."""
+        return self.owner, self.caller or self.request_id
 
     @property
     def num_tokens(self) -> int:

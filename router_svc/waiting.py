@@ -1,9 +1,9 @@
 """Order the sequences that wait: whose turn it is to be admitted next.
 
 Owns the waiting sequences, a line per request, and how many of each request's sequences run. Pure; looks at no block
-and no budget. A request is the unit of fairness: the one with the fewest running sequences goes first, and of these the
-one whose prompt is shortest, so that neither sixty-four choices nor a long document hold up everybody else. Every
-fourth admission goes to whoever came first, so that nobody waits for ever.
+and no budget. The caller with the fewest running sequences goes first, of its requests the one with the fewest, and of
+these the one whose prompt is shortest, so that neither three hundred requests, sixty-four choices nor a long document
+hold up everybody else. Every fourth admission goes to whoever came first, so that nobody waits for ever.
 Requests of which all is paused, or waits for the choice that computes the common prompt, are set aside: an admission
 costs O(log n) of n waiting requests, and a step looks at a bounded number of those set aside.
 """
@@ -25,10 +25,22 @@ _SPARE_ENTRIES = 64  # stale entries that a heap may hold beside one for each li
 
 
 @dataclass(eq=False, slots=True)
+class _Caller:
+    """One caller: its requests that can be admitted."""
+
+    key: tuple[int, int | str]
+    num_running: int = 0
+    num_lines: int = 0
+    lines: "list[_Entry]" = field(default_factory=list)  # heap of (running, tokens, arrival, ticket, line)
+    ticket: int = 0  # of its valid entry among the callers; 0: it has none
+
+
+@dataclass(eq=False, slots=True)
 class _Line:
     """One request: its waiting sequences in order of arrival."""
 
     key: tuple[int, str]
+    caller: _Caller
     waiting: deque[Sequence] = field(default_factory=deque)
     num_running: int = 0
     ticket: int = 0  # of its valid entry in each heap; 0: it has none
@@ -38,7 +50,7 @@ class _Line:
         return next((s for s in self.waiting if not (s.is_paused or s.waits_for_leader)), None)
 
 
-_Entry = tuple[Any, ...]  # the key, the line's ticket when it was pushed, and the line: tickets differ
+_Entry = tuple[Any, ...]  # the key, the ticket when it was pushed, and the line or caller: tickets differ
 
 
 class Waiting:
@@ -46,8 +58,9 @@ class Waiting:
 
     def __init__(self) -> None:
         self._lines: dict[tuple[int, str], _Line] = {}  # with waiting or running sequences
+        self._callers: dict[tuple[int, int | str], _Caller] = {}  # with lines
         self._by_arrival: list[_Entry] = []  # heap of (arrival, ticket, line)
-        self._by_need: list[_Entry] = []  # heap of (running, tokens, arrival, ticket, line)
+        self._by_need: list[_Entry] = []  # heap of (running, its first line's running, tokens, arrival, ticket, caller)
         self._paused: dict[_Line, None] = {}
         self._led: dict[_Line, None] = {}  # their leaders run: so there are no more of them than running sequences
         self._num_ready = 0  # lines with a ticket
@@ -75,6 +88,7 @@ class Waiting:
         """Take back a sequence that ran, before those of its request that came later."""
         line = self._line_of(sequence)
         line.num_running -= 1
+        line.caller.num_running -= 1
         at = next((i for i, other in enumerate(line.waiting) if other.arrival > sequence.arrival), len(line.waiting))
         line.waiting.insert(at, sequence)
         self._count(sequence, 1)
@@ -85,6 +99,7 @@ class Waiting:
         self._fair_left = FAIR_ADMISSIONS if is_turn_of_first else self._fair_left - 1
         line = self._line_of(sequence)
         line.num_running += 1
+        line.caller.num_running += 1
         line.waiting.remove(sequence)
         self._count(sequence, -1)
         self._queue(line)
@@ -96,6 +111,7 @@ class Waiting:
             return
         if was_running:
             line.num_running -= 1
+            line.caller.num_running -= 1
         elif sequence in line.waiting:
             line.waiting.remove(sequence)
             self._count(sequence, -1)
@@ -128,24 +144,29 @@ class Waiting:
             is_turn_of_first = False
         heap = self._by_arrival if is_turn_of_first else self._by_need
         while heap:
-            *_, ticket, line = heap[0]
-            if line.ticket != ticket:
+            *_, ticket, first = heap[0]
+            if first.ticket != ticket:
                 heapq.heappop(heap)
-            elif (sequence := line.next()) is not None:
+                continue
+            line: _Line = first if is_turn_of_first else first.lines[0][-1]
+            if (sequence := line.next()) is not None:
                 return sequence, is_turn_of_first
-            else:  # paused since it was queued
-                self._queue(line)
+            self._queue(line)  # paused since it was queued
         return None
 
     def _line_of(self, sequence: Sequence) -> _Line:
         key = _key(sequence)
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = _Line(key)
+            caller = self._callers.get(sequence.payer)
+            if caller is None:
+                caller = self._callers[sequence.payer] = _Caller(sequence.payer)
+            caller.num_lines += 1
+            line = self._lines[key] = _Line(key, caller)
         return line
 
     def _queue(self, line: _Line) -> None:
-        """Give a line its place, by its present state: in both heaps, aside, or nowhere."""
+        """Give a line and its caller their places, by their present state: in the heaps, aside, or nowhere."""
         self._paused.pop(line, None)
         self._led.pop(line, None)
         self._num_ready -= bool(line.ticket)
@@ -156,16 +177,28 @@ class Waiting:
             self._num_ready += 1
             self._push(self._by_arrival, (sequence.arrival, line.ticket, line))
             need = (line.num_running, sequence.num_tokens, sequence.arrival)
-            self._push(self._by_need, (*need, line.ticket, line))
+            self._push(line.caller.lines, (*need, line.ticket, line))
         elif line.waiting:
             (self._paused if all(s.is_paused for s in line.waiting) else self._led)[line] = None
-        elif not line.num_running:
-            self._lines.pop(line.key, None)
+        elif not line.num_running and self._lines.pop(line.key, None) is not None:
+            line.caller.num_lines -= 1
+        self._queue_caller(line.caller)
+
+    def _queue_caller(self, caller: _Caller) -> None:
+        caller.ticket = 0
+        while caller.lines and caller.lines[0][-1].ticket != caller.lines[0][-2]:
+            heapq.heappop(caller.lines)
+        if caller.lines:
+            caller.ticket = next(self._tickets)
+            *need, _, _ = caller.lines[0]
+            self._push(self._by_need, (caller.num_running, *need, caller.ticket, caller))
+        elif not caller.num_lines:
+            self._callers.pop(caller.key, None)
 
     def _push(self, heap: list[_Entry], entry: _Entry) -> None:
         heapq.heappush(heap, entry)
         if len(heap) > 2 * self._num_ready + _SPARE_ENTRIES:
-            heap[:] = [(*key, ticket, line) for *key, ticket, line in heap if line.ticket == ticket]
+            heap[:] = [(*key, ticket, item) for *key, ticket, item in heap if item.ticket == ticket]
             heapq.heapify(heap)
 
     def _count(self, sequence: Sequence, change: int) -> None:

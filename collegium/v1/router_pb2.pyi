@@ -42,7 +42,7 @@ class SequenceRef(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choice_index: _Optional[int] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms", "caller")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Submission(_message.Message):
     IS_SCORE_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.Sampling
@@ -61,7 +62,8 @@ class Submission(_message.Message):
     is_score: bool
     traceparent: str
     deadline_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    caller: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., caller: _Optional[int] = ...) -> None: ...
 
 class ChoiceStart(_message.Message):
     __slots__ = ("choice_index", "output_ids")

@@ -112,6 +112,7 @@ SERVED: list[dict[str, Any]] = [
     {"num_logprobs": 20, "is_score": True},
     {"deadline_ms": 2**64 - 1},
     {"deadline_ms": 2**63},
+    {"caller": 2**64 - 1},
     {"traceparent": TRACEPARENT},
     stopping(stop_ids=range(256), min_tokens=6),
     stopping(min_tokens=6, ignore_eos=False),
@@ -298,6 +299,7 @@ _fields: dict[str, st.SearchStrategy[Any]] = {
     "is_score": st.booleans(),
     "traceparent": st.sampled_from(["", TRACEPARENT, "nonsense"]) | st.text(max_size=5),
     "deadline_ms": st.sampled_from([0, 600_000, 2**63, 2**64 - 1]),
+    "caller": st.sampled_from([0, 1, 2, 2**64 - 1]),
 }
 
 
@@ -379,7 +381,7 @@ def test_thousands_of_any_submissions_are_served_or_refused(rig: RouterRig, cana
 
 
 def test_no_field_of_a_submission_is_without_a_row_above() -> None:
-    known = {re.split(r"[.\[\\]", field)[0] for _, field in REFUSED} | {"is_score", "deadline_ms"}
+    known = {re.split(r"[.\[\\]", field)[0] for _, field in REFUSED} | {"is_score", "deadline_ms", "caller"}
     assert known == set(pb.Submission.DESCRIPTOR.fields_by_name)
     assert {field.split(".")[1] for _, field in REFUSED if field.startswith("sampling.")} | {"top_k", "seed"} == set(
         ipb.Sampling.DESCRIPTOR.fields_by_name
