@@ -123,12 +123,11 @@ class TextProcess:
 
     async def _exchange(self, job: bytes, wall_s: float) -> bytes | str:
         """Give the process a job; returns its answer, or what it had too little of: "time" or "memory"."""
-        is_reused = self._process is not None
-        answer = await self._attempt(job, wall_s)
-        # A process that served before may have died of what it did then, such as memory that it could not give back.
-        return await self._attempt(job, wall_s) if is_reused and answer == "memory" else answer
+        # A process may die of what it did before, or of something outside: what dies twice dies of this job.
+        return await self._attempt(job, wall_s) or await self._attempt(job, wall_s) or "memory"
 
     async def _attempt(self, job: bytes, wall_s: float) -> bytes | str:
+        """As _exchange; "" if the process has died of something else than its time limit."""
         process = self._process = await self._running()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -149,7 +148,10 @@ class TextProcess:
                     reason="TOKENIZER_GONE",
                     retry_after_s=1.0,
                 ) from None
-            return "time" if status == -signal.SIGPROF else "memory"
+            if status == -signal.SIGPROF:
+                return "time"
+            _log.warning("a process that renders and tokenises has died", status=status)
+            return ""
         if answer == OUT_OF_MEMORY:
             self._kill()  # what is left of its memory is in pieces
             return "memory"

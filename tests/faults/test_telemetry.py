@@ -385,6 +385,7 @@ RARE = {
     "collegium_expert_min_ratio": "with a budget of expert memory",
     "collegium_workers_hit_ratio": "once 5 seconds of work were seen",
     "collegium_expert_balancedness": "once a window of load was closed",
+    "collegium_submissions_refused_total": "once a gateway has sent what no gateway should",
 }
 
 
