@@ -22,7 +22,7 @@ _fresh = itertools.count(1)
 
 
 def request(
-    name: str, *, prompt: int = 20, output: int = 8, choices: int = 1, is_score: bool = False
+    name: str, *, prompt: int = 20, output: int = 8, choices: int = 1, is_score: bool = False, caller: int = 0
 ) -> list[Sequence]:
     """Make the sequences of one request; its prompt begins like no other."""
     first = next(_fresh)
@@ -37,6 +37,7 @@ def request(
                 sampling=SamplingParams(),
                 rules=StopRules(max_tokens=output),
                 is_score=is_score,
+                caller=caller,
                 leader=made[0] if made else None,
             )
         )
@@ -111,6 +112,59 @@ def test_places_are_shared_by_requests_not_by_choices() -> None:
     assert sum(one.is_running for one in greedy) == 8
     run(scheduler, 1000)
     assert all(one.has_ended for one in [*greedy, *others])
+
+
+def test_one_callers_hundreds_of_requests_give_a_place_to_another_caller_at_once() -> None:
+    scheduler = Scheduler(BlockPool(4096), max_batch_tokens=512, max_num_seqs=128)
+    add(scheduler, *(request(f"flood-{i}", output=400, caller=1) for i in range(300)))
+    run(scheduler, 20)
+    assert scheduler.num_running == 128
+    for number in range(5):
+        (other,) = request(f"other-{number}", output=8, caller=2)
+        add(scheduler, [other])
+        assert steps_until(scheduler, other) <= 2
+        run(scheduler, 8)
+        assert other.has_ended
+    assert scheduler.num_preemptions == 5
+    run(scheduler, 10_000)
+    assert scheduler.num_running == scheduler.num_waiting == 0
+
+
+def test_callers_come_to_have_as_many_places_and_then_take_none_from_each_other() -> None:
+    scheduler = Scheduler(BlockPool(4096), max_batch_tokens=512, max_num_seqs=12)
+    flood = [request(f"flood-{i}", output=300, caller=1)[0] for i in range(40)]
+    add(scheduler, flood)
+    run(scheduler, 10)
+    others = [request(f"other-{caller}-{i}", output=300, caller=caller)[0] for caller in (2, 3) for i in range(40)]
+    add(scheduler, others)
+    run(scheduler, 20)
+    running = [one.caller for one in [*flood, *others] if one.is_running]
+    assert sorted(running) == [1] * 4 + [2] * 4 + [3] * 4
+    num_preemptions = scheduler.num_preemptions
+    assert num_preemptions == 8
+    run(scheduler, 100)
+    assert scheduler.num_preemptions == num_preemptions
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 6)),
+        min_size=1,
+        max_size=40,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_whoever_asks_for_whatever_every_sequence_ends(asked: list[tuple[int, int, int, int, int]]) -> None:
+    scheduler = Scheduler(BlockPool(64), max_batch_tokens=32, max_num_seqs=5)
+    made: list[Sequence] = []
+    for number, (caller, prompt, output, choices, steps) in enumerate(asked):
+        made += request(f"r-{number}", prompt=prompt, output=output, choices=choices, caller=caller)
+        add(scheduler, made[-choices:])
+        run(scheduler, steps)
+    run(scheduler, 20_000)
+    assert all(one.has_ended for one in made)
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.pool.num_free == 64
 
 
 def test_the_last_choice_of_a_request_is_served_while_new_requests_keep_coming() -> None:
@@ -259,6 +313,7 @@ def test_a_step_costs_no_more_with_thousands_waiting(is_paused: bool) -> None:
     num_blocks=st.integers(7, 30),
     budget=st.integers(1, 60),
     seats=st.integers(1, 8),
+    num_callers=st.integers(1, 4),  # one of them is nobody
     moves=st.lists(
         st.tuples(st.integers(0, 60), st.sampled_from(["pause", "tell", "go on", "cancel", "add", "step"])), max_size=30
     ),
@@ -268,11 +323,19 @@ def test_every_sequence_that_is_read_is_served_and_every_block_comes_back(
     num_blocks: int,
     budget: int,
     seats: int,
+    num_callers: int,
     moves: list[tuple[int, str]],
 ) -> None:
     scheduler = Scheduler(BlockPool(num_blocks), max_batch_tokens=budget, max_num_seqs=seats)
     coming = [
-        request(str(i), prompt=prompt, output=min(output, 7 * BLOCK_TOKENS - prompt), choices=choices, is_score=score)
+        request(
+            str(i),
+            prompt=prompt,
+            output=min(output, 7 * BLOCK_TOKENS - prompt),
+            choices=choices,
+            is_score=score,
+            caller=i % num_callers,
+        )
         for i, (prompt, output, choices, score) in enumerate(requests)
     ]
     assert all(num_blocks_for(len(one.prompt_ids) + one.rules.max_tokens) <= 7 for (one, *_) in coming)
@@ -307,3 +370,4 @@ def test_every_sequence_that_is_read_is_served_and_every_block_comes_back(
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_waiting_tokens) == (0, 0, 0)
     assert scheduler.pool.num_free == num_blocks
     assert not scheduler._waiting._lines
+    assert not scheduler._waiting._callers
