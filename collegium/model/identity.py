@@ -37,8 +37,12 @@ _PROVENANCE = ("_name_or_path", "name_or_path", "transformers_version", "torch_d
 _TOKENIZER_FILE = "tokenizer.json"
 _OTHER_TOKENIZER_FILES = (  # what a tokenizer is made from if there is no tokenizer.json
     "tokenizer.model",
+    "tiktoken.model",
     "spiece.model",
+    "spm.model",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "bpe.codes",
     "tekken.json",
     "vocab.json",
     "vocab.txt",
@@ -72,9 +76,9 @@ def read_text_sources(model_dir: Path) -> dict[str, str]:
             fields = read_json(model_dir / name, limit_bytes=TOKENIZER_BYTES)
             template = fields.pop("chat_template", template)
             found.append((name, _digest_of_json(fields)))
-    file = model_dir / "chat_template.jinja"
-    if has_file(file):  # as the gateway chooses
-        template = read_bytes(file, limit_bytes=CONFIG_BYTES).decode("utf-8", "replace")
+    for file in (model_dir / "additional_chat_templates" / "default.jinja", model_dir / "chat_template.jinja"):
+        if has_file(file):  # as the gateway chooses
+            template = read_bytes(file, limit_bytes=CONFIG_BYTES).decode("utf-8", "replace")
     return {
         TOKENIZER: digest_of(found) if found else "",
         TEMPLATE: digest_of(template) if template else "",
