@@ -384,6 +384,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         workers = self._roster.members(pb.ROLE_WORKER)
         is_current = {worker.member_id for worker in self._planner.live(workers)} == set(plan.worker_ids)
         is_current &= before == (self._planner.in_force, self._planner.planned) and self.is_leader
+        is_current &= self._planner.model is not None
         if is_current and epoch > self._planner.newest_epoch:
             self._adopt(plan)
             _log.info("planned", epoch=plan.epoch, homes=plan.num_homes())

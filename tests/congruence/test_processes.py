@@ -41,7 +41,16 @@ def kv_memory(checkpoint: Path, num_tokens: int) -> str:
     return str(model.cache_bytes_per_token() * num_tokens)
 
 
-@pytest.fixture(params=ROUNDS, ids=[f"{arch}-{num}-workers" for arch, num in ROUNDS])
+# What these do over processes, others of their family do too; in one process all of them are in `make test`.
+SOAKED = {"mixtral", "olmoe", "phimoe", "qwen2_moe"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((arch, num), id=f"{arch}-{num}-workers", marks=[pytest.mark.soak] if arch in SOAKED else [])
+        for arch, num in ROUNDS
+    ]
+)
 def served(request: pytest.FixtureRequest, oracle: Oracle, tmp_path: Path) -> Iterator[Served]:
     arch, num_workers = request.param
     checkpoint = oracle.checkpoint(arch, Variant.SHARDED if num_workers % 2 else Variant.BASE)

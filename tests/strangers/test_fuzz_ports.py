@@ -22,7 +22,7 @@ from tests.strangers.rigs.attack import FAULTS
 from tests.strangers.rigs.calls import OPEN
 from tests.strangers.rigs.target import Target
 
-SHORT_S, LONG_S = 12.0, 600.0
+SHORT_S, LONG_S = 8.0, 600.0
 NUM_CASES = 3000  # of the short run, whatever the time
 BATCH = 20
 BACK_S = 30.0

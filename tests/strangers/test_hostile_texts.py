@@ -51,6 +51,7 @@ TEMPLATES = {
     "no function": "{{ messages() }}",
     "private": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
 }
+SOAKED = {"a wide column", "a wide field", "a list", "joined", "doubling"}  # as others, and slow
 SLOWEST_S = 10.0
 
 
@@ -139,7 +140,9 @@ def check_unharmed(gateway: HostileGateway, since: int) -> None:
     assert not [one.error for one in visits if one.error]
 
 
-@pytest.mark.parametrize("what", TEMPLATES)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.soak] if what in SOAKED else []) for what in TEMPLATES]
+)
 def test_a_template_that_fails_or_does_not_end_is_told_as_the_templates(hostile: HostileGateway, what: str) -> None:
     pid, since = hostile.child.pid, len(hostile.lines)
     reset_peak(pid)

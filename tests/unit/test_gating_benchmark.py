@@ -95,6 +95,7 @@ def test_json_is_a_list_of_objects_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(gating, "BASE", SMALL)
     monkeypatch.setattr(gating, "TOKENS", (1, 4))
+    monkeypatch.setattr(gating, "_POINT_S", 0.0)
     monkeypatch.setattr(gating, "conditions", lambda **facts: facts)
     monkeypatch.setattr(sys, "argv", ["gating.py", "--json", "--only", "tokens"])
     gating.main()

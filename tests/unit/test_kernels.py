@@ -216,13 +216,14 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
 @pytest.mark.parametrize("isa", native.ISA_NAMES)
-def test_every_instruction_set_of_this_machine_passes(isa: str) -> None:
+def test_every_other_instruction_set_of_this_machine_passes(isa: str) -> None:
     script = "from collegium.model import native; print(native.library().isa)"
     env = os.environ | {"COLLEGIUM_ISA": isa}
     used = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     if used.stdout.strip() != isa:
         pytest.skip(f"this processor has no {isa} instructions")
-    if os.environ.get("COLLEGIUM_ISA") == isa:
+    library = native.library()
+    if library is not None and library.isa == isa:
         pytest.skip("it is the one under test")
     chosen = "formula or company or number_of_rows or threads or far_out or not_a_number"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
