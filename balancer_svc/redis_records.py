@@ -29,7 +29,7 @@ M = TypeVar("M", bound=Message)
 
 # An epoch that is remembered may have been counted up from the highest that a peer may tell, but not by much: below
 # 2^53, where Redis ceases to count exactly, there is always room for the next ones.
-MAX_KEPT_EPOCH = validation.MAX_TOLD_EPOCH + 2**51
+MAX_KEPT_EPOCH = validation.MAX_COUNTED_EPOCH
 MAX_WANTED = 2**32 - 1
 
 # The type of each key, by the name after the cluster's prefix.

@@ -131,7 +131,11 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def load(self) -> None:
         """Take up what is remembered; StoreError where the memory cannot be reached."""
         memory = await self._store.load()
-        self._planner.restore(memory.model, memory.placement)
+        model = memory.model
+        if model is not None and memory.placement.epoch and not memory.placement.has_shape(model.layers):
+            _log.warning("the model in Redis does not fit the placement there and is dropped", key="model")
+            model = None
+        self._planner.restore(model, memory.placement)
         self._planner.follow(memory.placement, memory.planned, self._clock())
         self._planner.see_epoch(memory.newest_epoch)
         self._take_wanted(memory.wanted_workers)
@@ -269,7 +273,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             seen_epoch=request.seen_epoch,
             joined_unix_ms=time.time_ns() // 10**6,
         )
-        self._planner.see_epoch(request.seen_epoch)
+        self._hear_epoch(request.seen_epoch)
         twin = self._roster.join(member, now_s)
         if twin is not None:
             self._forget(twin)
@@ -292,7 +296,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         member = self._roster.renew(request.member_id, self._clock())
         if member is None:
             raise self._lapsed(request.member_id)
-        self._planner.see_epoch(max(request.seen_epoch, request.ready_plan))
+        self._hear_epoch(max(request.seen_epoch, request.ready_plan))
         member.counters, member.counted_unix_ms = dict(request.counters), time.time_ns() // 10**6
         state = request.state
         if member.state == pb.MEMBER_STATE_RETIRING and state != pb.MEMBER_STATE_DRAINING:
@@ -482,9 +486,12 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             self._tell_all()
         changed = self._roster.merge(memory.members, now_s, unsaved=self._backlog.members)
         for record in memory.members:
-            self._planner.see_epoch(max(record.seen_epoch, record.ready_plan))
+            self._hear_epoch(max(record.seen_epoch, record.ready_plan))
         if memory.model is None:
             self._backlog.model |= self.is_leader and self._planner.model is not None
+        elif self.is_leader and memory.model != self._planner.model and self._is_model_in_use():
+            _log.warning("the model in Redis is not the one that workers serve; it is written again", key="model")
+            self._backlog.model = True
         elif not self._backlog.model:
             self._adopt_model(memory.model)
         if has_come_to_lead or not self.is_leader:
@@ -588,6 +595,16 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
             validation.check_same_shape(known, model, is_in_use=is_in_use)
         self._adopt_model(model)
         self._backlog.model = True
+
+    def _hear_epoch(self, epoch: int) -> None:
+        """Learn of an epoch that a member tells; none raises ours beyond what leaves room to count on."""
+        self._planner.see_epoch(min(epoch, validation.MAX_TOLD_EPOCH))
+
+    def _is_model_in_use(self) -> bool:
+        """Return True if workers live that experts of the known model are placed on."""
+        placed = set(self._planner.in_force.worker_ids)
+        workers = self._roster.members(pb.ROLE_WORKER)
+        return self._planner.model is not None and any(worker.member_id in placed for worker in workers)
 
     def _adopt_model(self, model: Model) -> None:
         known = self._planner.model

@@ -18,6 +18,7 @@ from collegium.v1 import balancer_pb2 as pb
 
 # A peer may raise the cluster's epoch up to here; from here on it only grows by counting, and never reaches 2^53.
 MAX_TOLD_EPOCH = 2**52
+MAX_COUNTED_EPOCH = MAX_TOLD_EPOCH + 2**51
 MAX_EXPERTS_IN_ALL = 2**18  # of a model, over its layers: what a placement lists
 MAX_MODEL_BYTES = 2**50  # of a model's experts: a copy of them on each of 4,096 workers is counted without wrapping
 _REASONS = {"role": "UNKNOWN_ROLE", "address": "NO_ADDRESS", "num_workers": "BAD_NUM_WORKERS"}
@@ -121,5 +122,8 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _check_epoch(field: str, epoch: int, newest_epoch: int) -> None:
-    if epoch > max(MAX_TOLD_EPOCH, newest_epoch):
-        raise InvalidArgument(f"is {epoch}", reason="OUT_OF_BOUNDS", field=field, remedy=f"give 0 to {MAX_TOLD_EPOCH}")
+    # Above MAX_TOLD_EPOCH balancers count on, and members tell what was counted to one whose memory was lost.
+    if epoch > max(MAX_COUNTED_EPOCH, newest_epoch):
+        raise InvalidArgument(
+            f"is {epoch}", reason="OUT_OF_BOUNDS", field=field, remedy=f"give 0 to {MAX_COUNTED_EPOCH}"
+        )

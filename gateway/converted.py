@@ -57,10 +57,16 @@ async def tokenizer_folder(model_dir: Path) -> Path | None:
             model=model_dir,
             found=", ".join(sources),
             conversion=str(error),
-            remedy="convert it once where transformers and sentencepiece are installed: "
-            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+            remedy=_remedy(sources),
         )
         return None
+
+
+def _remedy(sources: Sequence[str]) -> str:
+    call = "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)"
+    if any(name.endswith(".model") for name in sources):
+        return f"convert it once where transformers and sentencepiece are installed: {call}"
+    return f"name its class in tokenizer_config.json (tokenizer_class), or convert it where {call} works"
 
 
 async def _converted(model_dir: Path, sources: Sequence[str]) -> Path:

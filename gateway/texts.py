@@ -1,7 +1,8 @@
 """Token ids of prompts, made so that no prompt and no template holds the gateway up.
 
-Owns where the work is done: a short text is tokenised at once on the event loop, in about a millisecond; longer texts
-and all conversations go to processes of their own (text_process.py), which can be ended. Knows no request.
+Owns where the work is done: a short text is tokenised at once on the event loop, in about a millisecond; longer texts,
+all conversations, and what a checkpoint's own patterns cut go to processes of their own (text_process.py), which can be
+ended. Knows no request.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Texts:
         """
         if prompt.field == "token_ids" or self._tokenizer is None:
             return prompt.token_ids
-        if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS:
+        if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS and self._tokenizer.is_bounded:
             return self._tokenizer.encode(prompt.text)
         num_chars = len(prompt.text) + sum(len(role) + len(content) for role, content in prompt.turns)
         process = self._short if num_chars <= _LONG_CHARS else self._long

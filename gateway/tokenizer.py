@@ -7,6 +7,7 @@ may run in any thread.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -28,7 +29,7 @@ _NAMED_TEMPLATES = "additional_chat_templates"
 class Tokenizer:
     """Text to ids and back."""
 
-    __slots__ = ("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special")
+    __slots__ = ("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special", "is_bounded")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Tokenizer:
         self._decoding = Decoding(inner, special)
         self._cleans_up = cleans_up
         longest = max((len(token.encode()) for token in inner.get_vocab(with_added_tokens=True)), default=1)
+        self.is_bounded = _is_bounded(inner)
         self._bytes_per_token = longest * (_NORMALIZED_SHARE if inner.normalizer is not None else 1)
 
     @classmethod
@@ -188,3 +190,20 @@ def _cleans_up(inner: tokenizers.Tokenizer, config: Mapping[str, object]) -> boo
         return False
     is_forced = bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
     return is_forced or type(inner.model).__name__ != "BPE"
+
+
+def _is_bounded(inner: tokenizers.Tokenizer) -> bool:
+    """Return True if tokenising takes time and memory in proportion to the text, whatever the text.
+
+    Patterns of a checkpoint's own may take time that grows with a power of the text, and replacements may multiply it.
+    """
+    waiting = [json.loads(part.__getstate__()) for part in (inner.normalizer, inner.pre_tokenizer) if part is not None]
+    while waiting:
+        step = cast("dict[str, object]", waiting.pop())
+        for name in ("normalizers", "pretokenizers"):
+            waiting += cast("list[dict[str, object]]", step.get(name) or [])
+        pattern = cast("dict[str, str]", step.get("pattern") or {})
+        content = cast("str", step.get("content") or "")
+        if step.get("type") == "Precompiled" or "Regex" in pattern or len(content) > len(pattern.get("String", " ")):
+            return False
+    return True

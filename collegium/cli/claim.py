@@ -127,7 +127,7 @@ class Claim:
         while left_ms != -2:  # Redis's word for a key that is not there
             if not is_told and left_ms > 500:
                 is_told = True
-                self._say("waiting for the lead of a balancer that was killed to lapse")
+                self._say("waiting to see whether a balancer still leads under this name")
             self._pause()
             now_ms = int(self._redis.pttl(self._leader))
             if now_ms > left_ms or now_ms == -1:

@@ -91,6 +91,7 @@ def service_env(num_threads: int, env: Mapping[str, str] = os.environ) -> dict[s
             "OMP_NUM_THREADS": str(num_threads),
             "OMP_WAIT_POLICY": "passive",
             "TOKENIZERS_PARALLELISM": "false",
+            "RUST_BACKTRACE": "0",
             "GRPC_VERBOSITY": env.get("GRPC_VERBOSITY", "ERROR"),
         }
     )

@@ -16,7 +16,8 @@ from opentelemetry.trace import Span
 
 from collegium.client.retry import Addresses, Attempts, RetryPolicy
 from collegium.fabric import tracing
-from collegium.fabric.channels import Option, TlsTrust, channel_credentials
+from collegium.fabric.channels import Option, TlsTrust, ca_credentials, channel_credentials
+from collegium.fabric.errors import InvalidArgument
 
 # Chunks are small. A window that stays small keeps what an unread stream can hold at both ends small as well.
 _OPTIONS: tuple[Option, ...] = (("grpc.http2.bdp_probe", 0),)
@@ -31,6 +32,16 @@ class Connection:
     tls: bool = False
     tls_ca: str | Path | bytes | None = None
     tls_server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the key: gRPC would refuse it at each call, and name nothing."""
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise InvalidArgument(
+                "the key has characters that no header can carry, such as a line's end",
+                field="api_key",
+                remedy="give printable ASCII",
+                reason="API_KEY",
+            )
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -47,7 +58,7 @@ class Connection:
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Give TLS credentials; None for plain text. SettingsError where the CA file cannot be read."""
         if isinstance(self.tls_ca, bytes):
-            return grpc.ssl_channel_credentials(self.tls_ca)
+            return ca_credentials(self.tls_ca, "tls_ca")
         if self.tls_ca is not None:
             return channel_credentials(TlsTrust(ca=Path(self.tls_ca)))
         return channel_credentials(TlsTrust()) if self.tls else None

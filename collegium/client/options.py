@@ -62,13 +62,13 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
         model=options.get("model", ""),
         sampling=_sampling(options),
         stopping=_stopping(options),
-        num_choices=_uint("n", options.get("n", 1)),
+        num_choices=uint("n", options.get("n", 1)),
     )
     if request.num_choices == 0:
         raise InvalidArgument("0 choices are no answer", field="n", remedy="give at least 1")
     logprobs = options.get("logprobs")
     if logprobs is not None:
-        request.num_logprobs = _uint("logprobs", logprobs)
+        request.num_logprobs = uint("logprobs", logprobs)
     prompt_ids, messages = options.get("prompt_ids"), options.get("messages")
     if sum(form is not None for form in (prompt, prompt_ids, messages)) != 1:
         raise InvalidArgument(
@@ -77,7 +77,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
     if prompt is not None:
         request.text = _utf8("prompt", prompt)
     elif prompt_ids is not None:
-        request.token_ids.ids.extend(_uint("prompt_ids", token_id) for token_id in prompt_ids)
+        request.token_ids.ids.extend(uint("prompt_ids", token_id) for token_id in prompt_ids)
         request.token_ids.SetInParent()
     else:
         request.chat.messages.extend(_message(entry) for entry in messages or ())
@@ -95,7 +95,7 @@ def score_request(text: str | None, prompt_ids: Iterable[int] | None, model: str
     if text is not None:
         request.text = _utf8("prompt", text)
     else:
-        request.token_ids.ids.extend(_uint("prompt_ids", token_id) for token_id in prompt_ids or ())
+        request.token_ids.ids.extend(uint("prompt_ids", token_id) for token_id in prompt_ids or ())
         request.token_ids.SetInParent()
     return request
 
@@ -109,23 +109,23 @@ def _sampling(options: GenerateOptions) -> pb.Sampling:
             setattr(sampling, name, value)
     top_k, seed = options.get("top_k"), options.get("seed")
     if top_k is not None:
-        sampling.top_k = _uint("top_k", top_k)
+        sampling.top_k = uint("top_k", top_k)
     if seed is not None:
-        sampling.seed = _uint("seed", seed, _UINT64)
+        sampling.seed = uint("seed", seed, _UINT64)
     return sampling
 
 
 def _stopping(options: GenerateOptions) -> pb.Stopping:
     stop = options.get("stop", ())
     stopping = pb.Stopping(
-        min_tokens=_uint("min_tokens", options.get("min_tokens", 0)),
+        min_tokens=uint("min_tokens", options.get("min_tokens", 0)),
         ignore_eos=options.get("ignore_eos", False),
-        stop_ids=[_uint("stop_ids", token_id) for token_id in options.get("stop_ids", ())],
+        stop_ids=[uint("stop_ids", token_id) for token_id in options.get("stop_ids", ())],
         stop_strings=[_utf8("stop", text) for text in ((stop,) if isinstance(stop, str) else stop)],
     )
     max_tokens = options.get("max_tokens")
     if max_tokens is not None:
-        stopping.max_tokens = _uint("max_tokens", max_tokens)
+        stopping.max_tokens = uint("max_tokens", max_tokens)
     return stopping
 
 
@@ -133,7 +133,8 @@ def _message(entry: Message) -> pb.ChatMessage:
     return pb.ChatMessage(role=entry["role"], content=_utf8("messages", entry["content"]))
 
 
-def _uint(field: str, value: int, largest: int = _UINT32) -> int:
+def uint(field: str, value: int, largest: int = _UINT32) -> int:
+    """Return a whole number of a message; InvalidArgument if the message cannot hold it."""
     if not 0 <= value <= largest:
         raise InvalidArgument(f"{value} is out of range", field=field, remedy=f"give 0 to {largest}")
     return value

@@ -19,7 +19,7 @@ from opentelemetry.trace import Span
 
 from collegium.client.connection import Connection, Reach
 from collegium.client.generate_call import CallView, GenerateCall
-from collegium.client.options import GenerateOptions, generate_request, score_request
+from collegium.client.options import GenerateOptions, generate_request, score_request, uint
 from collegium.client.results import (
     Chunk,
     Cluster,
@@ -116,7 +116,7 @@ class Client:
 
     def scale_workers(self, num_workers: int, *, timeout_s: float | None = None) -> Scaling:
         """Say how many expert workers there should be; whoever starts processes follows."""
-        request = pb.ScaleWorkersRequest(num_workers=num_workers)
+        request = pb.ScaleWorkersRequest(num_workers=uint("num_workers", num_workers))
         return read_scaling(self._reach.ask("ScaleWorkers", request, timeout_s))
 
     def cancel(self, request_id: str, *, timeout_s: float | None = None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,19 @@ def _merged(options: Sequence[Option]) -> tuple[Option, ...]:
 
 
 def channel_credentials(tls: TlsTrust) -> grpc.ChannelCredentials:
-    """Make credentials from a CA file; SettingsError where it cannot be read."""
-    return grpc.ssl_channel_credentials(None if tls.ca is None else read_file(tls.ca, "the CA file"))
+    """Make credentials from a CA file; SettingsError if it cannot be read or holds no certificate."""
+    if tls.ca is None:
+        return grpc.ssl_channel_credentials()
+    return ca_credentials(read_file(tls.ca, "the CA file"), f"the CA file {tls.ca}")
+
+
+def ca_credentials(pem: bytes, what: str) -> grpc.ChannelCredentials:
+    """Make credentials from certificates in PEM; SettingsError, naming what it is, if there is none."""
+    try:
+        ssl.create_default_context(cadata=pem.decode("ascii", "ignore"))
+    except (ValueError, ssl.SSLError):
+        raise SettingsError(f"{what} holds no certificate in PEM") from None
+    return grpc.ssl_channel_credentials(pem)
 
 
 def check_target(text: str, setting: str) -> None:

@@ -484,6 +484,31 @@ async def test_a_remembered_placement_of_another_shape_is_planned_anew(server: R
             assert running.planner.planned.has_shape(MODEL.layers)
 
 
+@pytest.mark.parametrize("digest", ["zzz", SHAPE.digest])
+async def test_a_foreign_model_in_redis_does_not_replace_the_one_that_workers_serve(
+    server: RedisServer, digest: str
+) -> None:
+    foreign = pb.ModelShape(digest=digest, layers=[pb.LayerShape(num_experts=1, expert_bytes=1)]).SerializeToString()
+    async with opened(server) as (store, bare), asyncio.timeout(60):
+        async with (
+            running_balancer(store) as running,
+            Membership(running.address, pb.ROLE_WORKER, "w:1", model=SHAPE) as worker,
+        ):
+            await until(lambda: running.planner.planned is not None)
+            worker.set_state(pb.MEMBER_STATE_SERVING)
+            worker.set_ready_plan(running.planner.newest_epoch)
+            await until(lambda: running.planner.in_force.epoch > 0)
+            ours = await bare.hget(f"{PREFIX}:placement", "model")
+            await bare.hset(f"{PREFIX}:placement", "model", foreign)
+            while await bare.hget(f"{PREFIX}:placement", "model") != ours:
+                assert running.planner.model == MODEL
+                await asyncio.sleep(0.01)
+            assert running.planner.planned is None
+        await bare.hset(f"{PREFIX}:placement", "model", foreign)
+        async with running_balancer(store) as again:  # which asks the workers
+            assert again.planner.model is None
+
+
 async def test_workers_tell_the_model_again_where_the_memory_lost_it(server: RedisServer) -> None:
     async with (
         opened(server) as (store, _),

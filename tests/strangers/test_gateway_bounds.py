@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -338,3 +339,27 @@ async def test_a_tokenizer_that_fails_on_one_text_or_answer_fails_that_request_a
         assert error.code == grpc.StatusCode.INTERNAL
         assert token_ids(responses) == expected([2], 9)
         await until(lambda: not router.sequences)
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 60}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "a*a*b|."}, "behavior": "Isolated", "invert": False}),
+    ],
+)
+async def test_a_checkpoints_own_patterns_are_bounded_for_short_texts_too(
+    router: FakeRouter, tmp_path: Path, part: str, step: dict[str, object]
+) -> None:
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    name = "normalizers" if part == "normalizer" else "pretokenizers"
+    steps = [step] * 4 if part == "normalizer" else [step, tokenizer["pre_tokenizer"]]
+    tokenizer[part] = {"type": "Sequence", name: steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    async with rig(router, model_dir=tmp_path, text_limit_s=0.5, text_memory=128 * 2**20) as served:
+        hostile = "aaaa" if part == "normalizer" else "a" * 4000
+        call = asyncio.ensure_future(error_of(served.stub.Generate(text_request(hostile))))
+        assert len(token_ids(await gather(served.stub.Generate(ids_request(5, max_tokens=2))))) == 2
+        error = await call
+        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TOKENIZER")
+        assert len(token_ids(await gather(served.stub.Generate(text_request("hi", max_tokens=2))))) == 2

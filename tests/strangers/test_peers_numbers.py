@@ -195,7 +195,7 @@ async def test_no_request_makes_the_balancer_fail_otherwise_than_by_a_status(dat
 
 async def test_an_epoch_beyond_what_redis_counts_is_refused_and_the_next_plan_is_made() -> None:
     async with Rig() as rig:
-        for epoch in (2**52 + 1, *BEYOND_INT):
+        for epoch in (2**52 + 2**51 + 1, *BEYOND_INT):
             assert (await rig.refusal("Join", worker("w:9", seen_epoch=epoch))).field == "seen_epoch"
             for field in ("seen_epoch", "ready_plan"):
                 renewal = pb.RenewRequest(member_id=rig.worker_id, state=2, **{field: epoch})
@@ -214,6 +214,14 @@ async def test_the_highest_epoch_that_a_peer_may_tell_leaves_room_to_count_on() 
         await rig.balancer.tick()
         assert rig.planner.in_force.epoch == epoch
         await rig.call("Renew", pb.RenewRequest(member_id=rig.router_id, state=2, seen_epoch=epoch))
+
+
+async def test_members_that_saw_what_was_counted_beyond_that_join_a_balancer_whose_memory_was_lost() -> None:
+    async with Rig() as rig:
+        for request in (worker("w:2", seen_epoch=2**52 + 7), worker("w:3", seen_epoch=2**52 + 2**51)):
+            assert (await rig.call("Join", request)).member_id
+        await rig.call("Renew", pb.RenewRequest(member_id=rig.router_id, state=2, seen_epoch=2**52 + 7))
+        assert rig.planner.newest_epoch == 2**52  # and nobody's word raises it further
 
 
 async def test_a_worker_of_the_clusters_digest_with_other_layers_is_refused() -> None:
