@@ -32,7 +32,9 @@ class GatewaySettings(ServiceSettings):
         unit="S",
     )
     text_memory: ByteSize = setting(
-        "memory to render and tokenise one prompt", default=ByteSize(512 * 2**20), at_least=16 * 2**20
+        "memory to render and tokenise one prompt, of which two may be at work",
+        default=ByteSize(256 * 2**20),  # both beside the gateway within the chart's limit of 1 GiB
+        at_least=16 * 2**20,
     )
     router_wait_s: float = setting("how long a request waits for a router", default=30.0, at_least=0.0, unit="S")
     stall_timeout_s: float = setting(

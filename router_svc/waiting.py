@@ -1,9 +1,9 @@
 """Order the sequences that wait: whose turn it is to be admitted next.
 
-Owns the waiting sequences, a line per request, and how many of each request's sequences run. Pure; looks at no block
-and no budget. The caller with the fewest running sequences goes first, of its requests the one with the fewest, and of
-these the one whose prompt is shortest, so that neither three hundred requests, sixty-four choices nor a long document
-hold up everybody else. Every fourth admission goes to whoever came first, so that nobody waits for ever.
+Owns the waiting sequences, a line per request, and how many sequences of each request and caller run. Pure; looks at
+no block and no budget. The caller with the fewest running sequences goes first, of its requests the one with the
+fewest, and of these the one whose prompt is shortest, so that neither three hundred requests, sixty-four choices nor a
+long document hold up everybody else. Every fourth admission goes to whoever came first, so that nobody waits for ever.
 Requests of which all is paused, or waits for the choice that computes the common prompt, are set aside: an admission
 costs O(log n) of n waiting requests, and a step looks at a bounded number of those set aside.
 """
