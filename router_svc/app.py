@@ -148,6 +148,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         num_micro_batches=config.micro_batches,
         max_queued_seqs=config.max_queued_seqs,
         max_queued_tokens=config.max_queued_tokens,
+        shared_step_s=config.shared_step_ms / 1e3,
     )
     membership = Membership(
         config.balancer,

@@ -22,6 +22,7 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         series("collegium_step_seconds_total"): totals.step_seconds,
         series("collegium_forward_seconds_total"): totals.forward_seconds,
         series("collegium_micro_batches_total"): totals.micro_batches,
+        series("collegium_steps_shortened_total"): engine.num_shortened,
         series("collegium_rows_away_seconds_total"): calls.totals.away_s,
         series("collegium_rows_blocked_seconds_total"): calls.totals.blocked_s,
         series("collegium_overlap_ratio"): 1.0 - calls.totals.blocked_s / max(calls.totals.away_s, 1e-9)

@@ -27,6 +27,7 @@ from router_svc.kv_blocks import BlockPool
 from router_svc.micro_batches import MicroBatching
 from router_svc.model_loader import RouterModel
 from router_svc.news import Deliver, Failure, Load, News, NewsBoard
+from router_svc.pace import StepPace
 from router_svc.paged_attention import PagedCache, StepIndex
 from router_svc.recorder import Recorder
 from router_svc.scheduler import Row, Scheduler, Step
@@ -100,13 +101,15 @@ class Engine:
         num_micro_batches: int = 0,
         max_queued_seqs: int = 65_536,
         max_queued_tokens: int = 16_777_216,
+        shared_step_s: float = 0.0,
     ):
         """Make an engine; `start` starts it.
 
         `deliver` is called from the engine's thread, once per owner and step; `on_end` when the thread ends.
         `expert_wait_s`: how long a step waits for any worker before its sequences fail. `num_micro_batches`: into how
         many parts every step is split; 0: as measured. `max_queued_seqs`, `max_queued_tokens`: choices, and tokens of
-        their prompts, that the engine holds at once; submissions beyond are refused.
+        their prompts, that the engine holds at once; submissions beyond are refused. `shared_step_s`: how long a step
+        with prompts should take at most while several callers are served; 0: any time.
         """
         self._model, self._calls, self._deliver = model, calls, deliver
         self._pool = BlockPool(num_blocks)
@@ -135,6 +138,7 @@ class Engine:
         self.recorder = Recorder()
         self._unsafe_routing = unsafe_routing
         self._micro_batching = MicroBatching(num_micro_batches)
+        self._pace = StepPace(shared_step_s, max_batch_tokens)
         calls.shared = model.shared_experts()
         if unsafe_routing is None:
             model.set_expert_call(calls.compute, calls.compute_step)
@@ -237,6 +241,11 @@ class Engine:
         return self._scheduler.num_preemptions
 
     @property
+    def num_shortened(self) -> int:
+        """Steps that had fewer prompt rows because several callers are served."""
+        return self._scheduler.num_shortened
+
+    @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens found in the cache."""
         return self._scheduler.num_cached_tokens
@@ -326,7 +335,7 @@ class Engine:
         """Form the next step. A sequence that makes this fail is ended."""
         while True:
             try:
-                return self._scheduler.schedule()
+                return self._scheduler.schedule(self._pace.max_rows)
             except Exception as error:
                 culprit = self._scheduler.at_hand
                 if culprit is None or culprit.has_ended:
@@ -401,6 +410,7 @@ class Engine:
             if span is not None:
                 span.end()
         seconds = time.monotonic() - began_s
+        self._pace.note(step.num_rows, has_prompts=bool(step.chunks), seconds=seconds)
         self._micro_batching.note(
             step.num_rows,
             has_prompts=bool(step.chunks),

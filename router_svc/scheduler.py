@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
+from router_svc.pace import LEAST_ROWS
 from router_svc.sequence import Sequence
 from router_svc.waiting import Waiting
 
@@ -97,6 +98,7 @@ class Scheduler:
         self._waiting = Waiting()
         self.at_hand: Sequence | None = None  # whom `schedule` looked at last: whose fault it is, if it fails
         self.num_preemptions = 0
+        self.num_shortened = 0  # steps that had fewer prompt rows because several callers are served
         self.num_cached_tokens = 0
 
     @property
@@ -135,18 +137,21 @@ class Scheduler:
                 self._running.remove(sequence)
             self._waiting.leave(sequence, was_running=was_running)
 
-    def schedule(self) -> Step | None:
+    def schedule(self, shared_rows: int | None = None) -> Step | None:
         """Form the next step, or None where nothing can be computed.
 
+        shared_rows: its bound while several callers are served; a decoding sequence has its row all the same.
         Blocks for the rows of running sequences are taken from the youngest by preemption where none are free. Waiting
         ones are admitted while places and blocks last; paused ones are preempted for them, and, for a place, those of
         a caller that has at least two more than theirs.
         """
         self.at_hand = None
         self._waiting.look_again()
-        decoding, planned = self._plan()
+        is_bounded = shared_rows is not None and self._waiting.num_callers > 1
+        max_rows = min(self._max_batch_tokens, shared_rows) if is_bounded else self._max_batch_tokens
+        decoding, planned = self._plan(max_rows)
         if not planned and self._waiting.look_again(everywhere=True):
-            decoding, planned = self._plan()
+            decoding, planned = self._plan(max_rows)
         if not planned:
             return None
         decodes = [Row(sequence=s, begin=s.num_computed, num_rows=1) for s in decoding if planned.pop(s, 0)]
@@ -169,7 +174,7 @@ class Scheduler:
         for idx in range(len(sequence.block_names(before)), len(names)):
             self.pool.name(sequence.blocks[idx], names[idx])
 
-    def _plan(self) -> tuple[list[Sequence], dict[Sequence, int]]:
+    def _plan(self, max_rows: int) -> tuple[list[Sequence], dict[Sequence, int]]:
         """Say how many rows each sequence gets in the next step, and give it the blocks for them.
 
         Returns the decoding sequences, and the rows of all that have any.
@@ -182,11 +187,16 @@ class Scheduler:
                 if not sequence.is_paused:
                     (decoding if sequence.is_decoding else prompts).append(sequence)
             planned = dict.fromkeys(decoding[: self._max_batch_tokens], 1)
-            self._plan_prompts(planned, prompts, self._max_batch_tokens - len(planned))
+            num_decodes = len(planned)
+            room = self._max_batch_tokens - num_decodes
+            budget = min(room, max(max_rows - num_decodes, LEAST_ROWS))
+            self._plan_prompts(planned, prompts, budget)
+            is_shortened = budget < room and sum(planned.values()) == num_decodes + budget
             for sequence in list(self._running):  # the oldest first: it takes blocks from the youngest
                 if sequence in planned:
                     self._allocate(sequence, planned)
             if planned or self.num_preemptions == num_preemptions:
+                self.num_shortened += is_shortened
                 return decoding, planned
 
     def _plan_prompts(self, planned: dict[Sequence, int], prompts: list[Sequence], budget: int) -> None:

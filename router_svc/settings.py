@@ -35,6 +35,12 @@ class Settings(ServiceSettings):
         "longest prompt and output together, in tokens; 0: the model's own", default=0, at_least=0
     )
     max_batch_tokens: int = setting("rows of one step", default=512, at_least=1, at_most=16384)
+    shared_step_ms: float = setting(
+        "how long a step with prompts should take at most while several callers are served, or three steps without, "
+        "if that is longer; 0: any time",
+        default=50.0,
+        at_least=0.0,
+    )
     micro_batches: int = setting(
         "parts of a step that take turns while the others' rows are away; 0: as many as pay, as measured",
         default=0,

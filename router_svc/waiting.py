@@ -75,6 +75,11 @@ class Waiting:
     def __iter__(self) -> Iterator[Sequence]:
         return itertools.chain.from_iterable(line.waiting for line in self._lines.values())
 
+    @property
+    def num_callers(self) -> int:
+        """Callers with waiting or running sequences."""
+        return len(self._callers)
+
     def add(self, sequence: Sequence) -> None:
         """Take a new sequence, behind those of its request."""
         sequence.arrival = next(self._arrivals)

@@ -173,6 +173,7 @@ _ROUTER = (
     _counter("router", "steps_total", "Steps by the kinds of rows that they held", "kind"),
     _counter("router", "step_seconds_total", "Time spent in steps"),
     _counter("router", "forward_seconds_total", "Of the time in steps, that of forward passes, waits included"),
+    _counter("router", "steps_shortened_total", "Steps that had fewer prompt rows as several callers are served"),
     _counter("router", "micro_batches_total", "Parts into which steps were split, one for a step that was whole"),
     _counter("router", "rows_away_seconds_total", "Time in which any rows were with workers"),
     _counter("router", "rows_blocked_seconds_total", "Of the time that rows were away, that in which nothing went on"),

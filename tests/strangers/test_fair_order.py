@@ -63,11 +63,11 @@ def compute(scheduler: Scheduler, step: Step) -> None:
             scheduler.end(one)
 
 
-def run(scheduler: Scheduler, num_steps: int) -> list[Step]:
+def run(scheduler: Scheduler, num_steps: int, shared_rows: int | None = None) -> list[Step]:
     """Compute so many steps, or as many as there are."""
     steps: list[Step] = []
     for _ in range(num_steps):
-        step = scheduler.schedule()
+        step = scheduler.schedule(shared_rows)
         if step is None:
             break
         compute(scheduler, step)
@@ -147,21 +147,24 @@ def test_callers_come_to_have_as_many_places_and_then_take_none_from_each_other(
 
 
 @given(
-    st.lists(
+    asked=st.lists(
         st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 6)),
         min_size=1,
         max_size=40,
-    )
+    ),
+    shared_rows=st.none() | st.integers(1, 40),
 )
 @settings(max_examples=100, deadline=None)
-def test_whoever_asks_for_whatever_every_sequence_ends(asked: list[tuple[int, int, int, int, int]]) -> None:
+def test_whoever_asks_for_whatever_every_sequence_ends(
+    asked: list[tuple[int, int, int, int, int]], shared_rows: int | None
+) -> None:
     scheduler = Scheduler(BlockPool(64), max_batch_tokens=32, max_num_seqs=5)
     made: list[Sequence] = []
     for number, (caller, prompt, output, choices, steps) in enumerate(asked):
         made += request(f"r-{number}", prompt=prompt, output=output, choices=choices, caller=caller)
         add(scheduler, made[-choices:])
-        run(scheduler, steps)
-    run(scheduler, 20_000)
+        run(scheduler, steps, shared_rows)
+    run(scheduler, 20_000, shared_rows)
     assert all(one.has_ended for one in made)
     assert scheduler.num_running == scheduler.num_waiting == 0
     assert scheduler.pool.num_free == 64
