@@ -71,6 +71,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
             raise Unavailable(f"Redis went away at the start: {error}", field="REDIS_URL") from error
         loop = asyncio.create_task(balancer.run(), name="balancer")
         loop.add_done_callback(lambda _: stop.request())
+        lifecycle.freeze()
         server.set_serving(True)
         await stop.wait()
         balancer.end()

@@ -203,6 +203,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
                 server.set_serving(loop.is_alive)
                 membership.set_state(balancer_pb2.MEMBER_STATE_SERVING)
 
+        lifecycle.freeze()
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
         keeper = HomeKeeper(buffer, membership, on_ready, num_experts=[len(layer.experts) for layer in manifest.layers])

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from collegium.fabric import logs, metrics, rpc
+from collegium.fabric import lifecycle, logs, metrics, rpc
 from collegium.fabric.channels import check_target
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
@@ -147,6 +147,7 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server.grpc)
         address = rpc.advertised(await server.start(options.bind), options.advertise)
         stack.push_async_callback(server.stop, 0)
+        lifecycle.freeze()
         _log.info("listening", address=address, tls=options.tls_cert is not None, metrics=metrics_url)
         if options.balancer:
             membership = Membership(

@@ -185,6 +185,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         )
         keeper.router_id = membership.member_id
         metrics.expose(lambda: read_counters(engine, calls))
+        lifecycle.freeze()
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
         follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")

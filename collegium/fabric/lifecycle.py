@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import os
 import signal
 import sys
@@ -57,6 +58,17 @@ async def sleep_unless_stopping(delay_s: float) -> None:
     except TimeoutError:
         return
     raise Cancelled("asked to stop")
+
+
+def freeze() -> None:
+    """Take everything that is there now out of what the garbage collector looks through. To be called when all that
+    lasts is made: with torch and transformers imported, a full collection stops a process for a quarter of a second,
+    wherever it happens to be. Does nothing in a process that run() does not run, as it cannot be undone for a part.
+    """
+    if _current.get() is not None:
+        gc.collect()  # what is garbage already would stay for ever
+        gc.freeze()
+        _log.debug("frozen", objects=gc.get_freeze_count())
 
 
 def is_supervised() -> bool:

@@ -332,6 +332,12 @@ def test_a_request_that_lost_its_router_is_one_trace_all_the_same(told: Told) ->
     assert [one.span.parent_span_id for one in spans if one.span.name == "router.sequence"] == [gateway[0].span_id]
 
 
+def test_every_service_keeps_what_stands_from_the_garbage_collector(told: Told) -> None:
+    # A full collection would stop it for a quarter of a second. There are two of the router: one was killed.
+    frozen = [name for name, line in told.logs if '"event": "frozen"' in line or '"event":"frozen"' in line]
+    assert sorted(frozen) == ["balancer", "gateway-0", "router-0", "router-0", "worker-0", "worker-1"]
+
+
 def test_lines_of_a_request_carry_its_id_and_its_trace(told: Told) -> None:
     done = {line["request_id"]: line for line in told.lines("request done") if "request_id" in line}
     assert set(done) >= DONE
