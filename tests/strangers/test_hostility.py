@@ -45,6 +45,7 @@ def test_an_attack_harms_nobody_else(keeper: Keeper, attack: Attack) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)  # what dies again and again is started later and later
 @pytest.mark.parametrize("attack", ATTACKS, ids=[attack.name for attack in ATTACKS])
 def test_an_attack_of_full_size_at_most_doubles_what_others_wait(keeper: Keeper, attack: Attack) -> None:
     target = keeper.target()

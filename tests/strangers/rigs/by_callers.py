@@ -160,7 +160,7 @@ def unread_streams(target: Target, count: int) -> None:
 
 def no_protobuf(target: Target, count: int) -> None:
     """Bytes that are no protobuf, and methods that do not exist, on every gRPC port."""
-    broken = (b"\xff" * 16, b"\x0a\xff\xff\xff\xff\x0f", b"\x07", b"\x0a\x05ab", b"\x00\x00")[:count]
+    broken = (b"\xff" * 16, b"\x0a\xff\xff\xff\xff\x0f", b"\x07", b"\x0a\x05ab", b"\x0b")[:count]
     wrong: list[str] = []
     for port in (*target.of("grpc"), *target.of("health")):
         with grpc.insecure_channel(port.address) as channel:
