@@ -1,7 +1,9 @@
 """The gating benchmark compares like with like: all implementations compute the same layer, and say what they take."""
 
+import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ from benchmarks.gating_layers import IMPLEMENTATIONS, Shape, Weights, needed_byt
 
 SMALL = Shape(d_model=32, d_ffn=16, experts=8, top_k=2, capacity=1.0)  # a place for every token: nothing is dropped
 FIELDS = {"tokens", "experts", "top_k", "routing", "implementation", "milliseconds", "peak_bytes"}
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Leave to the garbage collector, which runs before each peak, only what a test makes."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
@@ -56,6 +66,7 @@ def test_what_cannot_fit_is_known_before_it_is_tried() -> None:
     assert needed_bytes("batched_mm", large, 64, 4) > gating.ROOM_BYTES
 
 
+@pytest.mark.usefixtures("small_heap")
 @torch.inference_mode()
 def test_rows_have_times_and_peaks_where_the_layer_fits_and_nulls_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = Weights(SMALL, torch.float32)
@@ -90,6 +101,7 @@ def test_claims_name_the_worst_point_and_compare_each_at_its_own_best() -> None:
     assert "64: 4.0x; peak memory at 64 tokens 3.00x lower" in lines[0]
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_json_is_a_list_of_objects_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
