@@ -103,6 +103,7 @@ class Answering:
             if lent.state == LinkState.BROKE:
                 link.end_reason = link.end_reason or "the router's connection broke within a frame"
             counters.num_dispatches += lent.dispatches
+            counters.num_native_answers += lent.dispatches
             counters.num_rows += lent.total_rows
             counters.num_pairs += lent.total_pairs
         counters.num_batches += call.batches

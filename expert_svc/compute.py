@@ -47,6 +47,8 @@ class Counters:
     num_pairs: int = 0
     num_expert_calls: int = 0
     num_failed: int = 0
+    num_native_answers: int = 0  # dispatches answered by the native call
+    num_python_answers: int = 0  # and by this module, those that failed or expired in the queue among them
     compute_us: int = 0
     stall_us: int = 0  # of compute_us, what went by waiting for loads
     wait_us: int = 0
@@ -176,7 +178,7 @@ class ComputeLoop:
         live: list[Arrival] = []
         for arrival in arrivals:
             if arrival.dispatch.deadline_s < now:  # it expired in the queue
-                self._port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, status=Status.EXPIRED))
+                self._reply(arrival, Reply(seq=arrival.dispatch.seq, status=Status.EXPIRED))
             elif problem := self._problem_of(arrival):
                 self._fail(arrival, Status.BAD_FRAME, problem)
             else:
@@ -227,8 +229,8 @@ class ComputeLoop:
         for arrival, rows in zip(arrivals, parts, strict=True):
             wait_us = round((now - arrival.received_s) * 1e6)
             counters.wait_us += wait_us
-            self._port.reply(
-                arrival.link_id,
+            self._reply(
+                arrival,
                 Reply(
                     seq=arrival.dispatch.seq,
                     y=rows,
@@ -289,7 +291,11 @@ class ComputeLoop:
 
     def _fail(self, arrival: Arrival, status: Status, message: str) -> None:
         self.counters.num_failed += 1
-        self._port.reply(arrival.link_id, Reply(seq=arrival.dispatch.seq, status=status, message=message))
+        self._reply(arrival, Reply(seq=arrival.dispatch.seq, status=status, message=message))
+
+    def _reply(self, arrival: Arrival, reply: Reply) -> None:
+        self.counters.num_python_answers += 1
+        self._port.reply(arrival.link_id, reply)
 
 
 def _slots(visit: Visit, groups: Sequence[int]) -> list[PackedExpert]:

@@ -29,8 +29,11 @@ class WorkerCounters:
                 self._closed.add(self._open[link_id])
             self._open = is_open
             links = [*is_open.values(), replace(self._closed)]
+        num_expired = sum(link.expired for link in links)  # answered by the port, and never queued
         return {
             series("collegium_worker_dispatches_total"): counters.num_dispatches,
+            series("collegium_answers_total", way="native"): counters.num_native_answers,
+            series("collegium_answers_total", way="python"): counters.num_python_answers + num_expired,
             series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,
             series("collegium_join_wait_seconds_total"): counters.join_wait_us / 1e6,
             series("collegium_expert_calls_total"): counters.num_expert_calls,
@@ -57,7 +60,7 @@ class WorkerCounters:
             series("collegium_expert_memory_bytes"): buffer.budget_bytes,
             **self._regret(),
             series("collegium_busy_seconds_total"): counters.compute_us / 1e6,
-            series("collegium_expired_dispatches_total"): sum(link.expired for link in links),
+            series("collegium_expired_dispatches_total"): num_expired,
             series("collegium_worker_link_rows_total", direction="out"): sum(link.rows_out for link in links),
             series("collegium_worker_link_rows_total", direction="back"): sum(link.rows_back for link in links),
             series("collegium_worker_link_bytes_total", direction="out"): sum(link.bytes_out for link in links),

@@ -28,6 +28,8 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         series("collegium_overlap_ratio"): 1.0 - calls.totals.blocked_s / max(calls.totals.away_s, 1e-9)
         if calls.totals.away_s
         else 0.0,
+        series("collegium_exchanges_total", way="native"): calls.totals.native_exchanges,
+        series("collegium_exchanges_total", way="python"): calls.totals.python_exchanges,
         series("collegium_dispatches_total"): sum(s.dispatches for s in both),
         series("collegium_dispatch_retries_total"): calls.totals.retries,
         series("collegium_link_rows_total", direction="out"): sum(s.rows_out for s in both),

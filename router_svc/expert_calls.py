@@ -53,6 +53,9 @@ class CallTotals(HintTotals):
 
     retries: int = 0
     needed_bytes: int = 0
+    # A layer's exchange with all workers, by what carried it: the native call, or this module from where it had to.
+    native_exchanges: int = 0
+    python_exchanges: int = 0
     away_s: float = 0.0  # time in which any rows were with workers
     blocked_s: float = 0.0  # of that, what went by with nothing else to compute
 
@@ -287,13 +290,14 @@ class ExpertCalls:
             whole = self._whole(step.top_k) if can_run else None
             if whole is None or not whole.takes_step(step):
                 return False
-            seq = (self._seq + 1) & 0xFFFFFFFF
-            self._seq = (self._seq + len(self._live) * (step.num_layers - step.layer)) & 0xFFFFFFFF
+            seq, first = (self._seq + 1) & 0xFFFFFFFF, step.layer
+            self._seq = (self._seq + len(self._live) * (step.num_layers - first)) & 0xFFFFFFFF
             done = whole.run_step(
                 step, self._worker_of, seq=seq, timeout_s=self._timeout_s, epoch=self.epoch, number=self._step
             )
             if done is None:
                 return False
+            self.totals.native_exchanges += step.layer - first
             away_s, blocked_s = step.waited_s
             self.totals.away_s += away_s
             self.totals.blocked_s += blocked_s
@@ -315,6 +319,7 @@ class ExpertCalls:
         is_counted: bool,
     ) -> Tensor:
         """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced."""
+        self.totals.python_exchanges += 1
         if not self._is_traced(layer):
             return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
         attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids), "collegium.retries": 0}
@@ -444,6 +449,7 @@ class ExpertCalls:
             step=self._step,
         )
         if y is not None:
+            self.totals.native_exchanges += 1
             away_s, blocked_s = whole.waited_s
             self.totals.away_s += away_s
             self.totals.blocked_s += blocked_s

@@ -178,6 +178,7 @@ _ROUTER = (
     _counter("router", "rows_away_seconds_total", "Time in which any rows were with workers"),
     _counter("router", "rows_blocked_seconds_total", "Of the time that rows were away, that in which nothing went on"),
     _gauge("router", "overlap_ratio", "Share of the time that rows were away in which the router computed"),
+    _counter("router", "exchanges_total", "Exchanges of a layer with its workers, by what carried them", "way"),
     _counter("router", "dispatches_total", "Dispatches sent"),
     _counter("router", "dispatch_retries_total", "Dispatches sent again to another worker"),
     _counter("router", "link_rows_total", "Rows on links", "direction"),
@@ -192,6 +193,7 @@ _ROUTER = (
 
 _WORKER = (
     _counter("worker", "worker_dispatches_total", "Dispatches answered"),
+    _counter("worker", "answers_total", "Dispatches answered, failed ones too, by what answered", "way"),
     _counter("worker", "joined_dispatches_total", "Dispatches that shared their expert calls with another one's"),
     _counter("worker", "join_wait_seconds_total", "Time a worker held dispatches back for those of other routers"),
     _counter("worker", "expert_calls_total", "Expert calls: one expert on all rows that waited for it"),

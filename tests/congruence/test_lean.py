@@ -100,6 +100,9 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     assert bool(ends[False]) == is_disturbed
     top_k, num_layers = running.model.top_k, len(running.model.moe_layers)
     assert decoded == num_layers * top_k * sum(len(answer.token_ids) - 1 for (answer,) in answers)
+    totals, num_steps = running.calls.totals, sum(running.engine.totals.steps.values())
+    assert totals.native_exchanges + totals.python_exchanges == num_layers * num_steps
+    assert bool(totals.python_exchanges) == is_disturbed
 
 
 def test_rotations_that_depend_on_the_length_come_from_no_table(oracle: Oracle, tmp_path: Path) -> None:

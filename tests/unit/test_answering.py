@@ -18,7 +18,6 @@ from collegium.link.tcp_port import TcpPort
 from collegium.model import native
 from collegium.model.experts import PackedExpert, run_experts
 from collegium.model.weights import ExpertWeights
-from expert_svc.answering import Answering
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
 from expert_svc.join_wait import JoinWait
@@ -52,7 +51,6 @@ class Worker:
 
     def __init__(
         self,
-        monkeypatch: pytest.MonkeyPatch,
         *,
         num_slots: int | None = None,
         transport: str = "unix",
@@ -76,17 +74,6 @@ class Worker:
             num_threads=1,
             join_wait=join_wait,
         )
-        self.in_c = 0
-        run = Answering._run
-
-        def counted(answering: Answering, *args: object) -> bool:
-            before = self.loop.counters.num_dispatches
-            try:
-                return run(answering, *args)  # type: ignore[arg-type]
-            finally:
-                self.in_c += self.loop.counters.num_dispatches - before
-
-        monkeypatch.setattr(Answering, "_run", counted)
         self.links: list[RouterLink] = []
 
     def link(self, *, num_credits: int = 8, max_rows: int = 512) -> RouterLink:
@@ -129,11 +116,11 @@ Start = Callable[..., Worker]
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+def start() -> Iterator[Start]:
     workers: list[Worker] = []
 
     def make(**options: object) -> Worker:
-        workers.append(Worker(monkeypatch, **options))  # type: ignore[arg-type]
+        workers.append(Worker(**options))  # type: ignore[arg-type]
         workers[-1].loop.start()
         return workers[-1]
 
@@ -193,7 +180,7 @@ def test_dispatches_of_a_lone_router_are_answered_without_the_interpreter_and_al
     counters = worker.loop.counters
     assert counters.num_dispatches == counters.num_batches == 12
     # the first may have been read by the poll that met the link, and several may have been joined
-    assert worker.in_c >= 10
+    assert worker.loop.counters.num_native_answers >= 10
     assert counters.num_rows == 219 + 24
     assert counters.num_pairs == 3 * counters.num_rows
     assert worker.buffer.totals.hits == counters.num_expert_calls
@@ -206,10 +193,10 @@ def test_links_that_were_there_before_any_expert_are_served_in_the_call_once_the
     ask(link, [dispatch_of(1, 0, 2)])  # loads what it asks for
     worker.buffer.warm(ALL)
     seq, until = 1, time.monotonic() + FAR_S
-    while not worker.in_c and time.monotonic() < until:
+    while not worker.loop.counters.num_native_answers and time.monotonic() < until:
         seq += 1
         ask(link, [dispatch_of(seq, seq % NUM_LAYERS, 2)])
-    assert worker.in_c
+    assert worker.loop.counters.num_native_answers
 
 
 def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> None:
@@ -224,12 +211,16 @@ def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> N
     absent = dispatch_of(6, 2, 2)
     statuses = [reply.status for one in (traced, late, beyond, unknown, absent) for reply in ask(link, [one])]
     assert statuses == [Status.OK, Status.EXPIRED, Status.BAD_FRAME, Status.BAD_FRAME, Status.OK]
-    assert worker.in_c <= 1
+    assert worker.loop.counters.num_native_answers <= 1
     assert worker.buffer.totals.misses
     link.hint(Hint(layer=1, experts=np.array([1], np.uint16), counts=np.array([1], np.uint16)))
     plain = dispatch_of(7, 2, 2)  # its experts are there now
     (reply,) = ask(link, [plain])
     assert reply.y is not None and torch.equal(reply.y, expected_of(plain))
+    (link_stats,) = worker.port.links().values()
+    worker.loop.stop()
+    counters = worker.loop.counters
+    assert counters.num_native_answers + counters.num_python_answers + link_stats.expired == 7
     with pytest.raises(FrameError, match="counts add up"):  # a link refuses to send what the call would refuse to take
         link.send(dispatch_of(8, 1, 2, counts=np.array([9, 1], np.uint16), experts=np.array([1, 2], np.uint16)))
 
@@ -259,7 +250,7 @@ def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_
     worker.loop.stop()
     counters = worker.loop.counters
     assert counters.num_dispatches == num_sent
-    assert worker.in_c > 100
+    assert worker.loop.counters.num_native_answers > 100
     assert 0 < counters.num_joined_batches < counters.num_batches < counters.num_dispatches
     assert counters.num_joined_dispatches >= 2 * counters.num_joined_batches
     assert worker.buffer.totals.hits == counters.num_expert_calls
