@@ -32,6 +32,7 @@ VALUES = {
     "kind": ("decode", "prefill", "mixed"),
     "direction": ("out", "back"),
     "tier": ("host", "disk"),
+    "way": ("native", "python"),
     "role": ("gateway", "router", "worker"),
     "phase": ("decode", "prefill"),
     "reason": (
