@@ -99,6 +99,13 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
     options.check()
     tokenizer_dir = await tokenizer_folder(options.model)
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+    if tokenizer is not None and tokenizer.foreign_class:
+        _log.warning(
+            "transformers would build this tokenizer's steps from its class; tokenizer.json's are used instead",
+            model=options.model,
+            tokenizer_class=tokenizer.foreign_class,
+            remedy="if ids differ, set tokenizer_class to PreTrainedTokenizerFast where tokenizer.json was made",
+        )
     try:
         own_parts = read_text_sources(options.model)
     except CheckpointError as error:

@@ -93,11 +93,15 @@ class _Tracking(_Unfolded, meta.TrackingCodeGenerator):
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens that it may name."""
+    """One template with the special tokens that it may name.
 
-    __slots__ = ("_names", "_template", "undefined_names")
+    A template that cannot be compiled fails when it is rendered or checked, as one that fails on every conversation.
+    """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    __slots__ = ("_fault", "_names", "_template", "undefined_names")
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, fault: str = "") -> None:
+        """`fault`: why there is no source, if its file cannot be read."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -112,16 +116,19 @@ class ChatTemplate:
             "dict": _Dict(),
             "namespace": _Namespace,
         }
+        self._names = dict(special_tokens)
+        self._template: jinja2.Template | None = None
+        self._fault = fault
+        self.undefined_names: Sequence[str] = ()
+        if fault:
+            return
         try:
             self._template = environment.from_string(source)
             known = {*environment.globals, *special_tokens, *_GIVEN}
-            self.undefined_names: Sequence[str] = sorted(_unguarded(environment.parse(source)) - known)
-        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
-            raise FailedPrecondition(
-                f"the checkpoint's chat template cannot be compiled: {_described(error)}",
-                remedy="fetch the checkpoint again, or repair chat_template",
-            ) from error
-        self._names = dict(special_tokens)
+            self.undefined_names = sorted(_unguarded(environment.parse(source)) - known)
+        except Exception as error:  # jinja2's own, and what Python's compiler makes of odd or deep sources
+            self._template = None
+            self._fault = f"it cannot be compiled: {_described(error)}"
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """Return the text of a conversation of (role, content) up to where the assistant speaks.
@@ -130,7 +137,9 @@ class ChatTemplate:
         FailedPrecondition if it would fail on any conversation.
         """
         try:
-            return self._render(messages)
+            text = self._render(messages)
+        except FailedPrecondition:
+            raise
         except _Refused as error:
             raise InvalidArgument(
                 f"the model's chat template refuses this conversation: {error}",
@@ -140,8 +149,6 @@ class ChatTemplate:
             ) from error
         except MemoryError:  # for the owner of the process
             raise
-        except RecursionError as error:
-            raise _unusable(error) from error
         except Exception as error:  # a template is a program: it may raise anything
             self.check()
             raise InvalidArgument(
@@ -150,25 +157,30 @@ class ChatTemplate:
                 remedy="use the roles and the order that the model was trained on, or send text",
                 reason="CHAT_TEMPLATE",
             ) from error
+        if not text:
+            self.check()
+        return text
 
     def check(self) -> None:
-        """Render short conversations until one succeeds or is refused; FailedPrecondition if all of them fail."""
+        """Render short conversations until one has a text or is refused; FailedPrecondition if none is."""
         failure: Exception | None = None
         for messages in _PROBES:
             try:
-                self._render(messages)
+                if self._render(messages):
+                    return
             except _Refused:
                 return
-            except MemoryError:
+            except (FailedPrecondition, MemoryError):
                 raise
             except Exception as error:
                 failure = failure or error
-            else:
-                return
-        if failure is not None:
-            raise _unusable(failure) from failure
+        if failure is None:
+            raise _unusable("it renders every conversation to an empty text")
+        raise _unusable(f"it cannot be rendered: {_described(failure)}") from failure
 
     def _render(self, messages: Sequence[tuple[str, str]]) -> str:
+        if self._template is None:
+            raise _unusable(self._fault)
         turns = [{"role": role, "content": content} for role, content in messages]
         given: dict[str, object] = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
         return self._template.render(self._names | given)
@@ -203,9 +215,9 @@ def _bare_guards(tree: nodes.Template) -> Iterator[nodes.Name]:
     yield from (node for node in waiting if isinstance(node, nodes.Name))
 
 
-def _unusable(error: BaseException) -> FailedPrecondition:
+def _unusable(why: str) -> FailedPrecondition:
     return FailedPrecondition(
-        f"the checkpoint's chat template cannot be rendered: {_described(error)}",
+        f"the checkpoint's chat template is broken: {why}",
         remedy="send text, and repair chat_template in the checkpoint",
         reason="CHAT_TEMPLATE",
     )

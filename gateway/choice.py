@@ -36,6 +36,7 @@ class Choice:
         "_text",
         "_words",
         "finish_reason",
+        "has_rest",
         "index",
         "stop_reason",
         "token_ids",
@@ -61,6 +62,7 @@ class Choice:
         self._logprobs: list[pb.TokenLogprobs] = []  # of the ids that are not delivered
         self._delivered_ids = 0
         self._delivered_text = 0
+        self.has_rest = False  # of text whose ids are delivered, left out of the last chunk
         self._is_end_delivered = False
 
     @property
@@ -72,6 +74,11 @@ class Choice:
     def num_pending(self) -> int:
         """Ids that the caller has not been given."""
         return len(self.token_ids) - self._delivered_ids
+
+    @property
+    def num_pending_chars(self) -> int:
+        """Characters of certain text that the caller has not been given."""
+        return len(self._text)
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs] = ()) -> bool:
         """Add sampled ids. Returns True if a stop string ended the choice; ids after it are dropped."""
@@ -124,25 +131,34 @@ class Choice:
         """Take everything as delivered, the end too."""
         self.take()
 
-    def take(self) -> pb.Chunk | None:
-        """Give what the caller has not been given, as one chunk; None where there is nothing."""
-        if self.num_pending == 0 and (not self.is_finished or self._is_end_delivered):
+    def take(self, max_chars: int | None = None) -> pb.Chunk | None:
+        """Return what the caller has not been given, as one chunk; None if there is nothing.
+
+        max_chars: of text; the rest of it and the end of the choice are for the next chunk, which may have no ids.
+        """
+        has_end = self.is_finished and not self._is_end_delivered
+        if not (self.num_pending or has_end or self.has_rest):
             return None
+        text = self._text[:max_chars]
+        self.has_rest = len(text) < len(self._text)
+        if self.has_rest and not text and not self.num_pending:
+            return None
+        is_end = self.is_finished and not self.has_rest
         chunk = pb.Chunk(
             choice_index=self.index,
             token_offset=self._delivered_ids,
             text_offset=self._delivered_text,
             token_ids=self.token_ids[self._delivered_ids :],
-            text=self._text,
+            text=text,
             logprobs=self._logprobs,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
+            finish_reason=self.finish_reason if is_end else RUNNING,
+            stop_reason=self.stop_reason if is_end else "",
         )
         self._delivered_ids = len(self.token_ids)
-        self._delivered_text += len(self._text)
-        self._text = ""
+        self._delivered_text += len(text)
+        self._text = self._text[len(text) :]
         self._logprobs = []
-        self._is_end_delivered = self.is_finished
+        self._is_end_delivered = is_end
         return chunk
 
 

@@ -24,7 +24,7 @@ from collegium.fabric.errors import CollegiumError, FailedPrecondition
 from collegium.model.cache_root import cache_file
 
 TOKENIZER = "tokenizer.json"
-_VERSION = 1
+_VERSION = 2
 _LIMIT_S = 300.0  # transformers and torch are imported, from a cold disk in tens of seconds
 # What transformers' tokenizer classes read, newest first.
 _SOURCES = (
@@ -75,11 +75,20 @@ async def _converted(model_dir: Path, sources: Sequence[str]) -> Path:
         return path
     try:
         arguments = (str(model_dir), str(partial), *sources)
-        await run_child("collegium.model.convert_tokenizer", arguments, limit_s=_LIMIT_S)
+        reader = await run_child("collegium.model.convert_tokenizer", arguments, limit_s=_LIMIT_S)
         _move(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _log.info("tokenizer converted", model=model_dir, found=", ".join(sources), folder=path)
+    found = ", ".join(sources)
+    _log.info("tokenizer converted", model=model_dir, found=found, folder=path)
+    if reader:
+        _log.warning(
+            "transformers' AutoTokenizer cannot read this checkpoint's tokenizer; another class was taken",
+            model=model_dir,
+            found=found,
+            tokenizer_class=reader,
+            remedy="name the right class in tokenizer_config.json (tokenizer_class)",
+        )
     return path
 
 
@@ -113,8 +122,8 @@ def _digest(model_dir: Path, sources: Sequence[str]) -> str:
     return hashlib.blake2b(form.encode(), digest_size=12).hexdigest()
 
 
-async def run_child(module: str, arguments: Sequence[str], *, limit_s: float) -> None:
-    """Run `python -P -m module arguments`. FailedPrecondition with the child's own words if it fails or hangs."""
+async def run_child(module: str, arguments: Sequence[str], *, limit_s: float) -> str:
+    """Run `python -P -m module arguments`; return its words, and raise FailedPrecondition with them if it fails."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", module, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
@@ -133,8 +142,9 @@ async def run_child(module: str, arguments: Sequence[str], *, limit_s: float) ->
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+    words = said.decode(errors="replace").strip()
     if process.returncode != 0:
-        words = said.decode(errors="replace").strip()
         if process.returncode != _FAILED or not words:
             words = f"its process exited with status {process.returncode}"
         raise FailedPrecondition(words[:_MAX_CHARS])
+    return words

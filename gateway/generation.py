@@ -18,6 +18,9 @@ from gateway.validation import Accepted
 
 # Ids that may wait for a caller who does not read before its sequences are held at the router.
 MAX_PENDING_TOKENS = 256
+# Characters in one message, at four bytes each at most far below the message limit of 16 MiB; more than these wait in
+# the gateway only for as long as a step takes. A checkpoint may have tokens of any length.
+MAX_MESSAGE_CHARS = 1 << 20
 
 
 class Generation:
@@ -53,6 +56,16 @@ class Generation:
     def num_pending(self) -> int:
         """Ids that the caller has not been given."""
         return sum(choice.num_pending for choice in self._choices.values())
+
+    @property
+    def num_pending_chars(self) -> int:
+        """Characters that the caller has not been given."""
+        return sum(choice.num_pending_chars for choice in self._choices.values())
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether the last message had no room for all the text."""
+        return any(choice.has_rest for choice in self._choices.values())
 
     @property
     def num_new_tokens(self) -> int:
@@ -121,7 +134,8 @@ class Generation:
         elif news.finish_reason:
             choice.finish(news.finish_reason, str(news.stop_id) if news.HasField("stop_id") else "")
         self.changed.set()
-        if self.num_pending > MAX_PENDING_TOKENS and not self._is_paused and self._seat is not None:
+        is_full = self.num_pending > MAX_PENDING_TOKENS or self.num_pending_chars > MAX_MESSAGE_CHARS
+        if is_full and not self._is_paused and self._seat is not None:
             self._is_paused = True
             self._seat.pause()
 
@@ -138,12 +152,15 @@ class Generation:
         self.changed.set()
 
     def take(self) -> pb.GenerateResponse | None:
-        """Give the next message for the caller; None where there is nothing to say."""
-        chunks = [chunk for choice in self._choices.values() if (chunk := choice.take()) is not None]
-        if self._is_paused and self._seat is not None:
+        """Return the next message for the caller; None if there is nothing to say.
+
+        Text that is too much for one message is left for the next: call again while has_rest is True.
+        """
+        chunks = self._next_chunks()
+        if self._is_paused and self._seat is not None and not self.has_rest:
             self._is_paused = False
             self._seat.unpause()
-        is_last = self.is_finished and not self._is_closed
+        is_last = self.is_finished and not self.has_rest and not self._is_closed
         if not chunks and not is_last:
             return None
         response = pb.GenerateResponse(request_id=self.accepted.request_id, chunks=chunks)
@@ -166,6 +183,16 @@ class Generation:
         else:
             self.error = error
             self.changed.set()
+
+    def _next_chunks(self) -> list[pb.Chunk]:
+        chunks: list[pb.Chunk] = []
+        num_chars = MAX_MESSAGE_CHARS
+        for choice in self._choices.values():
+            chunk = choice.take(num_chars)
+            if chunk is not None:
+                chunks.append(chunk)
+                num_chars -= len(chunk.text)
+        return chunks
 
     def _fault_of(self, news: router_pb2.SequenceNews) -> str:
         if self.accepted.num_logprobs is not None and len(news.logprobs) != len(news.token_ids):

@@ -166,9 +166,13 @@ class _Delivery:
 
     async def step(self) -> bool:
         """Deliver what there is; True once the caller has been given the last message."""
-        response = self._generation.take()
-        if response is None:
-            return self._generation.is_delivered
+        while (response := self._generation.take()) is not None:
+            await self._deliver(response)
+            if not self._generation.has_rest:
+                break
+        return self._generation.is_delivered
+
+    async def _deliver(self, response: pb.GenerateResponse) -> None:
         self.count()
         self._measure(sum(len(chunk.token_ids) for chunk in response.chunks))
         try:
@@ -182,7 +186,6 @@ class _Delivery:
                 reason="CALLER_STALLED",
                 remedy="read the stream, or Resume from what was received",
             ) from None
-        return self._generation.is_delivered
 
     def count(self) -> None:
         """Count the tokens that have come since the last time."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import tokenizers
@@ -24,6 +25,9 @@ ADDED = "added_tokens.json"
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = "extra_special_tokens"
 _EXTRA_BEFORE_5 = "additional_special_tokens"
+_TYPE = "AddedToken"
+_OWN = "model_specific_special_tokens"
+_NO_DEFAULTS: Mapping[str, str | None] = MappingProxyType({})
 _AddedToken = tokenizers.AddedToken
 
 
@@ -45,33 +49,39 @@ class DeclaredTokens:
         return {name: _content(token) for name, token in self.named.items()}
 
 
-def declared_tokens(model_dir: Path, config: Mapping[str, object]) -> DeclaredTokens:
+def declared_tokens(
+    model_dir: Path, config: Mapping[str, object], defaults: Mapping[str, str | None] = _NO_DEFAULTS
+) -> DeclaredTokens:
     """Read the files beside tokenizer.json; `config` is what tokenizer_config.json holds.
 
+    defaults: standard names that have a token if the files do not mention them. A token's fields without
+    `"__type": "AddedToken"` are a token only where transformers takes them for one, or else fails.
     FailedPrecondition if one of the files is broken.
     """
     settings = dict(config)
     if not settings.get(_EXTRA) and _EXTRA_BEFORE_5 in settings:
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE_5)
-    by_name = _take_names(settings)
+    by_name = _take_names(settings, model_dir / CONFIG)
     listed = settings.get("added_tokens_decoder")
     if isinstance(listed, dict):
         found = DeclaredTokens(is_list_complete=True)
         path = model_dir / CONFIG
         for token_id, raw in cast("dict[str, object]", listed).items():
             found.by_id[_id(token_id, path)] = _token(raw, path, "added_tokens_decoder")
-        _read_names(settings, by_name, found, path)
+        _read_names(settings, by_name, found, path, defaults)
         return found
     # As written before transformers 4.34: two more files, the first of which wins over the config.
     found = DeclaredTokens(is_list_complete=False)
     special_map = _special_map(model_dir / SPECIAL_MAP, settings.get(_EXTRA))
     settings |= special_map
-    by_name |= _take_extra_names(settings)
+    if isinstance(settings.get(_EXTRA), dict):
+        by_name |= _taken_names(settings, _EXTRA, model_dir / SPECIAL_MAP)
     special = {value for name in STANDARD_NAMES if isinstance(value := settings.get(name), str)}
-    special |= {value for value in cast("list[object]", settings.get(_EXTRA) or ()) if isinstance(value, str)}
+    extra = cast("list[object]", settings.get(_EXTRA) or ())
+    special |= {_content(value) for value in extra if isinstance(value, str | _AddedToken)}
     if _EXTRA not in settings:
         settings[_EXTRA] = settings.get(_EXTRA_BEFORE_5)
-    _read_names(settings, by_name, found, model_dir / CONFIG)
+    _read_names(settings, by_name, found, model_dir / CONFIG, defaults)
     special |= {_content(found.named[name]) for name in STANDARD_NAMES if name in special_map and name in found.named}
     for content, token_id in read_json(model_dir / ADDED).items():
         token = _AddedToken(content, normalized=content not in special, special=content in special)
@@ -79,16 +89,27 @@ def declared_tokens(model_dir: Path, config: Mapping[str, object]) -> DeclaredTo
     return found
 
 
-def add_declared(inner: tokenizers.Tokenizer, declared: DeclaredTokens) -> frozenset[str]:
-    """Add the declared tokens to a tokenizer, which it mutates; return the texts of all that are special now."""
-    known = inner.get_added_tokens_decoder()
+def add_declared(
+    inner: tokenizers.Tokenizer,
+    declared: DeclaredTokens,
+    in_file: Mapping[int, _AddedToken],
+    *,
+    is_repeated: bool = False,
+) -> frozenset[str]:
+    """Add the declared tokens to a tokenizer, which it mutates; return the texts of all that are special now.
+
+    in_file: the added tokens of tokenizer.json, which `inner` may lack. is_repeated: add the special ones once more, as
+    plain special tokens.
+    """
+    known = inner.get_added_tokens_decoder().values()
     # A token stays special for the library once it was, whatever is declared later.
-    special = {token.content for token in known.values() if token.special}
-    by_id = declared.by_id if declared.is_list_complete else declared.by_id | known
+    special = {token.content for token in known if token.special}
+    by_id = declared.by_id if declared.is_list_complete else declared.by_id | in_file
     listed = [by_id[token_id] for token_id in sorted(by_id)]
-    contents = {token.content for token in (*known.values(), *listed)}
+    contents = {token.content for token in (*known, *listed)}
+    named_or_extra = [*declared.named.values(), *declared.extra]
     others: list[_AddedToken | str] = []
-    for token in (*declared.named.values(), *declared.extra):
+    for token in named_or_extra:
         if _content(token) not in contents and token not in others:
             others.append(token)
     adding = listed + [_AddedToken(t, special=True) if isinstance(t, str) else t for t in others]
@@ -96,6 +117,10 @@ def add_declared(inner: tokenizers.Tokenizer, declared: DeclaredTokens) -> froze
     for token in adding:
         token.special = token.special or token.content in names
     inner.add_tokens(adding)
+    if is_repeated:
+        again = [_AddedToken(_content(token), special=True) for token in named_or_extra]
+        inner.add_tokens(again)
+        adding += again
     return frozenset(special | {token.content for token in adding if token.special})
 
 
@@ -110,48 +135,70 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def _special_map(path: Path, extra: object) -> dict[str, object]:
+    """Read special_tokens_map.json, in which a token's fields are a token, with or without "__type"."""
     found = read_json(path)
     for name, value in found.items():
         if isinstance(value, dict) and name != _EXTRA:
-            found[name] = {**cast("dict[str, object]", value), "special": True}
-        elif name == _EXTRA and isinstance(value, list) and isinstance(extra, list):
-            found[name] = [*cast("list[object]", extra), *cast("list[object]", value)]
+            found[name] = {**cast("dict[str, object]", value), "special": True, "__type": _TYPE}
+        elif isinstance(value, list) and name == _EXTRA:
+            listed = [_special(one, path) if isinstance(one, dict) else one for one in cast("list[object]", value)]
+            found[name] = [*(cast("list[object]", extra) if isinstance(extra, list) else ()), *listed]
     return found
 
 
-def _take_names(settings: dict[str, object]) -> dict[str, object]:
-    """Take tokens of this model alone out of the settings: texts whose key ends in `_token`, and named extra ones."""
+def _special(fields: object, path: Path) -> _AddedToken:
+    return _token({**cast("dict[str, object]", fields), "special": True}, path, _EXTRA)
+
+
+def _take_names(settings: dict[str, object], path: Path) -> dict[str, object]:
+    """Take tokens of this model alone out of the settings: texts whose key ends in `_token`, and named extra ones.
+
+    Only if there are none of either kind, those under `model_specific_special_tokens` count.
+    """
     own = [name for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)]
     found: dict[str, object] = {name: settings.pop(name) for name in own if name not in STANDARD_NAMES}
-    return found | _take_extra_names(settings)
+    if isinstance(settings.get(_EXTRA), dict):
+        found |= _taken_names(settings, _EXTRA, path)
+    return found or _taken_names(settings, _OWN, path)
 
 
-def _take_extra_names(settings: dict[str, object]) -> dict[str, object]:
-    extra = settings.get(_EXTRA)
-    if not isinstance(extra, dict):
+def _taken_names(settings: dict[str, object], key: str, path: Path) -> dict[str, object]:
+    value = settings.pop(key, None)
+    if value is None:
         return {}
-    del settings[_EXTRA]
-    return cast("dict[str, object]", extra)
+    if not isinstance(value, dict):
+        raise _broken(path, f"{key} is {str(value)[:80]!r} instead of names and their tokens")
+    return cast("dict[str, object]", value)
 
 
 def _read_names(
-    settings: Mapping[str, object], by_name: Mapping[str, object], found: DeclaredTokens, path: Path
+    settings: Mapping[str, object],
+    by_name: Mapping[str, object],
+    found: DeclaredTokens,
+    path: Path,
+    defaults: Mapping[str, str | None],
 ) -> None:
     """Read named tokens in the order in which transformers adds them, as the order decides the ids of new ones."""
     for name in (*STANDARD_NAMES, *(name for name in settings if name not in STANDARD_NAMES)):
-        value = settings.get(name)
+        value = settings[name] if name in settings else defaults.get(name)
         if value is None or not name.endswith("_token"):
             continue
-        if isinstance(value, str | dict):
-            found.named[name] = value if isinstance(value, str) else _token(cast("object", value), path, name)
-        elif name in STANDARD_NAMES:
-            raise _broken(path, f"{name} is {str(value)[:80]!r} instead of a token")
+        if isinstance(value, str):
+            found.named[name] = value
+        elif name in STANDARD_NAMES or _is_typed(value):
+            found.named[name] = _token(value, path, name)
     for name, value in by_name.items():
-        found.named[name] = value if isinstance(value, str) else _token(value, path, f"{_EXTRA}.{name}")
+        found.named[name] = value if isinstance(value, str) else _token(value, path, name)
     extra = settings.get(_EXTRA)
     if isinstance(extra, list):
         values = cast("list[object]", extra)
-        found.extra = [value if isinstance(value, str) else _token(value, path, _EXTRA) for value in values]
+        found.extra = [
+            value if isinstance(value, str | _AddedToken) else _token(value, path, _EXTRA) for value in values
+        ]
+
+
+def _is_typed(value: object) -> bool:
+    return isinstance(value, dict) and cast("dict[str, object]", value).get("__type") == _TYPE
 
 
 def _token(raw: object, path: Path, where: str) -> _AddedToken:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import collegium
 from collegium.fabric import logs
-from collegium.fabric.errors import InvalidArgument, ResourceExhausted, Unavailable
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from gateway.text_worker import LENGTH, OUT_OF_MEMORY
 
 # On a busy machine a second of processor time takes longer: only after so many times the limit is the process ended
@@ -54,7 +54,8 @@ class TextProcess:
     ) -> Sequence[int]:
         """Return the ids of a text, or of a conversation where there are turns.
 
-        max_bytes: the largest text that is tokenised. Raises InvalidArgument naming the field, or ResourceExhausted.
+        max_bytes: the largest text that is tokenised. Raises InvalidArgument naming the field,
+        FailedPrecondition if the checkpoint's chat template is broken, or ResourceExhausted.
         """
         prompt: dict[str, object] = {"turns": turns} if turns else {"text": text}
         num_chars = len(text) + sum(len(role) + len(content) for role, content in turns)
@@ -195,8 +196,9 @@ class TextProcess:
         )
 
 
-def _refused(field: str, told: dict[str, str | None]) -> InvalidArgument:
-    return InvalidArgument(
+def _refused(field: str, told: dict[str, str | None]) -> InvalidArgument | FailedPrecondition:
+    kind = FailedPrecondition if told["code"] == FailedPrecondition.code.name else InvalidArgument
+    return kind(
         told["message"] or "it was refused without a reason",
         field=told["field"] or field,
         remedy=told["remedy"] or "send token_ids, or another text",

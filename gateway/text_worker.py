@@ -5,7 +5,7 @@ a library, and a bound on its memory. Ends with the gateway, whose pipe it reads
 
 A message is four bytes of length and that many bytes. A job is JSON: limit_s, max_bytes, and text or turns; or limit_s
 and check, to render a trivial conversation. An answer is b"+" and the ids as 32-bit integers, or b"-" and JSON: reason,
-message, field and remedy of an error; b"-" alone says that there was not enough memory.
+code, message, field and remedy of an error; b"-" alone says that there was not enough memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import grpc
 
 from collegium.fabric.errors import CollegiumError
 from gateway.tokenizer import Tokenizer
@@ -67,7 +69,7 @@ def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
     except CollegiumError as error:
         if isinstance(error.__cause__, MemoryError):
             return OUT_OF_MEMORY
-        return _refusal(error.reason, error.message, error.field, error.remedy)
+        return _refusal(error.reason, error.message, error.field, error.remedy, code=error.code)
     except MemoryError:
         return OUT_OF_MEMORY
     except RecursionError:
@@ -76,8 +78,16 @@ def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
         return _refusal("TOKENIZER", f"the model's tokenizer fails on it: {type(error).__name__}: {error}"[:500])
 
 
-def _refusal(reason: str, message: str, field: str | None = None, remedy: str | None = None) -> bytes:
-    return b"-" + json.dumps({"reason": reason, "message": message, "field": field, "remedy": remedy}).encode()
+def _refusal(
+    reason: str,
+    message: str,
+    field: str | None = None,
+    remedy: str | None = None,
+    *,
+    code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT,
+) -> bytes:
+    told = {"reason": reason, "code": code.name, "message": message, "field": field, "remedy": remedy}
+    return b"-" + json.dumps(told).encode()
 
 
 def _read(stream: BinaryIO) -> dict[str, Any] | None:

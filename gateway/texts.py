@@ -31,7 +31,8 @@ class Texts:
         return self._short.num_refusals + self._long.num_refusals
 
     async def ids_of(self, prompt: Prompt, *, max_tokens: int) -> Sequence[int]:
-        """Return a prompt's token ids. Raises InvalidArgument if they can't be made, in time or at all.
+        """Return a prompt's token ids. Raises InvalidArgument if they can't be made, in time or at all;
+        FailedPrecondition if no conversation can be, because the checkpoint's chat template is broken.
 
         max_tokens: a text that surely has more is refused before it is tokenised.
         """

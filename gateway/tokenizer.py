@@ -19,6 +19,7 @@ from gateway.answer_text import PromptEnd
 from gateway.chat import ChatTemplate
 from gateway.cleanup import clean_up
 from gateway.decoding import Decoding, is_library_failure
+from gateway.pipelines import MODEL_CONFIG, reading_class
 from gateway.special_tokens import CONFIG, DeclaredTokens, add_declared, declared_tokens, read_json
 
 # A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
@@ -29,7 +30,9 @@ _NAMED_TEMPLATES = "additional_chat_templates"
 class Tokenizer:
     """Text to ids and back."""
 
-    __slots__ = ("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special", "is_bounded")
+    __slots__ = (
+        *("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special", "foreign_class", "is_bounded"),
+    )
 
     def __init__(
         self,
@@ -38,8 +41,12 @@ class Tokenizer:
         *,
         special: frozenset[str] | None = None,
         cleans_up: bool = False,
+        foreign_class: str = "",
     ) -> None:
-        """`special`: texts of all special tokens, if others than those of `inner`; `cleans_up`: as transformers'."""
+        """`special`: texts of all special tokens, if others than those of `inner`; `cleans_up`: as transformers'.
+
+        foreign_class: the class of transformers' that would build another pipeline than `inner` has, if one would.
+        """
         inner.no_truncation()
         inner.no_padding()
         if special is None:
@@ -49,6 +56,7 @@ class Tokenizer:
         self._special = special
         self._decoding = Decoding(inner, special)
         self._cleans_up = cleans_up
+        self.foreign_class = foreign_class
         longest = max((len(token.encode()) for token in inner.get_vocab(with_added_tokens=True)), default=1)
         self.is_bounded = _is_bounded(inner)
         self._bytes_per_token = longest * (_NORMALIZED_SHARE if inner.normalizer is not None else 1)
@@ -69,11 +77,15 @@ class Tokenizer:
                 raise
             raise FailedPrecondition(f"{path} cannot be read: {error}", remedy="fetch the checkpoint again") from error
         config = read_json(model_dir / CONFIG)
-        declared = declared_tokens(model_dir, config)
-        special = add_declared(inner, declared)
+        reader = reading_class(read_json(model_dir / MODEL_CONFIG), config, path)
+        defaults = _padding_token(inner) | reader.tokens
+        declared = declared_tokens(model_dir, config, defaults)
+        in_file = inner.get_added_tokens_decoder()
+        inner = reader.rebuilt(inner, config, path)
+        special = add_declared(inner, declared, in_file, is_repeated=reader.repeats_special_tokens)
         inner.encode_special_tokens = config.get("split_special_tokens") is True
         chat = _template(model_dir, config, declared)
-        return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config))
+        return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config), foreign_class=reader.foreign_name)
 
     @property
     def has_chat_template(self) -> bool:
@@ -156,19 +168,25 @@ class Tokenizer:
 
 
 def _template(model_dir: Path, config: Mapping[str, object], declared: DeclaredTokens) -> ChatTemplate | None:
-    source = _template_source(model_dir, config)
+    try:
+        source = _template_source(model_dir, config)
+    except (OSError, ValueError) as error:
+        return ChatTemplate("", declared.names, fault=f"its file cannot be read: {error}")
     return None if source is None else ChatTemplate(source, declared.names)
 
 
 def _template_source(model_dir: Path, config: Mapping[str, object]) -> str | None:
-    """Return the template of conversations, as AutoTokenizer chooses it among files and names."""
+    """Return the template of conversations, as AutoTokenizer chooses it among files and names.
+
+    OSError or ValueError if its file cannot be read.
+    """
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        return _read_text(file)
+        return file.read_text(encoding="utf-8")
     folder = model_dir / _NAMED_TEMPLATES
     named = {path.stem: path for path in sorted(folder.glob("*.jinja"))} if folder.is_dir() else {}
     if named:  # files win over the config, even if none of them is the default
-        return _read_text(named["default"]) if "default" in named else None
+        return named["default"].read_text(encoding="utf-8") if "default" in named else None
     source = config.get("chat_template")
     if isinstance(source, list):  # {"name", "template"} each
         entries = [cast("dict[str, object]", e) for e in cast("list[object]", source) if isinstance(e, dict)]
@@ -178,11 +196,10 @@ def _template_source(model_dir: Path, config: Mapping[str, object]) -> str | Non
     return source if isinstance(source, str) else None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FailedPrecondition(f"{path} cannot be read: {error}", remedy="fetch the checkpoint again") from error
+def _padding_token(inner: tokenizers.Tokenizer) -> dict[str, str | None]:
+    """Return the padding token that tokenizer.json names, under the name that it has for transformers."""
+    padding = cast("dict[str, str] | None", inner.padding)
+    return {} if padding is None else {"pad_token": padding["pad_token"]}
 
 
 def _cleans_up(inner: tokenizers.Tokenizer, config: Mapping[str, object]) -> bool:

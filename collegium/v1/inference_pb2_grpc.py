@@ -90,7 +90,8 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Generate streams one request's tokens as they are sampled. Idempotent for a given request_id, prompt and sampling
         parameters with a seed. INVALID_ARGUMENT (a field is wrong), NOT_FOUND (unknown model), RESOURCE_EXHAUSTED
-        (admission refused), DEADLINE_EXCEEDED, CANCELLED, UNAUTHENTICATED, UNAVAILABLE (no router can serve).
+        (admission refused), FAILED_PRECONDITION (the checkpoint's chat template is broken), DEADLINE_EXCEEDED, CANCELLED,
+        UNAUTHENTICATED, UNAVAILABLE (no router can serve).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,6 +51,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Files], dict[str, Any]]] = {
     "Qwen without a config": (bpe_files, {"model_type": "qwen2_moe"}),
     "GPT-2": (bpe_files, {"model_type": "olmoe", "tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>"}),
     "GPT-NeoX": (bpe_files, {"model_type": "olmoe", "tokenizer_class": "GPTNeoXTokenizerFast"}),
+    "GPT-NeoX with a first token": (
+        bpe_files,
+        {"model_type": "olmoe", "tokenizer_class": "GPTNeoXTokenizer", "bos_token": "<s>", "add_bos_token": True},
+    ),
     "BERT": (word_files, {"model_type": "qwen3_moe", "tokenizer_class": "BertTokenizer", "image_token": "<image>"}),
 }
 
@@ -65,11 +69,11 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Convert in this process, which has transformers already; gives the modules that a child would have run."""
     ran: list[str] = []
 
-    async def run(module: str, arguments: Sequence[str], *, limit_s: float) -> None:
+    async def run(module: str, arguments: Sequence[str], *, limit_s: float) -> str:
         ran.append(module)
         model_dir, out, *sources = arguments
         try:
-            convert(Path(model_dir), Path(out), sources)
+            return convert(Path(model_dir), Path(out), sources)
         except ConversionError as error:
             raise FailedPrecondition(str(error)) from None
 
@@ -96,6 +100,34 @@ async def test_a_converted_tokenizer_is_transformers_own(name: str, tmp_path: Pa
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     messages = [{"role": "user", "content": "hello"}]
     assert ours.encode_chat([("user", "hello")]) == theirs.apply_chat_template(messages, return_dict=False)
+
+
+GUESSES: dict[str, tuple[dict[str, Any], str]] = {
+    "a generic class": ({"model_type": "qwen3_moe", "tokenizer_class": "PreTrainedTokenizerFast"}, "Qwen2Tokenizer"),
+    "no such class": ({"model_type": "mixtral", "tokenizer_class": "NoSuchTokenizer"}, "GPT2Tokenizer"),
+    "another kind's class": ({"model_type": "granitemoe", "tokenizer_class": "BertTokenizer"}, "GPT2Tokenizer"),
+    "no class": ({"model_type": "granitemoe"}, "GPT2Tokenizer"),
+    "no class, and a config": ({"model_type": "glm4_moe", "eos_token": "<|im_end|>"}, "GPT2Tokenizer"),
+    "a named class that the model type hides": ({"model_type": "granitemoe", "tokenizer_class": "GPT2Tokenizer"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+async def test_bytes_and_merges_are_read_whatever_class_is_named(
+    name: str, tmp_path: Path, children: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, guess = GUESSES[name]
+    write(tmp_path, bpe_files(), **config)
+    folder = await tokenizer_folder(tmp_path)
+    assert [line["tokenizer_class"] for line in warnings_of(caplog)] == [guess] * bool(guess)
+    assert folder is not None
+    ours, theirs = Tokenizer.load(folder), byte_level()
+    assert ours is not None
+    for text in ("hello world", " don't  stop\n\n", "é 中"):
+        if guess != "Qwen2Tokenizer":  # whose pieces are others
+            assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.special_id("<|im_end|>") is not None or "eos_token" not in config
 
 
 async def test_a_conversion_is_kept_until_a_file_changes(tmp_path: Path, children: list[str]) -> None:

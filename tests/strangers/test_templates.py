@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from transformers import AutoTokenizer
 
@@ -15,7 +16,7 @@ from collegium.v1 import inference_pb2 as pb
 from gateway.chat import ChatTemplate
 from gateway.tokenizer import Tokenizer
 from tests.fake_router import FakeRouter
-from tests.gateway_rig import gather, rig, until
+from tests.gateway_rig import error_of, gather, rig, text_request, token_ids, until
 from tests.tokenizer_kinds import DEMO
 
 CONFIG = {
@@ -131,8 +132,19 @@ def test_only_names_that_nothing_defines_or_asks_about_are_told(template: str, n
 
 
 BROKEN = {
+    "nothing": "",
+    "nothing but a comment": "{# a template #}\n",
     "wrong syntax": "{% for %}",
+    "an open block": "{% if messages %}x",
     "an unknown filter": "{{ messages | nothing }}",
+    "an unknown tag": "{% video %}x{% endvideo %}",
+    "an unknown test": "{{ messages is delightful }}",
+    "a macro that nothing defines": "{{ turn(messages[0]) }}",
+    "an import": "{% import 'turns.jinja' as turns %}{{ turns.one(messages[0]) }}",
+    "an import from": "{% from 'turns.jinja' import one %}{{ one(messages[0]) }}",
+    "an include": "{% include 'head.jinja' %}x",
+    "another template's extension": "{% extends 'base.jinja' %}{% block body %}x{% endblock %}",
+    "an assignment to a constant": "{% set 1 = 2 %}x",
     "a filter's unknown option": "{{ messages | tojson(colour=1) }}",
     "a wrong sum": "{{ messages[0].content + 1 }}",
     "an undefined name's attribute": "{{ nothing.at.all }}",
@@ -172,12 +184,39 @@ def test_a_conversation_on_which_a_template_fails_is_told_as_the_templates() -> 
     assert caught.value.field == "chat.messages"
 
 
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_template_leaves_texts_their_tokenizer(name: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(folder_of(tmp_path, BROKEN[name]))
+    assert tokenizer is not None and tokenizer.has_chat_template
+    assert tokenizer.encode("hello")
+    assert not tokenizer.undefined_names or name in {"a macro that nothing defines", "an undefined name's attribute"}
+    with pytest.raises(FailedPrecondition, match="checkpoint's chat template") as caught:
+        tokenizer.encode_chat(CHAT)
+    assert (caught.value.reason, "send text" in str(caught.value.remedy)) == ("CHAT_TEMPLATE", True)
+
+
+def test_a_template_file_that_is_no_text_leaves_texts_their_tokenizer(tmp_path: Path) -> None:
+    (folder_of(tmp_path, "x") / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer is not None and tokenizer.encode("hello")
+    with pytest.raises(FailedPrecondition, match=r"chat template is broken: its file cannot be read: .*utf-8"):
+        tokenizer.encode_chat(CHAT)
+
+
+async def test_a_gateway_with_a_broken_template_serves_texts_and_refuses_conversations(tmp_path: Path) -> None:
+    async with rig(FakeRouter(), model_dir=folder_of(tmp_path, BROKEN["wrong syntax"])) as served:
+        error = await error_of(served.stub.Generate(chat_request("hello")))
+        assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CHAT_TEMPLATE")
+        assert token_ids(await gather(served.stub.Generate(text_request("hello", max_tokens=2))))
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s of processor time"),
         ("{{ 'x' * 10**11 }}", "MiB"),
         ("{{ messages | tojson(colour=1) }}", "unexpected keyword argument 'colour'"),
+        ("{{ messages | nothing }}", "cannot be compiled: No filter named 'nothing'"),
     ],
 )
 async def test_a_gateway_tells_of_a_broken_template_at_its_start(
