@@ -35,52 +35,14 @@ CLASSES_BY_MODEL_TYPE: Mapping[str, str] = {
     "qwen3_moe": "Qwen2Tokenizer",
 }
 # Classes that make their own steps too, and that no published checkpoint of a served model type is known to name.
-FOREIGN_CLASSES = frozenset(
-    f"{name}Tokenizer"
-    for name in (
-        *(
-            "Albert",
-            "Bart",
-            "Barthez",
-            "Bert",
-            "BigBird",
-            "Blenderbot",
-            "CLIP",
-            "Camembert",
-            "CodeGen",
-            "CodeLlama",
-            "Cohere",
-        ),
-        *("DPRContextEncoder", "DPRQuestionEncoder", "DPRReader", "Deberta", "DebertaV2", "DistilBert", "Esmc"),
-        *("Funnel", "Gemma", "Herbert", "Lasr", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Luke", "MBart", "MBart50"),
-        *(
-            "MLuke",
-            "MPNet",
-            "MarkupLM",
-            "MobileBert",
-            "Nllb",
-            "Nougat",
-            "OpenAIGPT",
-            "Pegasus",
-            "Qwen3_5",
-            "Reformer",
-            "RemBert",
-        ),
-        *(
-            "RoFormer",
-            "Roberta",
-            "SeamlessM4T",
-            "Siglip2",
-            "Splinter",
-            "SqueezeBert",
-            "T5",
-            "Tipsv2",
-            "Udop",
-            "VideoPrism",
-        ),
-        *("Whisper", "XGLM", "XLMRoberta", "XLNet"),
-    )
-)
+_FOREIGN = """
+Albert Bart Barthez Bert BigBird Blenderbot CLIP Camembert CodeGen CodeLlama Cohere DPRContextEncoder
+DPRQuestionEncoder DPRReader Deberta DebertaV2 DistilBert Esmc Funnel Gemma Herbert Lasr LayoutLMv2
+LayoutLMv3 LayoutXLM Luke MBart MBart50 MLuke MPNet MarkupLM MobileBert Nllb Nougat OpenAIGPT Pegasus
+Qwen3_5 Reformer RemBert RoFormer Roberta SeamlessM4T Siglip2 Splinter SqueezeBert T5 Tipsv2 Udop
+VideoPrism Whisper XGLM XLMRoberta XLNet
+"""
+FOREIGN_CLASSES = frozenset(f"{name}Tokenizer" for name in _FOREIGN.split())
 _QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -25,11 +25,12 @@ EXPERTS = "experts"
 ARITHMETIC = "expert arithmetic"
 ROUTER = "router tensors"
 TOKENIZER = "tokenizer"
+TOKENIZER_CLASS = "tokenizer class"
 TEMPLATE = "chat template"
 GENERATION = "generation_config.json"
 DTYPE = "dtype"
 # In the order in which differences are named.
-PARTS = (CONFIG, EXPERTS, ARITHMETIC, ROUTER, TOKENIZER, TEMPLATE, GENERATION, DTYPE)
+PARTS = (CONFIG, EXPERTS, ARITHMETIC, ROUTER, TOKENIZER, TOKENIZER_CLASS, TEMPLATE, GENERATION, DTYPE)
 
 # Fields that say where a file came from, or how it is stored, and change no answer: the type in which weights are
 # served is a part of its own.
@@ -61,7 +62,8 @@ def read_sources(model_dir: Path) -> dict[str, str]:
 
 
 def read_text_sources(model_dir: Path) -> dict[str, str]:
-    """Take the digests of what turns text into ids, which is all that a gateway reads: tokenizer and chat template.
+    """Take the digests of what turns text into ids, which is all that a gateway reads: tokenizer, its class and
+    chat template.
 
     A part without any file is "". Raises CheckpointError as read_json does.
     """
@@ -79,8 +81,11 @@ def read_text_sources(model_dir: Path) -> dict[str, str]:
     for file in (model_dir / "additional_chat_templates" / "default.jinja", model_dir / "chat_template.jinja"):
         if has_file(file):  # as the gateway chooses
             template = read_bytes(file, limit_bytes=CONFIG_BYTES).decode("utf-8", "replace")
+    config = read_json(model_dir / CONFIG) if found and has_file(model_dir / CONFIG) else {}
     return {
         TOKENIZER: digest_of(found) if found else "",
+        # What AutoTokenizer chooses its class by, beside the tokenizer's own files: the class decides what they do.
+        TOKENIZER_CLASS: digest_of([config.get("model_type"), config.get("tokenizer_class")]) if config else "",
         TEMPLATE: digest_of(template) if template else "",
     }
 

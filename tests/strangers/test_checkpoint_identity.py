@@ -76,7 +76,7 @@ class Difference:
     @property
     def is_of_text(self) -> bool:
         """Whether a gateway must refuse it too."""
-        return bool({identity.TOKENIZER, identity.TEMPLATE} & set(self.parts))
+        return bool({identity.TOKENIZER, identity.TOKENIZER_CLASS, identity.TEMPLATE} & set(self.parts))
 
 
 CONFIG, ARITHMETIC, ROUTER = (identity.CONFIG,), (identity.CONFIG, identity.ARITHMETIC), (identity.ROUTER,)
@@ -104,6 +104,9 @@ DIFFERENCES = {
     ),
     "merges": Difference(edit=_merges, parts=(identity.TOKENIZER,)),
     "a special token": Difference(edit=_json("tokenizer_config.json", mask_token="<m>"), parts=(identity.TOKENIZER,)),
+    "the tokenizer's class": Difference(
+        edit=_json("config.json", tokenizer_class="LlamaTokenizer"), parts=(identity.CONFIG, identity.TOKENIZER_CLASS)
+    ),
     "an added token": Difference(edit=_json("added_tokens.json", **{"<x>": 300}), parts=(identity.TOKENIZER,)),
     "the special tokens' map": Difference(
         edit=_json("special_tokens_map.json", pad_token="</s>"), parts=(identity.TOKENIZER,)
