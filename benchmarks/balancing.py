@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.conditions import conditions
+from benchmarks.ways import told
 from collegium.buffering.generator import RoutingShape, generate_trace
 from collegium.buffering.traces import TraceWriter
 from collegium.cli.cluster import Cluster, ClusterSpec
@@ -133,7 +134,7 @@ def cluster(
         can_restart=restart,
         flags={"gateway": ("--max-requests", "256"), "balancer": list(balancer), "router": list(router)},
     )
-    with Cluster(spec) as running:
+    with told(Cluster(spec)) as running:
         yield running
 
 

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.conditions import conditions
+from benchmarks.ways import told, told_of_one
 from collegium.buffering.generator import RoutingShape, generate_trace
 from collegium.buffering.policies import ExpertId
 from collegium.buffering.traces import Trace, TraceWriter
@@ -109,7 +110,8 @@ def cluster(args: argparse.Namespace, manifest: Manifest, case: Case | None, rou
         log_level="error",
         flags={"gateway": ("--max-requests", "256"), "worker": worker, "router": router},
     )
-    with Cluster(spec) as running:
+    name = "everything in memory" if case is None else f"{case.share:.0%} in slots, {case.policy}"
+    with told(Cluster(spec), name) as running:
         yield running
 
 
@@ -281,15 +283,18 @@ def measure_delayed(args: argparse.Namespace, manifest: Manifest, share: float) 
     with ExitStack() as stack:
         ways = {
             can_prefetch: stack.enter_context(
-                OneProcess(
-                    args.model,
-                    num_workers=args.workers,
-                    dtype=getattr(torch, args.dtype),
-                    expert_memory=str(per_worker * expert_bytes(manifest, args.dtype)),
-                    host_memory="100%",
-                    num_load_threads=4,
-                    can_prefetch=can_prefetch,
-                    wrap_source=lambda source: SlowSource(source, args.delay_ms / 1e3),
+                told_of_one(
+                    OneProcess(
+                        args.model,
+                        num_workers=args.workers,
+                        dtype=getattr(torch, args.dtype),
+                        expert_memory=str(per_worker * expert_bytes(manifest, args.dtype)),
+                        host_memory="100%",
+                        num_load_threads=4,
+                        can_prefetch=can_prefetch,
+                        wrap_source=lambda source: SlowSource(source, args.delay_ms / 1e3),
+                    ),
+                    "prefetching" if can_prefetch else "no prefetching",
                 )
             )
             for can_prefetch in (True, False)

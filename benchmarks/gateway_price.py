@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.conditions import conditions
 from benchmarks.serving import FIRST_PLAIN_ID, ROOT
+from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
@@ -146,7 +147,7 @@ def measure(args: argparse.Namespace) -> list[Result]:
         log_level="warning",
     )
     results: list[Result] = []
-    with Cluster(spec) as cluster:
+    with told(Cluster(spec)) as cluster:
         for num_clients in args.clients:
             times: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in WAYS}
             for number in range(-1, args.rounds):

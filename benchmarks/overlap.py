@@ -30,6 +30,7 @@ from benchmarks.conditions import conditions
 from benchmarks.delay import HOST, DelayRelay, free_port
 from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, prompts_of, through_sdk
+from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.show import worker_counters
 from collegium.cli.threads import Allotment
@@ -76,27 +77,30 @@ class Running:
         relay = stack.enter_context(DelayRelay(worker_port, delay_s))
         self._metrics = f"http://{HOST}:{metrics_port}/metrics"
         self._cluster = stack.enter_context(
-            Cluster(
-                ClusterSpec(
-                    model=model,
-                    manifest=ensure_manifest(model),
-                    num_workers=1,
-                    dtype=dtype,
-                    threads=Allotment(per_router=1, per_worker=1),
-                    log_level="warning",
-                    flags={
-                        "gateway": ("--max-requests", "1024"),
-                        "router": (
-                            *("--micro-batches", batches, "--link-transport", "tcp", "--prefetch", "off"),
-                            *("--max-num-seqs", "512", "--max-batch-tokens", str(rows)),
-                            *("--metrics-bind", f"{HOST}:{metrics_port}"),
-                        ),
-                        "worker": (
-                            *("--data-bind", f"{HOST}:{worker_port}", "--data-advertise", f"{HOST}:{relay.port}"),
-                            *("--prefetch", "off"),
-                        ),
-                    },
-                )
+            told(
+                Cluster(
+                    ClusterSpec(
+                        model=model,
+                        manifest=ensure_manifest(model),
+                        num_workers=1,
+                        dtype=dtype,
+                        threads=Allotment(per_router=1, per_worker=1),
+                        log_level="warning",
+                        flags={
+                            "gateway": ("--max-requests", "1024"),
+                            "router": (
+                                *("--micro-batches", batches, "--link-transport", "tcp", "--prefetch", "off"),
+                                *("--max-num-seqs", "512", "--max-batch-tokens", str(rows)),
+                                *("--metrics-bind", f"{HOST}:{metrics_port}"),
+                            ),
+                            "worker": (
+                                *("--data-bind", f"{HOST}:{worker_port}", "--data-advertise", f"{HOST}:{relay.port}"),
+                                *("--prefetch", "off"),
+                            ),
+                        },
+                    )
+                ),
+                f"{batches} micro-batches",
             )
         )
 

@@ -29,6 +29,7 @@ from benchmarks.delay import HOST, free_port
 from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, prompts_of, through_sdk
 from benchmarks.simulator import Costs, Shape, simulate
+from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.show import worker_counters
 from collegium.cli.threads import Allotment
@@ -80,21 +81,24 @@ class Running:
         if num_routers == 1:
             router_flags += ("--metrics-bind", f"{HOST}:{port}")
         self._cluster = stack.enter_context(
-            Cluster(
-                ClusterSpec(
-                    model=model,
-                    manifest=ensure_manifest(model),
-                    num_workers=num_workers,
-                    num_routers=num_routers,
-                    dtype=dtype,
-                    threads=Allotment(per_router=1, per_worker=1),
-                    log_level="warning",
-                    flags={
-                        "gateway": ("--max-requests", "256"),
-                        "router": router_flags,
-                        "worker": ("--prefetch", "off", "--join-wait", "off"),
-                    },
-                )
+            told(
+                Cluster(
+                    ClusterSpec(
+                        model=model,
+                        manifest=ensure_manifest(model),
+                        num_workers=num_workers,
+                        num_routers=num_routers,
+                        dtype=dtype,
+                        threads=Allotment(per_router=1, per_worker=1),
+                        log_level="warning",
+                        flags={
+                            "gateway": ("--max-requests", "256"),
+                            "router": router_flags,
+                            "worker": ("--prefetch", "off", "--join-wait", "off"),
+                        },
+                    )
+                ),
+                f"{num_routers} routers, {num_workers} workers",
             )
         )
 

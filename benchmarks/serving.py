@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.conditions import conditions
+from benchmarks.ways import told, told_of_one
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import AsyncClient
@@ -167,7 +168,7 @@ def cluster(
         flags=flags,
         env=env or {},
     )
-    with Cluster(spec) as running:
+    with told(Cluster(spec)) as running:
 
         def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
             return asyncio.run(through_sdk(running.targets, prompts, max_tokens))
@@ -264,7 +265,7 @@ def one_process(
 
     on_device = torch.device(device)
     is_cpu = on_device.type == "cpu"
-    with OneProcess(
+    running = OneProcess(
         model,
         model=None if is_cpu else load_router_model(model, getattr(torch, dtype), on_device),
         device=None if is_cpu else on_device,
@@ -273,7 +274,8 @@ def one_process(
         dtype=getattr(torch, dtype),
         num_threads=num_threads,
         worker_threads=worker_threads,
-    ) as running:
+    )
+    with told_of_one(running, "one process"):
 
         def burst(prompts: list[list[int]], max_tokens: int) -> Burst:
             began = time.monotonic()

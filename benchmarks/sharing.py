@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.conditions import conditions
 from benchmarks.serving import ROOT, prompts_of, through_sdk
+from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.show import worker_counters
 from collegium.cli.threads import Allotment
@@ -58,17 +59,20 @@ class Running:
         num_clusters, num_routers, worker_threads, flags = WAYS[way]
         self._clusters = [
             stack.enter_context(
-                Cluster(
-                    ClusterSpec(
-                        model=model,
-                        manifest=ensure_manifest(model),
-                        num_workers=1,
-                        num_routers=num_routers,
-                        dtype=dtype,
-                        threads=Allotment(per_router=1, per_worker=worker_threads),
-                        log_level="warning",
-                        flags={"gateway": ("--max-requests", "256"), "worker": flags},
-                    )
+                told(
+                    Cluster(
+                        ClusterSpec(
+                            model=model,
+                            manifest=ensure_manifest(model),
+                            num_workers=1,
+                            num_routers=num_routers,
+                            dtype=dtype,
+                            threads=Allotment(per_router=1, per_worker=worker_threads),
+                            log_level="warning",
+                            flags={"gateway": ("--max-requests", "256"), "worker": flags},
+                        )
+                    ),
+                    way,
                 )
             )
             for _ in range(num_clusters)

@@ -38,6 +38,7 @@ from rich.table import Table
 
 from benchmarks.conditions import conditions
 from benchmarks.serving import ROOT, prompts_of
+from benchmarks.ways import told_of_one
 
 _SEED = 7
 _NUM_WORKERS = 2
@@ -123,14 +124,15 @@ def serve(args: argparse.Namespace) -> None:
     )
     routing = UnsafeRouting(table_of(generate_trace(shape, seed=_SEED), manifest.top_k), num_experts=shape.num_experts)
     memory = {"expert_memory": "25%", "host_memory": "50%"} if is_buffered else {}
-    with OneProcess(
+    running = OneProcess(
         args.model,
         num_workers=_NUM_WORKERS,
         dtype=getattr(torch, args.dtype),
         unsafe_routing=routing,
         can_prefetch=False,
         **memory,
-    ) as running:
+    )
+    with told_of_one(running, "one process"):
         joining = Joining(running, 0.0 if is_dynamic else args.capacity)
         compute.join = joining.join
         _say({})

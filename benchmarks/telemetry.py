@@ -33,6 +33,7 @@ from rich.table import Table
 from benchmarks.conditions import conditions
 from benchmarks.pages import read_page
 from benchmarks.serving import ROOT, Burst, otlp_sink, prompts_of, through_sdk
+from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment
 from collegium.client import Client
@@ -72,7 +73,7 @@ def running(model: Path, way: str, endpoint: str) -> Iterator[Cluster]:
         env=env,
     )
     stopping = threading.Event()
-    with Cluster(spec, relay=lambda name, line: None) as cluster, Client(cluster.targets) as client:
+    with told(Cluster(spec, relay=lambda name, line: None)) as cluster, Client(cluster.targets) as client:
         pages = [member.metrics_url for member in client.get_cluster().members if member.metrics_url]
 
         def scrape() -> None:
