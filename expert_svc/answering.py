@@ -1,8 +1,9 @@
 """Routers' plain dispatches, read, joined, computed and answered by one C call that goes on until anything else comes.
 
-Owns when that may be: where nothing is ever evicted, and every link is a plain socket that is amid nothing. What the
-call does not know (hints, traces, experts that are not there yet, a frame that is not whole) it leaves unread for the
-port's poll. A batch in the interpreter costs a quarter of a millisecond, on caches that the weights have just emptied.
+Owns when that may be: where weights are in host memory, and every link is a plain socket that is amid nothing. What
+the call does not know (hints, traces, experts that are not there, a frame that is not whole) it leaves unread for the
+port's poll, and the buffer is told afterwards of what it has computed. A batch in the interpreter costs a quarter of
+a millisecond, on caches that the weights have just emptied.
 """
 
 import time
@@ -15,6 +16,7 @@ from collegium.model.architectures import ExpertForm
 from collegium.model.native.answer import Answer, LinkState, Outcome
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.join_wait import JoinWait
+from expert_svc.prefetch_trial import PrefetchTrial
 
 if TYPE_CHECKING:
     from expert_svc.compute import Counters
@@ -34,10 +36,13 @@ class Answering:
         *,
         num_threads: int,
         join_wait: JoinWait | None = None,
+        trial: PrefetchTrial | None = None,
     ):
-        """Serve `port` from `buffer`. `join_wait` hears of every dispatch once there are several routers."""
+        """Serve `port` from `buffer`. `join_wait` hears of every dispatch once there are several routers, `trial` of
+        every batch while experts may have to be loaded.
+        """
         self._port, self._buffer, self._form, self._num_threads = port, buffer, form, num_threads
-        self._join_wait = join_wait
+        self._join_wait, self._trial = join_wait, trial
         self._links: list[PortLink] = []
         self._answer: Answer | None = None
 
@@ -75,6 +80,7 @@ class Answering:
             max_groups=min(shape.max_groups for shape in shapes),
             num_threads=self._num_threads,
             frames=(MAGIC, VERSION, DTYPE_CODES[layout.dtype]),
+            notes_visits=not self._buffer.is_roomy,
         )
 
     def _run(self, links: list[PortLink], answer: Answer, counters: "Counters") -> bool:
@@ -114,6 +120,13 @@ class Answering:
         counters.wait_us += call.wait_ns // 1000
         counters.join_wait_us += call.join_wait_ns // 1000
         self._buffer.totals.hits += call.groups
+        if call.num_visits:
+            visits = answer.visits()
+            self._buffer.visited(visits)
+            if self._trial is not None:
+                for visit in visits:
+                    self._trial.note(visit.began_ns * 1e-9, visit.layer, visit.num_decode_rows)
+                self._buffer.is_prefetching = self._trial.is_on
         if join_wait is not None:
             for idx, layer, num_decode_rows, received_ns in answer.log[: call.num_log].tolist():
                 join_wait.note(links[idx].router_id, layer, num_decode_rows, received_ns * 1e-9)

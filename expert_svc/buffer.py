@@ -8,13 +8,15 @@ Idea: expert buffering, Huang et al., NeurIPS 2024, section 5; streaming and pre
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from collegium.buffering.policies import HALF_LIFE_TOKENS, ExpertId, Policy
 from collegium.buffering.quotas import Quotas
 from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
+from collegium.model.native.answer import Visited
 from expert_svc.loading import Load, Loads, Purpose
 from expert_svc.residents import Residents
 from expert_svc.slots import Slots
@@ -169,12 +171,12 @@ class ExpertBuffer:
         return ready
 
     def lend(self) -> bool:
-        """Let the data thread compute by the table of residents alone, without visits, until `take_back`.
+        """Let the data thread compute by the table of residents alone until `take_back`: nobody evicts meanwhile.
 
-        False where that cannot be: experts are evicted here, their weights are not in host memory, or someone waits to
-        let go of some.
+        False where that cannot be: weights are not in host memory, or someone waits to let go of some. What was
+        computed is to be told by `visited`, unless the buffer is roomy.
         """
-        if not self.is_roomy or self.slab is not None or self._num_wanting:
+        if self.slab is not None or self._num_wanting:
             return False
         self._loan.acquire()
         return True
@@ -182,6 +184,14 @@ class ExpertBuffer:
     def take_back(self) -> None:
         """End a loan."""
         self._loan.release()
+
+    def visited(self, visits: Sequence[Visited]) -> None:
+        """Hear which resident experts were computed during a loan, in order."""
+        with self._lock:
+            for visit in visits:
+                self._tell(visit.layer, visit.experts, visit.decode_counts, visit.num_decode_rows, num_absent=0)
+                if self._staged:
+                    self._drop_staged(visit.layer)
 
     def help(self) -> bool:
         """Load an expert that the visit waits for in this thread, where that is as quick. Returns whether it did."""
@@ -294,12 +304,8 @@ class ExpertBuffer:
             slots = [self._resident[expert_id] for expert_id in gone]  # held until nobody computes from them
             for expert_id in gone:
                 self._remove(expert_id)
-            self._num_wanting += 1
-        self._loads.on_landed()  # wakes the borrower, who does not find them any more
-        with self._loan:
+        with self._without_loan():  # who borrows next does not find them any more
             slots.clear()
-        with self._lock:
-            self._num_wanting -= 1
         return len(gone)
 
     @property
@@ -355,15 +361,23 @@ class ExpertBuffer:
         layer, experts = visit.layer, visit.experts
         self.totals.hits += len(visit.ready)
         self._leased.update((layer, experts[group]) for group in visit.ready)
+        num_absent = sum(1 for group in missing if decode_counts[group])
+        self._tell(layer, experts, decode_counts, num_decode_rows, num_absent)
+
+    def _tell(
+        self, layer: int, experts: Sequence[int], decode_counts: Sequence[int], num_decode_rows: int, num_absent: int
+    ) -> None:
         if not num_decode_rows:
             return
-        chosen = [(expert, count) for expert, count in zip(experts, decode_counts, strict=True) if count]
-        of_decode, counts = [expert for expert, _ in chosen], [count for _, count in chosen]
+        if all(decode_counts):
+            of_decode, counts = experts, decode_counts
+        else:
+            chosen = [(expert, count) for expert, count in zip(experts, decode_counts, strict=True) if count]
+            of_decode, counts = [expert for expert, _ in chosen], [count for _, count in chosen]
         self._policy.visit(layer, of_decode, counts, num_decode_rows)
         self._quotas.visit(layer, of_decode, counts, num_decode_rows)
         if self.on_visit is not None:
-            absent = sum(1 for group in missing if decode_counts[group])
-            self.on_visit(layer, of_decode, len(of_decode) - absent)
+            self.on_visit(layer, of_decode, len(of_decode) - num_absent)
 
     def _fetch(self, visit: Visit, missing: list[int]) -> None:
         layer = visit.layer
@@ -495,30 +509,59 @@ class ExpertBuffer:
             return expert_id in self._under_way
         return any(visit.experts[group] == expert_id[1] for group in visit.todo)
 
+    @contextmanager
+    def _without_loan(self) -> Generator[None]:
+        """Have any loan ended, and none begin: who has borrowed computes from what may go."""
+        with self._lock:
+            self._num_wanting += 1
+        try:
+            self._loads.on_landed()  # wakes the borrower
+            with self._loan:
+                yield
+        finally:
+            with self._lock:
+                self._num_wanting -= 1
+
     def _reserve(self, expert_id: ExpertId) -> Load | None:
         """Find a slot to warm an expert in; None where it is there, or on its way, or there is none."""
         with self._lock:
             self._settle()
             if expert_id in self._resident or self._is_coming(expert_id):
                 return None
-            if self.max_resident is not None and self._num_given >= self.max_resident:
-                stranger = next((e for e in self._resident if e not in self._homes and e not in self._leased), None)
-                if stranger is None:
-                    return None
+            if self._has_room() or self._stranger() is None:
+                return self._reserve_in_room(expert_id)
+        with self._without_loan(), self._lock:  # the stranger may be computed from by the table alone
+            self._settle()
+            if expert_id in self._resident or self._is_coming(expert_id):
+                return None
+            stranger = None if self._has_room() else self._stranger()
+            if stranger is not None:
                 self._remove(stranger)
                 self.totals.evictions += 1
-            slot = self._staged.pop(expert_id, None)
-            if slot is not None:
-                self._give(expert_id)
-                self._resident[expert_id] = slot
-                return None
-            slot = self._slots.take() or self._rob_prefetch()
-            if slot is None:
-                return None
+            return self._reserve_in_room(expert_id)
+
+    def _has_room(self) -> bool:
+        return self.max_resident is None or self._num_given < self.max_resident
+
+    def _stranger(self) -> ExpertId | None:
+        """Find a resident that has no home here and is not in use."""
+        return next((e for e in self._resident if e not in self._homes and e not in self._leased), None)
+
+    def _reserve_in_room(self, expert_id: ExpertId) -> Load | None:
+        if not self._has_room():
+            return None
+        slot = self._staged.pop(expert_id, None)
+        if slot is not None:
             self._give(expert_id)
-            load = Load(expert_id, slot, Purpose.RESIDENT)
-            self._under_way[expert_id] = load
-            return load
+            self._resident[expert_id] = slot
+            return None
+        slot = self._slots.take() or self._rob_prefetch()
+        if slot is None:
+            return None
+        self._give(expert_id)
+        load = Load(expert_id, slot, Purpose.RESIDENT)
+        self._under_way[expert_id] = load
+        return load
 
     # --- prefetches, under the lock ---
 

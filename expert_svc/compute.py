@@ -85,7 +85,7 @@ class ComputeLoop:
         self._queue = DispatchQueue()
         self._answering: Answering | None = None
         if isinstance(port, TcpPort):
-            self._answering = Answering(port, buffer, form, num_threads=num_threads, join_wait=join_wait)
+            self._answering = Answering(port, buffer, form, num_threads=num_threads, join_wait=join_wait, trial=trial)
         self._last_word_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from collegium.buffering.policies import ExpertId, make_policy
+from collegium.buffering.policies import POLICIES, ExpertId, make_policy
 from collegium.buffering.quotas import Quotas
 from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
@@ -22,6 +22,7 @@ from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
 from expert_svc.join_wait import JoinWait
 from expert_svc.loading import Loads
+from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.slots import Slots
 from expert_svc.tiers import Tier
 from tests.buffer_rig import ALL, MANIFEST, NUM_EXPERTS, NUM_LAYERS
@@ -55,14 +56,16 @@ class Worker:
         num_slots: int | None = None,
         transport: str = "unix",
         join_wait: JoinWait | None = None,
+        policy: str = "lru",
+        trial: PrefetchTrial | None = None,
     ):
         self.port = TcpPort(worker_id="worker", bind="127.0.0.1:0", unix="@")
         self.transport = transport
         self.buffer = ExpertBuffer(
             Slots(MANIFEST, torch.float32, num_slots=num_slots),
             Loads(Source(), num_threads=1),
-            make_policy("lru"),
-            Quotas(NUM_LAYERS, NUM_EXPERTS, NUM_LAYERS * NUM_EXPERTS),
+            make_policy(policy),
+            Quotas(NUM_LAYERS, NUM_EXPERTS, num_slots or NUM_LAYERS * NUM_EXPERTS),
             num_experts=[NUM_EXPERTS] * NUM_LAYERS,
         )
         self.buffer.on_load(self.port.wake)
@@ -73,7 +76,10 @@ class Worker:
             num_experts=[NUM_EXPERTS] * NUM_LAYERS,
             num_threads=1,
             join_wait=join_wait,
+            trial=trial,
         )
+        self.visits: list[tuple[int, list[int], int]] = []  # of decoding rows: layer, experts, hits
+        self.buffer.on_visit = lambda layer, experts, hits: self.visits.append((layer, list(experts), hits))
         self.links: list[RouterLink] = []
 
     def link(self, *, num_credits: int = 8, max_rows: int = 512) -> RouterLink:
@@ -129,10 +135,12 @@ def start() -> Iterator[Start]:
         worker.close()
 
 
-def dispatch_of(seq: int, layer: int, num_rows: int, *, seed: int = 0, **changed: object) -> Dispatch:
-    """Rows that chose three experts each."""
+def dispatch_of(
+    seq: int, layer: int, num_rows: int, *, seed: int = 0, among: Sequence[int] = range(NUM_EXPERTS), **changed: object
+) -> Dispatch:
+    """Rows that chose three experts each, of some."""
     draw = np.random.default_rng(seed)
-    chosen = np.array([draw.permutation(NUM_EXPERTS)[:3] for _ in range(num_rows)])
+    chosen = np.array([draw.permutation(among)[:3] for _ in range(num_rows)])
     order = np.argsort(chosen.ravel(), kind="stable")
     experts, counts = np.unique(chosen, return_counts=True)
     fields: dict[str, object] = {
@@ -314,6 +322,80 @@ def test_experts_are_let_go_of_only_when_nobody_computes_from_them(start: Start)
         is_over.set()
         thread.join()
     assert len(released) >= 5 and sum(released) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_buffer_that_evicts_learns_of_what_the_call_computed_as_if_it_had_been_asked(
+    policy: str, start: Start
+) -> None:
+    ways = [start(num_slots=20, policy=policy), start(num_slots=20, policy=policy)]
+    ways[1].loop._answering = None  # the long way alone
+    draw = np.random.default_rng(5)
+    dispatches: list[Dispatch] = []
+    for seq in range(1, 400):  # few experts at a time are hot, so that many dispatches find all of theirs
+        num_rows = int(draw.integers(1, 4))
+        hot = [(seq // 90 + n) % NUM_EXPERTS for n in range(4)]
+        among = hot if draw.integers(12) else range(NUM_EXPERTS)
+        num_prompt_rows = 0 if draw.integers(4) else int(draw.integers(num_rows + 1))
+        dispatches.append(
+            dispatch_of(seq, seq % NUM_LAYERS, num_rows, seed=seq, among=among, num_prompt_rows=num_prompt_rows)
+        )
+    links = [worker.link() for worker in ways]
+    for dispatch in dispatches:
+        expected = expected_of(dispatch)
+        for link in links:
+            (reply,) = ask(link, [dispatch])
+            assert reply.y is not None and torch.equal(reply.y, expected)
+    for worker in ways:
+        worker.loop.stop()
+    native, plain = ways
+    assert native.loop.counters.num_native_answers > 100 and not plain.loop.counters.num_native_answers
+    assert native.visits == plain.visits and native.visits
+    assert native.buffer.residency() == plain.buffer.residency()
+    totals = [worker.buffer.totals for worker in ways]
+    assert totals[0].misses > 20
+    for name in ("hits", "misses", "evictions", "streamed"):
+        assert getattr(totals[0], name) == getattr(totals[1], name), name
+
+
+def test_experts_without_a_home_go_only_when_nobody_computes_from_them(start: Start) -> None:
+    num_slots = NUM_LAYERS * NUM_EXPERTS // 2
+    worker = start(num_slots=num_slots)
+    halves = [[one for one in ALL if one[1] % 2 == rest] for rest in (0, 1)]
+    link = worker.link()
+    is_over, num_turns = threading.Event(), 0
+
+    def churn() -> None:
+        nonlocal num_turns
+        while not is_over.is_set():
+            worker.buffer.set_homes(halves[num_turns % 2])
+            worker.buffer.warm(halves[num_turns % 2])
+            num_turns += 1
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        seq, until = 0, time.monotonic() + FAR_S
+        while seq < 150 or (num_turns < 5 and time.monotonic() < until):
+            seq += 1
+            dispatch = dispatch_of(seq, seq % NUM_LAYERS, 1, seed=seq)
+            (reply,) = ask(link, [dispatch])
+            assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_turns >= 5
+
+
+def test_a_trial_of_prefetching_hears_of_batches_that_the_call_computed(start: Start) -> None:
+    trial = PrefetchTrial()
+    worker = start(num_slots=20, trial=trial)
+    link = worker.link()
+    for seq in range(1, 400):
+        ask(link, [dispatch_of(seq, seq % 2, 1, seed=0)])  # the same experts, which fit
+    worker.loop.stop()
+    assert worker.loop.counters.num_native_answers > 300
+    assert trial.num_trials == 1
 
 
 def test_a_loop_that_is_busy_in_the_call_can_be_stopped_and_its_port_closed(start: Start) -> None:

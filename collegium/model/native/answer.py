@@ -7,6 +7,7 @@ L layers, E experts, D model.
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_uint8, c_uint16, c_void_p
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -19,6 +20,18 @@ from collegium.model.native import ExpertLayout
 
 _HEADER_BYTES = 64
 _MAX_LOG = 4096
+_VISITS = 1 << 16  # words that are kept of visits in a call
+
+
+@dataclass(frozen=True, slots=True)
+class Visited:
+    """One batch: its experts rising, how many of its decoding rows chose each, and when it began."""
+
+    layer: int
+    began_ns: int
+    num_decode_rows: int
+    experts: list[int]
+    decode_counts: list[int]
 
 
 class Outcome(IntEnum):
@@ -71,10 +84,12 @@ class _Answer(ctypes.Structure):
         ("until_ns", c_int64),
         ("links", c_void_p),
         ("num_links", c_int64),
-        *(
-            (name, c_void_p)
-            for name in ("x", "out", "pair_rows", "counts", "at", "pair_weights", "chosen", "found", "log")
-        ),
+        *((name, c_void_p) for name in ("x", "out", "pair_rows", "counts", "at", "pair_weights", "chosen", "found")),
+        ("visits", c_void_p),
+        ("max_visits", c_int64),
+        ("num_visits", c_int64),
+        ("of_decode", c_void_p),
+        ("log", c_void_p),
         ("max_log", c_int64),
         ("num_log", c_int64),
         *((name, c_int32) for name in ("epoll_fd", "num_threads", "is_waiting", "unused")),
@@ -101,9 +116,11 @@ class Answer:
         max_groups: int,
         num_threads: int,
         frames: tuple[int, int, int],
+        notes_visits: bool = False,
     ):
         """table [L, E]: addresses of packed experts, 0 where one is not there; read at every dispatch.
 
+        `notes_visits`: keep what each batch visited, for `visits`.
         `frames`: magic, version and the code of the rows' type, which is the layout's.
         """
         width, dtype = layout.d_model, layout.dtype
@@ -128,7 +145,7 @@ class Answer:
         own, joined = torch.empty(num_links, max_rows, width, dtype=dtype), max_rows * num_links
         together = torch.empty(2, joined, width, dtype=dtype)
         num_experts = table.shape[1]
-        wide = torch.empty((max_pairs + max_groups) * num_links + 4 * num_experts, dtype=torch.int64)
+        wide = torch.empty((max_pairs + max_groups) * num_links + 5 * num_experts, dtype=torch.int64)
         weights = torch.empty(max_pairs * num_links)
         self.log = np.zeros((_MAX_LOG, 4), np.int64)
         for idx, link in enumerate(self.links):
@@ -138,12 +155,27 @@ class Answer:
         at = self.call.pair_rows + 8 * max_pairs * num_links
         for link in self.links:
             link.weights, at = at, at + 8 * max_groups
-        self.call.counts, self.call.at, self.call.chosen, self.call.found = (
-            at + 8 * num_experts * part for part in range(4)
+        self.call.counts, self.call.at, self.call.chosen, self.call.found, self.call.of_decode = (
+            at + 8 * num_experts * part for part in range(5)
         )
+        self._visits = np.zeros(max(_VISITS, num_links * (4 + 2 * num_experts)) if notes_visits else 0, np.int64)
+        self.call.visits = self._visits.ctypes.data if notes_visits else None
+        self.call.max_visits = len(self._visits)
         self.call.log = self.log.ctypes.data
         self._kept: Sequence[object] = (table, layout, fronts, own, together, wide, weights)
         self._address = ctypes.addressof(self.call)
+
+    def visits(self) -> list[Visited]:
+        """What the batches of the last call visited, in order."""
+        words: list[int] = self._visits[: self.call.num_visits].tolist()
+        found: list[Visited] = []
+        at = 0
+        while at < len(words):
+            layer, began_ns, num_decode_rows, num_groups = words[at : at + 4]
+            at, end = at + 4, at + 4 + 2 * num_groups
+            found.append(Visited(layer, began_ns, num_decode_rows, words[at:end:2], words[at + 1 : end : 2]))
+            at = end
+        return found
 
     def run(self, *, until_ns: int, is_logged: bool, is_waiting: bool) -> Outcome:
         """Answer dispatches until a time of the monotonic clock, or until there is anything else to do.
@@ -154,6 +186,7 @@ class Answer:
         call = self.call
         call.until_ns, call.is_waiting = until_ns, is_waiting and is_logged
         call.max_log, call.num_log = _MAX_LOG if is_logged else 0, 0
+        call.num_visits = 0
         call.batches = call.joined_batches = call.joined_dispatches = call.groups = 0
         call.compute_ns = call.wait_ns = call.join_wait_ns = 0
         for link in self.links:

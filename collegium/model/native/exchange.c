@@ -115,11 +115,14 @@ static int send_all(int fd, struct iovec *parts, int num_parts, int64_t left, in
     return 0;
 }
 
-/* Take a good reply of `rows` rows off the socket; 0, or -1 with nothing taken, or -2 where the connection is of no use. */
-static int take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t rows, uint8_t *y)
+#define MOST_MISSES 4096
+
+/* Take a good reply to `rows` rows of `groups` experts off the socket; the bytes of its list of misses, or -1 with nothing
+ * taken, or -2 where the connection is of no use. What was missed is passed over: who asks for that goes the long way. */
+static int64_t take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
 {
     uint8_t head[HEADER_BYTES];
-    int64_t body = rows * e->D * e->item_bytes;
+    uint16_t missed[MOST_MISSES];
     for (int spin = 0; spin < SPINS; spin++) {
         ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK); /* waits as long as the socket's own limit says */
         if (seen < 0 && errno == EINTR)
@@ -130,9 +133,11 @@ static int take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t ro
             sched_yield();
             continue;
         }
+        int64_t num_missed = (int64_t)get(head + 32, 4), row_bytes = rows * e->D * e->item_bytes;
+        int64_t body = row_bytes + 2 * num_missed;
         if (get(head, 2) != e->magic || head[2] != e->version || head[3] != REPLY || head[4] || head[5] != e->dtype ||
-            get(head + 8, 8) != seq || get(head + 16, 4) != (uint64_t)body || get(head + 32, 4) ||
-            get(head + 36, 4) != (uint64_t)rows)
+            get(head + 8, 8) != seq || num_missed > groups || num_missed > MOST_MISSES ||
+            get(head + 16, 4) != (uint64_t)body || get(head + 36, 4) != (uint64_t)rows)
             return -1;
         int here = 0;
         if (ioctl(fd, FIONREAD, &here) < 0)
@@ -141,10 +146,10 @@ static int take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t ro
             sched_yield();
             continue;
         }
-        struct iovec parts[2] = {{head, HEADER_BYTES}, {y, (size_t)body}};
-        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+        struct iovec parts[3] = {{head, HEADER_BYTES}, {y, (size_t)row_bytes}, {missed, 2 * (size_t)num_missed}};
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
         ssize_t taken = recvmsg(fd, &message, MSG_WAITALL);
-        return taken == HEADER_BYTES + body ? 0 : -2;
+        return taken == HEADER_BYTES + body ? 2 * num_missed : -2;
     }
     return -1;
 }
@@ -283,13 +288,14 @@ int collegium_exchange(struct exchange *e)
     for (int64_t w = 0; w < e->W; w++) {
         int64_t rows = e->sizes[3 * w];
         if (e->states[w] == SENT) {
-            int failed = take_reply(e, e->fds[w], (e->seq + (uint64_t)w) & 0xffffffff, rows, e->replies + row * row_bytes);
-            e->states[w] = !failed ? DONE : failed == -1 ? SENT : BROKEN;
-            if (failed)
+            int64_t missed_bytes = take_reply(e, e->fds[w], (e->seq + (uint64_t)w) & 0xffffffff, rows,
+                                              e->sizes[3 * w + 1], e->replies + row * row_bytes);
+            e->states[w] = missed_bytes >= 0 ? DONE : missed_bytes == -1 ? SENT : BROKEN;
+            if (missed_bytes < 0)
                 is_whole = 0;
             else {
                 e->totals[6 * w + 4] += rows;
-                e->totals[6 * w + 5] += HEADER_BYTES + rows * row_bytes;
+                e->totals[6 * w + 5] += HEADER_BYTES + rows * row_bytes + missed_bytes;
             }
         }
         row += rows;
@@ -416,6 +422,9 @@ struct answer {
     int64_t *pair_rows, *counts, *at; /* at [E] */
     float *pair_weights;
     const void **chosen, **found; /* [E] */
+    /* where visits is not NULL: what was visited, one batch after another's: layer, when it began, decoding rows, groups,
+     * then of each group its expert and how many decoding rows chose it */
+    int64_t *visits, max_visits, num_visits, *of_decode; /* of_decode [E] */
     int64_t *log, max_log, num_log; /* [max_log, 4] link, layer, decoding rows, when received: where max_log is not 0 */
     int32_t epoll_fd, num_threads, is_waiting, unused;
     uint16_t magic;
@@ -569,6 +578,36 @@ static void reply_to(struct answer *a, struct lent_link *link, const uint8_t *y,
     memcpy(link->x, y, back); /* the sums' memory is for the next batch */
 }
 
+#define VISIT_HEAD 4
+
+/* Note which experts a batch visits, in their order; a->at still holds their counts. */
+static void note_visit(struct answer *a, int64_t layer, int64_t began)
+{
+    int64_t num_decode = 0, groups = 0, *visit = a->visits + a->num_visits;
+    memset(a->of_decode, 0, a->E * sizeof *a->of_decode);
+    for (const struct lent_link *one = a->links; one < a->links + a->num_links; one++) {
+        if (one->state != HOLDS || one->layer != layer)
+            continue;
+        const uint16_t *experts = (const uint16_t *)(one->front + HEADER_BYTES), *counts = experts + one->groups;
+        const uint32_t *pair_rows = (const uint32_t *)(counts + one->groups);
+        int64_t decoding = one->rows - (int64_t)get(one->front + 54, 2);
+        num_decode += decoding;
+        for (int64_t g = 0; g < one->groups; g++)
+            for (const uint32_t *end = pair_rows + counts[g]; pair_rows < end; pair_rows++)
+                a->of_decode[experts[g]] += *pair_rows < decoding;
+    }
+    for (int64_t e = 0; e < a->E; e++)
+        if (a->at[e]) {
+            visit[VISIT_HEAD + 2 * groups] = e;
+            visit[VISIT_HEAD + 2 * groups++ + 1] = a->of_decode[e];
+        }
+    visit[0] = layer;
+    visit[1] = began;
+    visit[2] = num_decode;
+    visit[3] = groups;
+    a->num_visits += VISIT_HEAD + 2 * groups;
+}
+
 /* Compute and answer what links hold of a layer, together: each expert is read once for all of them. */
 static void serve_layer(struct answer *a, int64_t layer)
 {
@@ -596,6 +635,8 @@ static void serve_layer(struct answer *a, int64_t layer)
             }
         x = a->x;
     }
+    if (a->visits)
+        note_visit(a, layer, now_ns());
     for (int64_t e = 0; e < a->E; e++) { /* counts become where each expert's pairs begin */
         int64_t count = a->at[e];
         a->at[e] = pairs;
@@ -650,6 +691,7 @@ int collegium_answer(struct answer *a)
     for (;;) {
         int64_t now = now_ns(), soonest = a->until_ns, layer = -1, num_held = 0;
         int is_full = a->max_log && a->num_log + a->num_links > a->max_log;
+        is_full |= a->visits && a->num_visits + a->num_links * (VISIT_HEAD + 2 * a->E) > a->max_visits;
         int is_leaving = is_other || is_full || now >= a->until_ns;
         for (int64_t done_ns = -1;;) { /* layers that are waited for, oldest dispatch first */
             const struct lent_link *oldest = NULL;
