@@ -97,12 +97,12 @@ class Gateway:
 async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
     """Run a gateway; CollegiumError or SettingsError where it cannot start."""
     options.check()
-    tokenizer_dir = await tokenizer_folder(options.model)
-    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     try:
         own_parts = read_text_sources(options.model)
     except CheckpointError as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
+    tokenizer_dir = await tokenizer_folder(options.model)
+    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     for setting, addresses in (("--balancer", [options.balancer]), ("--routers", options.routers)):
         for address in filter(None, addresses):
             check_target(address, setting)
