@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from pathlib import Path
 
@@ -104,20 +103,24 @@ ENCRYPTED = {
 }
 
 
+def encrypt(key: Path, form: tuple[str, ...], locked: Path, mark: bytes) -> None:
+    subprocess.run(["openssl", *form, "-in", key, "-out", locked], check=True, capture_output=True)
+    locked.write_bytes(mark + locked.read_bytes())
+
+
 @pytest.mark.parametrize("form", ENCRYPTED)
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
-def test_a_key_with_a_password_is_refused_with_how_to_write_it_without_one(
+async def test_a_key_with_a_password_is_refused_with_how_to_write_it_without_one(
     form: str, mark: bytes, tmp_path: Path
 ) -> None:
     cert, key = certificate(tmp_path)
     locked = tmp_path / "locked.pem"
-    subprocess.run(["openssl", *ENCRYPTED[form], "-in", key, "-out", locked], check=True, capture_output=True)
-    locked.write_bytes(mark + locked.read_bytes())
+    encrypt(key, ENCRYPTED[form], locked, mark)
     told = f"--tls-key={locked} cannot be used: it is encrypted.*openssl pkey -in {locked} -out plain.pem"
     with pytest.raises(SettingsError, match=told):
         check_tls(cert, locked, None)
     with pytest.raises(SettingsError, match=told):
-        asyncio.run(rpc.Server("tls", tls=rpc.TlsFiles(cert=cert, key=locked)).start("127.0.0.1:0"))
+        await rpc.Server("tls", tls=rpc.TlsFiles(cert=cert, key=locked)).start("127.0.0.1:0")
 
 
 async def test_a_private_key_is_looked_at_and_read_without_a_mark(
