@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 CONFIG_BYTES = 4 << 20  # config.json, generation_config.json, chat templates: published ones have some 10 kB
 TOKENIZER_BYTES = 256 << 20  # the largest published tokenizer.json has 35 MB
@@ -126,7 +126,7 @@ def shown(value: object) -> str:
     return clipped if len(text) <= _SHOWN_CHARACTERS else f"{clipped}..."
 
 
-def shown_value(value: object) -> str:
+def shown_value(value: Any) -> str:
     """Write the value of a JSON field for a message, so that text is told from a number; bounded as shown()."""
     return f"the text {shown(repr(value))}" if isinstance(value, str) else shown("null" if value is None else value)
 
