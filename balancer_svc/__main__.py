@@ -47,6 +47,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         rebalance_s=options.rebalance_s,
         lead_ttl_s=options.lead_ttl_ms / 1e3,
         max_workers=options.max_workers,
+        max_members=options.max_members,
     )
     server = rpc.Server(
         "balancer",

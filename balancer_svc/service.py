@@ -60,16 +60,19 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         rebalance_s: float = 10.0,
         lead_ttl_s: float = 3.0,
         max_workers: int = 256,
+        max_members: int = MAX_MEMBERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """rebalance_s: time between looks at the load; 0: homes follow members alone. lead_ttl_s: how long another
         balancer waits for this one to come back before it leads. max_workers: the most that Scale may ask for.
+        max_members: the most leases at once.
         """
         self._roster = roster
         self._planner = planner
         self._store = store
         self._clock = clock
-        self._rebalance_s, self._lead_ttl_s, self._max_workers = rebalance_s, lead_ttl_s, max_workers
+        self._rebalance_s, self._lead_ttl_s = rebalance_s, lead_ttl_s
+        self._max_workers, self._max_members = max_workers, max_members
         self._share_every_s = min(_SHARE_EVERY_S, lead_ttl_s / 3)
         self._windows = LoadWindows(window_s=window_s, num_kept=NUM_WINDOWS)
         self._costs = CostModel()
@@ -100,6 +103,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         self._num_expiries = 0
         self._num_plans = 0
         self._num_store_failures = 0
+        self._num_scalings_refused = self._num_joins_refused = 0
 
     @property
     def is_leader(self) -> bool:
@@ -119,6 +123,8 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
                 "collegium_lease_expiries_total": float(self._num_expiries),
                 "collegium_plans_total": float(self._num_plans),
                 "collegium_store_failures_total": float(self._num_store_failures),
+                "collegium_scalings_refused_total": float(self._num_scalings_refused),
+                "collegium_joins_refused_total": float(self._num_joins_refused),
                 "collegium_loop_faults_total": float(self.num_faults),
                 "collegium_balancer_is_leader": float(self.is_leader),
                 "collegium_balancer_has_memory": float(not self._is_store_lost),
@@ -253,10 +259,12 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
         """Grant a lease."""
         self._require_memory()
         validation.check_join(request, self._planner.newest_epoch)
-        if len(self._roster) >= MAX_MEMBERS:
+        if len(self._roster) >= self._max_members:
+            self._num_joins_refused += 1
             raise ResourceExhausted(
-                f"there are {len(self._roster)} members; the maximum is {MAX_MEMBERS}",
+                f"there are {len(self._roster)} members; the maximum is {self._max_members}",
                 reason="TOO_MANY_MEMBERS",
+                remedy="end some of them, or raise the balancer's --max-members",
                 retry_after_s=self._roster.ttl_s,
             )
         now_s = self._clock()
@@ -337,6 +345,7 @@ class Balancer(balancer_pb2_grpc.BalancerServicer):
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         """Note how many workers there should be."""
         self._require_memory()
+        self._num_scalings_refused += request.num_workers > self._max_workers
         validation.check_scale(request, self._max_workers)
         if self._planner.model is None:
             raise Unavailable("no worker has joined yet", reason="NO_MODEL", retry_after_s=1.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from collegium.fabric.bounds import MAX_TTL_MS, MAX_WORKERS
+from collegium.fabric.bounds import MAX_MEMBERS, MAX_TTL_MS, MAX_WORKERS
 from collegium.fabric.settings import ByteSize, ServiceSettings, setting
 
 
@@ -32,6 +32,12 @@ class BalancerSettings(ServiceSettings):
         default=256,
         at_least=1,
         at_most=MAX_WORKERS,
+    )
+    max_members: int = setting(
+        "most members under a lease at once, at most 8192; one more is refused and counted",
+        default=MAX_MEMBERS,
+        at_least=1,
+        at_most=MAX_MEMBERS,
     )
     settle_ms: int = setting("quiet time before the first placement, in ms", default=500, at_least=0)
     patience_ms: int = setting("longest wait for --expected-workers, in ms", default=20_000, at_least=0)

@@ -13,10 +13,11 @@ from collegium.fabric.leases import Membership
 from collegium.fabric.model_shape import shape_of
 from collegium.link.base import Arrival, WorkerPort
 from collegium.link.tcp_port import TcpPort
-from collegium.model.allocation import first_line, is_out_of_memory
+from collegium.model.allocation import is_out_of_memory
 from collegium.model.calibration import settle_kernel
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.device_experts import has_triton
+from collegium.model.devices import DeviceError, find_device
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, load_manifest
 from collegium.model.served_dtype import tell_dtype
@@ -64,16 +65,13 @@ def choose_kernel(config: Settings, manifest: Manifest, dtype: torch.dtype, num_
 def choose_device(config: Settings) -> torch.device | None:
     """Say where slots are; None: in host memory. Raises FailedPrecondition where the device cannot be used."""
     try:
-        device = torch.device(config.device)
-        if device.type == "cpu":
-            return None
-        if device.type != "cuda":
-            raise RuntimeError(f"experts are computed on a CPU or on CUDA devices, not on {device.type!r}")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
-        raise FailedPrecondition(
-            first_line(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
-        ) from error
+        device = find_device(config.device)
+        if device.type not in ("cpu", "cuda"):
+            raise DeviceError(f"experts are computed on a CPU or on CUDA devices, not on {device.type!r}")
+    except DeviceError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_DEVICE", field="--device", remedy=error.remedy) from error
+    if device.type == "cpu":
+        return None
     if not has_triton():
         raise FailedPrecondition(
             "experts on a GPU are computed by Triton, which is not installed",

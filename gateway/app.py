@@ -97,6 +97,10 @@ class Gateway:
 async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> AsyncGenerator[Gateway, None]:
     """Run a gateway; CollegiumError or SettingsError where it cannot start."""
     options.check()
+    try:
+        own_parts = read_text_sources(options.model)
+    except CheckpointError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
     tokenizer_dir = await tokenizer_folder(options.model)
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     if tokenizer is not None and tokenizer.foreign_class:
@@ -106,10 +110,6 @@ async def open_gateway(options: GatewaySettings, metrics_url: str = "") -> Async
             tokenizer_class=tokenizer.foreign_class,
             remedy="if ids differ, set tokenizer_class to PreTrainedTokenizerFast where tokenizer.json was made",
         )
-    try:
-        own_parts = read_text_sources(options.model)
-    except CheckpointError as error:
-        raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error
     for setting, addresses in (("--balancer", [options.balancer]), ("--routers", options.routers)):
         for address in filter(None, addresses):
             check_target(address, setting)

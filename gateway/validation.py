@@ -21,6 +21,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 1024
 MAX_STOP_IDS = 256
 MAX_MESSAGES = 16_384
+MAX_ROLE_CHARS = 128
 MAX_REQUEST_ID_CHARS = 128
 _MAX_PENALTY = 2.0
 
@@ -333,6 +334,8 @@ def _chat_prompt(chat: pb.ChatPrompt, tokenizer: Tokenizer | None) -> Prompt:
                 field=f"chat.messages[{position}].role",
                 remedy='give "user" or another role',
             )
+        if len(message.role) > MAX_ROLE_CHARS:
+            raise _too_large(f"chat.messages[{position}].role in characters", len(message.role), MAX_ROLE_CHARS)
         turns.append((message.role, _utf8(message.content, f"chat.messages[{position}].content")))
     return Prompt(field="chat", turns=tuple(turns))
 

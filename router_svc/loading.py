@@ -11,6 +11,7 @@ from collegium.model.allocation import first_line, is_out_of_memory
 from collegium.model.architectures import UnsupportedModelError
 from collegium.model.calibration import settle_kernel
 from collegium.model.checkpoint_files import CheckpointError
+from collegium.model.devices import DeviceError, find_device
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, ManifestPathError, check_folder, ensure_manifest, load_manifest
 from collegium.model.served_dtype import tell_dtype
@@ -58,14 +59,11 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
 def choose_device(name: str) -> torch.device:
     """Find the device of attention. Raises FailedPrecondition where it cannot be used."""
     try:
-        device = torch.device(name)
+        device = find_device(name)
         if device.type == "meta":
-            raise RuntimeError("the meta device computes nothing")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch, of a device that is not there
-        raise FailedPrecondition(
-            first_line(error), reason="UNUSABLE_DEVICE", field="--device", remedy="use cpu or cuda:N"
-        ) from error
+            raise DeviceError("the meta device computes nothing")
+    except DeviceError as error:
+        raise FailedPrecondition(str(error), reason="UNUSABLE_DEVICE", field="--device", remedy=error.remedy) from error
     return device
 
 

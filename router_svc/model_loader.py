@@ -17,20 +17,20 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
 from collegium.fabric import logs
 from collegium.model.allocation import first_line, is_out_of_memory
-from collegium.model.architectures import UnsupportedModelError
+from collegium.model.architectures import UnsupportedModelError, read_config
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.checkpoint_survey import survey_checkpoint
-from collegium.model.config_fields import check_generation_config
+from collegium.model.config_fields import check_generation_config, model_fields
 from collegium.model.kernels import pack_linears
 from router_svc import family, lean, shared_experts
 from router_svc.device_model import DeviceModel
 from router_svc.lean import LeanModel, StepCall
-from router_svc.lengths import rope_parameters, served_positions
+from router_svc.lengths import served_positions
 from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
 from router_svc.shared_experts import SharedExperts
 
@@ -134,10 +134,7 @@ def load_router_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with _told_as(f"{path} is not usable"):
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        if getattr(config, "head_dim", 0) is None:  # as attention reads it; yarn and llama3 scaling do not
-            config.head_dim = config.hidden_size // config.num_attention_heads
-    _refuse_unsupported(config, path)
+        config = _config_of(read_config(model_dir))
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
     what = f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"
     with _told_as(what), _without_experts(config):
@@ -148,7 +145,8 @@ def load_router_model(
             output_loading_info=True,
             local_files_only=True,
             generation_config=transformers.GenerationConfig(),  # its file was read above, within bounds
-            attn_implementation="eager",  # whatever config.json asks for, which may be code from a hub
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -238,12 +236,9 @@ def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | Devic
     return DeviceModel(model) if is_on_device else LeanModel(model), ""
 
 
-def _refuse_unsupported(config: PreTrainedConfig, path: Path) -> None:
-    if "dynamic" in {rope.get("rope_type") for rope in rope_parameters(config)}:
-        raise UnsupportedModelError(
-            f"{path}: rope type 'dynamic' makes positions depend on the batch and is not supported; "
-            "use yarn, linear or llama3"
-        )
+def _config_of(fields: Mapping[str, object]) -> PreTrainedConfig:
+    """Make transformers' config of a checked config.json, of the fields that matter alone."""
+    return CONFIG_MAPPING[str(fields["model_type"])].from_dict(model_fields(fields))
 
 
 def _number_layers(model: PreTrainedModel) -> tuple[int, ...]:

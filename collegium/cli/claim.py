@@ -1,7 +1,8 @@
 """The name of a cluster in a Redis that several share: one `collegium up` has it at a time.
 
 Owns the key that says who has it. A second cluster of the same name would find the first one's members, serve through
-them, and end with them; it is refused before it starts anything.
+them, and end with them; it is refused before it starts anything, also if nobody holds the key and members of that name
+live.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -21,12 +22,15 @@ from typing import Any, cast
 import redis
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
+from collegium.cli.remembered import Living, ask_members, read_members
 from collegium.fabric.errors import Cancelled, FailedPrecondition, Unavailable
 
 _TTL_S = 10.0  # how long a killed `up` of another machine keeps the name; one of this machine is seen to be gone
 _RENEW_S = 2.5
 _POLL_S = 0.1
 _CALL_S = 2.0
+_ENDING_S = 1.0  # within which a member whose `up` was killed says that it serves no more,
+_DRAINING_S = 10.0  # and within which it ends, if it has nothing to finish
 _KEEP = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
@@ -58,7 +62,8 @@ class Claim:
         # `Any`: redis-py's answers depend on options that its types do not follow.
         self._redis: Any = redis.Redis.from_url(url, socket_timeout=_CALL_S, socket_connect_timeout=_CALL_S)
         self._cluster, self._say, self._is_interrupted, self._wait_s = cluster, say, is_interrupted, wait_s
-        self._key, self._leader = f"collegium:{{{cluster}}}:up", f"collegium:{{{cluster}}}:leader"
+        self._prefix = f"collegium:{{{cluster}}}"
+        self._key, self._leader = f"{self._prefix}:up", f"{self._prefix}:leader"
         self._value = json.dumps({**_this_process(), "run": uuid.uuid4().hex}).encode()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
@@ -70,6 +75,7 @@ class Claim:
             self._take()
             try:
                 self._wait_for_leader()
+                self._wait_for_members()
             except BaseException:
                 self._drop(self._value)
                 raise
@@ -134,12 +140,26 @@ class Claim:
                 raise self._taken("a balancer that `collegium up` here did not start")
             left_ms = now_ms
 
+    def _wait_for_members(self) -> None:
+        """Tell a cluster whose balancer is silent from the traces of one that has ended or is about to."""
+        members = read_members(self._redis, self._prefix)
+        began_s, is_told = time.monotonic(), False
+        while members and (living := ask_members(members)):
+            waited_s = time.monotonic() - began_s
+            if waited_s > (_ENDING_S if living[0].is_serving else _DRAINING_S):
+                raise self._taken(_told(living))
+            if not is_told and waited_s > _ENDING_S:
+                is_told = True
+                self._say(f"waiting to see whether members of the cluster {self._cluster!r} end: {_told(living)}")
+            self._pause()
+
     def _taken(self, by: str) -> FailedPrecondition:
         return FailedPrecondition(
             f"the cluster name {self._cluster!r} is taken in this Redis by {by}",
             reason="CLUSTER_NAME_TAKEN",
             field="REDIS_URL",
-            remedy="give this cluster a name of its own with --cluster NAME, or another database in REDIS_URL",
+            remedy="end that one, or give this cluster a name of its own with --cluster NAME, or another database in "
+            "REDIS_URL",
         )
 
     def _keep(self) -> None:
@@ -168,6 +188,13 @@ class Claim:
             yield
         except (RedisError, OSError) as error:
             raise Unavailable(f"Redis went away at the start: {error}", field="REDIS_URL") from error
+
+
+def _told(living: Sequence[Living]) -> str:
+    first, others = living[0], len(living) - 1
+    return f"{first.role} {first.member_id}, which answers at {first.address}" + (
+        f", and {others} more of its members" if others else ""
+    )
 
 
 def _this_process() -> dict[str, object]:

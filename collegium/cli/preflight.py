@@ -13,7 +13,7 @@ from pathlib import Path
 
 from collegium.buffering.policies import POLICIES
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
-from collegium.fabric.channels import read_file
+from collegium.fabric.channels import read_file, read_key
 from collegium.fabric.errors import SettingsError
 from collegium.fabric.settings import ServiceSettings, read
 from collegium.model.checkpoint_files import has_file
@@ -46,12 +46,13 @@ def check_tls(cert: Path | None, key: Path | None, ca: Path | None) -> None:
         return
     _check_pem(cert, "--tls-cert", _CERTIFICATE, "certificate")
     _check_pem(key, "--tls-key", _KEY, "private key")
+    read_key(key, "--tls-key")
     if ca is not None:
         _check_pem(ca, "--tls-ca", _CERTIFICATE, "certificate")
     if any(path.read_bytes() != read_file(path, flag) for path, flag in ((cert, "--tls-cert"), (key, "--tls-key"))):
         return  # OpenSSL cannot read a file that begins with a byte order mark; the gateway reads it without
     try:
-        # The password is for keys that have one: without it, OpenSSL would ask at the terminal. gRPC takes none.
+        # With a password at hand, OpenSSL never asks for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
     except (ssl.SSLError, OSError) as error:
         why = getattr(error, "reason", None) or str(error)

@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from collegium.fabric.addresses import read_address
 from collegium.fabric.errors import SettingsError
 
+# By PKCS #8, and by OpenSSL's older form.
+_ENCRYPTED_KEY = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
 _UTF8_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGE_BYTES = 16 * 2**20
 Option = tuple[str, int | str]
@@ -173,3 +175,14 @@ def read_file(path: Path, setting: str) -> bytes:
         return path.read_bytes().removeprefix(_UTF8_MARK)
     except OSError as error:
         raise SettingsError(f"{setting}={path} cannot be read: {error.strerror}") from error
+
+
+def read_key(path: Path, setting: str) -> bytes:
+    """Read a private key in PEM; SettingsError as read_file, and if it is encrypted: gRPC takes no password."""
+    pem = read_file(path, setting)
+    if any(mark in pem for mark in _ENCRYPTED_KEY):
+        raise SettingsError(
+            f"{setting}={path} cannot be used: it is encrypted, and keys with a password are not supported; write it "
+            f"without one: openssl pkey -in {path} -out plain.pem"
+        )
+    return pem

@@ -234,6 +234,8 @@ _BALANCER = (
     _counter("balancer", "lease_expiries_total", "Leases that lapsed"),
     _counter("balancer", "plans_total", "Placements planned"),
     _counter("balancer", "store_failures_total", "Redis calls that failed"),
+    _counter("balancer", "scalings_refused_total", "Requests to scale that were refused, being above --max-workers"),
+    _counter("balancer", "joins_refused_total", "Leases that were refused, there being --max-members of them"),
     _gauge("balancer", "balancer_is_leader", "Whether this balancer plans and publishes"),
     _gauge("balancer", "balancer_has_memory", "Whether this balancer reaches Redis"),
     _gauge("balancer", "published_epoch", "Epoch of the placement in force"),

@@ -28,6 +28,7 @@ from collegium.fabric.channels import (
     channel_credentials,
     channel_options,
     read_file,
+    read_key,
     split_address,
     wait_until_serving,
 )
@@ -198,7 +199,7 @@ def advertised(bound: str, advertise: str, setting: str = "--advertise") -> str:
 
 def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     warn_if_open(tls.key, "--tls-key")
-    pair = (read_file(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
+    pair = (read_key(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
     return grpc.ssl_server_credentials([pair])
 
 

@@ -111,13 +111,14 @@ class ServiceSettings:
         "connections to the metrics page at once; one more cuts the oldest", default=16, at_least=1, at_most=1024
     )
     max_connections: int = setting(
-        "connections to the gRPC port at once; 0: half of the descriptors that the process may open",
+        "connections to the gRPC port at once; gRPC closes one more and does not count it; 0: half of the descriptors "
+        "that the process may open",
         default=0,
         at_least=0,
         at_most=1_000_000,
     )
     max_streams: int = setting(
-        "calls at once on one connection to the gRPC port; a client keeps more waiting",
+        "calls at once on one connection to the gRPC port; a client keeps more waiting, so that none is refused",
         default=4096,
         at_least=1,
         at_most=1_000_000,

@@ -5,18 +5,20 @@ writer), nothing larger than its limit is read, and every refusal is one sentenc
 of any file. Imports the standard library alone.
 """
 
+import contextlib
 import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast
 
 CONFIG_BYTES = 4 << 20  # config.json, generation_config.json, chat templates: published ones have some 10 kB
 TOKENIZER_BYTES = 256 << 20  # the largest published tokenizer.json has 35 MB
 MAX_DEPTH = 64  # of JSON objects and arrays inside each other; published files have fewer than 10
 _SHOWN_CHARACTERS = 120
 _REFETCH = "fetch the checkpoint again"
+_LFS_POINTER = b"version https://git-lfs."  # how the specification has every pointer begin
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -38,7 +40,8 @@ def has_file(path: Path) -> bool:
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading, unbuffered; links are followed.
 
-    Raises CheckpointError if it is missing, cannot be read, or is a directory, a FIFO, a socket or a device.
+    Raises CheckpointError if it is missing, cannot be read, is a directory, a FIFO, a socket or a device, or if Git LFS
+    left a pointer in its place.
     """
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer and opening a device may do anything.
@@ -53,7 +56,11 @@ def open_file(path: Path) -> BinaryIO:
         os.close(descriptor)
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
         raise CheckpointError(f"{path} is {kind}, not a file; fetch the checkpoint again")
-    return os.fdopen(descriptor, "rb", buffering=0)
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    if _begins_as_pointer(descriptor):
+        file.close()
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+    return file
 
 
 def read_bytes(path: Path, *, limit_bytes: int) -> bytes:
@@ -119,6 +126,11 @@ def shown(value: object) -> str:
     return clipped if len(text) <= _SHOWN_CHARACTERS else f"{clipped}..."
 
 
+def shown_value(value: Any) -> str:
+    """Write the value of a JSON field for a message, so that text is told from a number; bounded as shown()."""
+    return f"the text {shown(repr(value))}" if isinstance(value, str) else shown("null" if value is None else value)
+
+
 def kind_of(value: object) -> str:
     """Name the JSON type of a value, for messages."""
     match value:
@@ -134,6 +146,12 @@ def kind_of(value: object) -> str:
             return "a list"
         case _:
             return "an object"
+
+
+def _begins_as_pointer(descriptor: int) -> bool:
+    with contextlib.suppress(OSError):  # whoever reads it says so
+        return os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER
+    return False
 
 
 def _refuse_size(path: Path, size: int, limit_bytes: int) -> NoReturn:

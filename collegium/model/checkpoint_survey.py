@@ -73,15 +73,15 @@ def survey_checkpoint(model_dir: Path) -> Survey:
     files = list_weight_files(model_dir)
     num_experts = _required(path, config, architecture.num_experts_key)
     top_k = _required(path, config, architecture.top_k_key)
+    num_layers = _required(path, config, architecture.num_layers_key)
     found = _find_tensors(model_dir, files, architecture, num_experts)
-    num_layers = config_int(config, architecture.num_layers_key)
-    for layer in [x for x in found.experts if num_layers is not None and x >= num_layers]:
+    for layer in [x for x in found.experts if x >= num_layers]:
         del found.experts[layer]  # further ones predict more than one token and are not served
     if not found.experts:
         raise CheckpointError(f"{model_dir} holds no expert tensors of a {architecture.model_type} checkpoint")
     layout = _one_layout(model_dir, found)
     d_model, d_ffn = _check_complete(model_dir, architecture, layout, found.experts, num_experts)
-    router = tuple(one for one in found.router if num_layers is None or layer_of(one.key) < num_layers)
+    router = tuple(one for one in found.router if layer_of(one.key) < num_layers)
     check_router_tensors(model_dir, config, architecture, router, d_model=d_model, num_experts=num_experts)
     return Survey(
         model_type=architecture.model_type,

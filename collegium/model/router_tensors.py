@@ -12,17 +12,15 @@ from pathlib import Path
 from collegium.model.architectures import Architecture, UnsupportedModelError, config_int
 from collegium.model.checkpoint_files import CheckpointError, shown
 from collegium.model.config_fields import whole_number
+from collegium.model.config_rope import LATENT, head_width
 from collegium.model.safetensors_files import ITEM_BITS
 
 _LAYER = re.compile(r"(?:model\.|transformer\.)?(?:layers|blocks)\.([0-9]{1,9})\.(.*)", re.DOTALL)
 _EMBEDDING = re.compile(r"(?:model\.|transformer\.)?(?:embed_tokens|wte)\.weight")
 _GATE = re.compile(r"(?:mlp|block_sparse_moe|ffn)\.(?:gate|router|router\.layer)\.weight")
 _ATTENTION = re.compile(r"(?:self_attn|norm_attn_norm)\.")
-_PROJECTION = re.compile(r"self_attn\.([qkvo])_proj\.weight")
+_PROJECTION = re.compile(r"self_attn\.(q|k|v|o|q_a|q_b|kv_a|kv_b)_proj(?:_with_mqa)?\.weight")
 _SERVED = ("F32", "BF16", "F16", "F64")
-# Width of a head where config.json does not say it; others divide hidden_size by the number of heads.
-_HEAD_DIMS = {"gpt_oss": 64, "minimax_m2": 128}
-_LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ def check_router_tensors(
     if (width := whole_number(config, name)) is not None and width != d_model:
         raise CheckpointError(f"{path}: {name} is {width}; the experts' tensors are {d_model} wide")
     _check_layers(path, model_dir, config, architecture, tensors)
-    widths = _projections(config, architecture, d_model)
+    widths = _projections(config, d_model)
     vocab_size = whole_number(config, "vocab_size")
     has_embedding = False
     for one in tensors:
@@ -136,13 +134,30 @@ def _check_layers(
             )
 
 
-def _projections(config: Mapping[str, object], architecture: Architecture, d_model: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the q, k, v and o projections as far as the config says them."""
-    heads = whole_number(config, "num_attention_heads")
-    if heads is None or architecture.model_type in _LATENT:
+def _projections(config: Mapping[str, object], d_model: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the projections of attention, by the name of each, as far as the config says them."""
+    if config.get("model_type") in LATENT:
+        return _latent_projections(config, d_model)
+    heads, width = whole_number(config, "num_attention_heads"), head_width(config, d_model)
+    if heads is None or width is None:
         return {}
-    default = _HEAD_DIMS.get(architecture.model_type, 0) if "head_dim" not in config else 0
-    width = whole_number(config, "head_dim") or default or d_model // heads
     shapes = {"q": (heads * width, d_model), "o": (d_model, heads * width)}
     kv_heads = whole_number(config, "num_key_value_heads")
     return shapes if kv_heads is None else shapes | dict.fromkeys("kv", (kv_heads * width, d_model))
+
+
+def _latent_projections(config: Mapping[str, object], d_model: int) -> dict[str, tuple[int, int]]:
+    names = ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    numbers = [number for name in names if (number := whole_number(config, name)) is not None]
+    if len(numbers) < len(names):
+        return {}
+    heads, nope, rope, value, latent = numbers
+    shapes = {
+        "q": (heads * (nope + rope), d_model),
+        "kv_a": (latent + rope, d_model),
+        "kv_b": (heads * (nope + value), latent),
+        "o": (d_model, heads * value),
+    }
+    if (rank := whole_number(config, "q_lora_rank")) is not None:
+        shapes |= {"q_a": (rank, d_model), "q_b": (heads * (nope + rope), rank)}
+    return shapes

@@ -18,6 +18,9 @@ from collegium.model.checkpoint_files import (
     read_text,
     shown,
 )
+from collegium.model.manifest import ensure_manifest
+
+DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 
 
 def _sparse(path: Path) -> None:
@@ -34,6 +37,9 @@ def _listen(path: Path) -> None:
     listener.close()
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1234\n"
+
+
 INSTEAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory": (lambda p: p.mkdir(), "is a directory"),
     "a FIFO": (lambda p: os.mkfifo(p), "is a FIFO"),
@@ -45,6 +51,7 @@ INSTEAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to itself": (lambda p: p.symlink_to(p.name), "cannot be read"),
     "nothing": (lambda p: None, "is missing"),
     "too large a file": (_sparse, f"has {CONFIG_BYTES + 1} bytes; at most {CONFIG_BYTES}"),
+    "a Git LFS pointer": (lambda p: p.write_bytes(LFS_POINTER), "is a Git LFS pointer.* run `git lfs pull`"),
     "no JSON": (lambda p: p.write_text("{"), "is not JSON"),
     "an empty file": (lambda p: p.touch(), "is not JSON"),
     "a list": (lambda p: p.write_text("[1]"), "is not a JSON object but a list"),
@@ -80,6 +87,20 @@ def test_what_is_within_the_bounds_is_read_as_json_reads_it(tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(path)  # as the hub's cache lays files out
     assert read_json(tmp_path / "link") == read
     assert read_text(path).startswith('{"a"')
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_git_lfs_pointer_in_the_place_of_any_file_is_told_before_anything_is_started(
+    name: str, tmp_path: Path
+) -> None:
+    for file in DEMO.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).write_bytes(LFS_POINTER)
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
+        ensure_manifest(tmp_path, out=tmp_path / "m.json")
 
 
 @given(st.binary(max_size=200) | st.text(alphabet='{}[]":,1ae\\ u', max_size=200).map(str.encode))

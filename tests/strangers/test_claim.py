@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import redis
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.cli import claim as claim_module
+from collegium.cli import remembered
 from collegium.cli.claim import Claim
 from collegium.cli.preflight import check_cluster_name
 from collegium.fabric.errors import Cancelled, FailedPrecondition, SettingsError, Unavailable
 from collegium.launch import ROOT
+from collegium.v1 import balancer_pb2 as pb
+from collegium.v1 import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.faults.test_up import DEMO, running
 from tests.redis_server import RedisServer
 
@@ -134,6 +142,132 @@ def test_balancers_that_nobody_here_started_are_found_by_their_lead(server: Redi
     said: list[str] = []
     with Claim(server.url, "default", say=said.append):
         assert not client.exists("collegium:{default}:leader")
+
+
+class Member(expert_pb2_grpc.ExpertServicer, router_pb2_grpc.RouterServicer, health_pb2_grpc.HealthServicer):
+    """A worker and a router at one address, of one id."""
+
+    def __init__(self, member_id: str) -> None:
+        self.member_id, self.is_serving, self.num_asked = member_id, True, 0
+
+    def GetWorker(self, request: object, context: object) -> expert_pb2.GetWorkerResponse:
+        self.num_asked += 1
+        return expert_pb2.GetWorkerResponse(worker_id=self.member_id)
+
+    def Describe(self, request: object, context: object) -> router_pb2.DescribeResponse:
+        return router_pb2.DescribeResponse(router_id=self.member_id)
+
+    def Check(self, request: object, context: object) -> health_pb2.HealthCheckResponse:
+        response = health_pb2.HealthCheckResponse
+        return response(status=response.SERVING if self.is_serving else response.NOT_SERVING)
+
+
+@contextmanager
+def answering(member: Member) -> Iterator[str]:
+    """Have a member answer; gives its address."""
+    with ThreadPoolExecutor(2) as pool:
+        server: Any = grpc.server(pool)
+        for register in (
+            expert_pb2_grpc.add_ExpertServicer_to_server,
+            router_pb2_grpc.add_RouterServicer_to_server,
+            health_pb2_grpc.add_HealthServicer_to_server,
+        ):
+            register(member, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
+
+
+def remember(client: redis.Redis, role: int, address: str, member_id: str = "m-1") -> None:
+    """Write a member's record as a balancer does."""
+    record = pb.Member(member_id=member_id, role=role, address=address, state=pb.MEMBER_STATE_SERVING)  # type: ignore[arg-type]
+    client.set(f"collegium:{{default}}:member:{member_id}", record.SerializeToString(), ex=600)
+    client.sadd("collegium:{default}:members", member_id)
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit_s in (("_ENDING_S", 0.05), ("_DRAINING_S", 0.1), ("_POLL_S", 0.01)):
+        monkeypatch.setattr(claim_module, name, limit_s)
+
+
+@pytest.mark.usefixtures("hurry")
+@pytest.mark.parametrize(("role", "word"), [(pb.ROLE_WORKER, "worker"), (pb.ROLE_ROUTER, "router")])
+@pytest.mark.parametrize("is_serving", [True, False], ids=["serving", "not serving"])
+def test_a_member_that_lives_holds_its_clusters_name_though_its_balancer_is_silent(
+    role: int, word: str, is_serving: bool, server: RedisServer, client: redis.Redis
+) -> None:
+    member = Member("m-1")
+    member.is_serving = is_serving
+    with answering(member) as address:
+        remember(client, role, "127.0.0.1:1", "m-0")  # nobody answers there
+        remember(client, role, address)
+        with pytest.raises(FailedPrecondition, match=f"{word} m-1, which answers at {address}") as caught:
+            Claim(server.url, "default").__enter__()
+        assert caught.value.reason == "CLUSTER_NAME_TAKEN"
+        assert "end that one, or give" in str(caught.value)
+        assert not client.exists("collegium:{default}:up"), "what was refused holds no name"
+        with Claim(server.url, "other"):
+            pass
+    with Claim(server.url, "default"):
+        pass
+
+
+def _silent(stack: ExitStack) -> str:
+    listener = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0))))
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+STALE = {
+    "an address that nobody has": lambda stack: "127.0.0.1:1",
+    "an address that is another process's": lambda stack: stack.enter_context(answering(Member("m-2"))),
+    "an address that takes connections and says nothing": _silent,
+    "no address": lambda stack: "here",
+}
+
+
+@pytest.mark.usefixtures("hurry")
+@pytest.mark.parametrize("kind", STALE)
+def test_the_record_of_a_member_that_is_gone_holds_no_name(
+    kind: str, server: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "_ASK_S", 0.2)
+    with ExitStack() as stack:
+        remember(client, pb.ROLE_WORKER, STALE[kind](stack))
+        client.sadd("collegium:{default}:members", "lapsed", b"\xff")
+        client.set("collegium:{default}:member:lapsed", b"\xff\xff")
+        with Claim(server.url, "default"):
+            pass
+
+
+def test_keys_of_another_type_hold_no_name(server: RedisServer, client: redis.Redis) -> None:
+    client.set("collegium:{default}:members", "text")
+    with Claim(server.url, "default"):
+        pass
+
+
+@pytest.mark.usefixtures("hurry")
+def test_members_of_a_killed_up_are_waited_for_while_they_end(
+    server: RedisServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim_module, "_DRAINING_S", 60.0)
+    member, said = Member("m-1"), list[str]()
+    member.is_serving = False
+
+    def end_in_time() -> bool:
+        if said:
+            member.member_id = "gone"
+        return False
+
+    with answering(member) as address:
+        remember(client, pb.ROLE_WORKER, address)
+        with Claim(server.url, "default", say=said.append, is_interrupted=end_in_time):
+            pass
+    assert member.num_asked > 1
+    assert len(said) == 1 and "waiting to see whether members of the cluster 'default' end: worker m-1" in said[0]
 
 
 def test_the_name_is_kept_and_a_redis_that_forgot_it_is_told_again(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from collegium.fabric.errors import FailedPrecondition
 from collegium.model.allocation import is_out_of_memory
 from collegium.model.manifest import ManifestPathError
+from expert_svc import app as worker_app
+from expert_svc.settings import Settings as WorkerSettings
 from router_svc import loading, model_loader
 from router_svc.settings import Settings
 from tests.oracle import Oracle
@@ -28,6 +31,22 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_read(tmp_path: Pa
         with pytest.raises(FailedPrecondition) as caught:
             loading.load(Settings(model=tmp_path / "absent", device=device))
         assert (caught.value.field, caught.value.reason) == ("--device", "UNUSABLE_DEVICE")
+
+
+def test_a_torch_without_cuda_is_told_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cpu")
+    settings: dict[str, Any] = {"device": "cuda:0"}
+    for choose in (
+        lambda: loading.load(Settings(model=tmp_path / "absent", **settings)),
+        lambda: worker_app.choose_device(WorkerSettings(balancer="127.0.0.1:1", manifest=tmp_path, **settings)),
+    ):
+        with pytest.raises(
+            FailedPrecondition, match=r"the installed torch 9\.9\.9\+cpu is a build without CUDA"
+        ) as caught:
+            choose()
+        assert (caught.value.field, caught.value.reason) == ("--device", "UNUSABLE_DEVICE")
+        assert "install a build of torch for CUDA" in (caught.value.remedy or "")
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ def test_every_field_of_every_message_has_a_bound() -> None:
 class Rig:
     """A balancer with one worker and one router, called without a wire and ticked by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, **bounds: int) -> None:
         self.store = MemoryStore()
         self.roster = Roster(30.0)
         self.planner = Planner(expected_workers=1, settle_s=0.0, patience_s=60.0)
-        self.balancer = Balancer(self.roster, self.planner, self.store, max_workers=8)
+        self.balancer = Balancer(self.roster, self.planner, self.store, **({"max_workers": 8} | bounds))
         self.worker_id = self.router_id = ""
 
     async def __aenter__(self) -> Rig:
@@ -249,6 +249,21 @@ async def test_more_workers_than_can_be_started_are_refused_with_the_bound(wante
         error = await rig.refusal("Scale", pb.ScaleRequest(num_workers=wanted))
         assert error.message.startswith(f"num_workers: is {wanted}; the maximum is 8")
         await rig.call("Scale", pb.ScaleRequest(num_workers=8))
+        await rig.refusal("Scale", pb.ScaleRequest(num_workers=0))  # is not above the bound
+        assert rig.balancer.counters()["collegium_scalings_refused_total"] == 1
+
+
+async def test_more_members_than_the_bound_are_refused_and_counted_until_one_leaves() -> None:
+    async with Rig(max_members=3) as rig:  # it has two
+        await rig.call("Join", worker("w:2"))
+        for _ in range(2):
+            error = await rig.refusal("Join", worker("w:3"))
+            assert error.reason == "TOO_MANY_MEMBERS"
+            assert error.message.startswith("there are 3 members; the maximum is 3")
+            assert "--max-members" in (error.remedy or "")
+        await rig.call("Leave", pb.LeaveRequest(member_id=rig.router_id))
+        await rig.call("Join", worker("w:3"))
+        assert rig.balancer.counters()["collegium_joins_refused_total"] == 2
 
 
 async def test_a_caller_of_a_gateway_is_told_the_balancers_bound() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,32 @@ def test_a_file_that_others_can_change_or_read_is_warned_of_once(
 def test_a_file_that_is_not_there_is_whoevers_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     warn_if_open(tmp_path / "none", "--tls-key")
     assert not caplog.records
+
+
+ENCRYPTED = {
+    "PKCS #8": ("pkcs8", "-topk8", "-v2", "aes256", "-passout", "pass:word"),
+    "OpenSSL's older form": ("ec", "-aes256", "-passout", "pass:word"),
+}
+
+
+def encrypt(key: Path, form: tuple[str, ...], locked: Path, mark: bytes) -> None:
+    subprocess.run(["openssl", *form, "-in", key, "-out", locked], check=True, capture_output=True)
+    locked.write_bytes(mark + locked.read_bytes())
+
+
+@pytest.mark.parametrize("form", ENCRYPTED)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+async def test_a_key_with_a_password_is_refused_with_how_to_write_it_without_one(
+    form: str, mark: bytes, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path)
+    locked = tmp_path / "locked.pem"
+    encrypt(key, ENCRYPTED[form], locked, mark)
+    told = f"--tls-key={locked} cannot be used: it is encrypted.*openssl pkey -in {locked} -out plain.pem"
+    with pytest.raises(SettingsError, match=told):
+        check_tls(cert, locked, None)
+    with pytest.raises(SettingsError, match=told):
+        await rpc.Server("tls", tls=rpc.TlsFiles(cert=cert, key=locked)).start("127.0.0.1:0")
 
 
 async def test_a_private_key_is_looked_at_and_read_without_a_mark(
