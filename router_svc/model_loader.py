@@ -134,7 +134,7 @@ def load_router_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with _told_as(f"{path} is not usable"):
-        config = _config_of(read_config(model_dir))
+        config = config_of(read_config(model_dir))
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
     what = f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"
     with _told_as(what), _without_experts(config):
@@ -236,7 +236,7 @@ def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | Devic
     return DeviceModel(model) if is_on_device else LeanModel(model), ""
 
 
-def _config_of(fields: Mapping[str, object]) -> PreTrainedConfig:
+def config_of(fields: Mapping[str, object]) -> PreTrainedConfig:
     """Make transformers' config of a checked config.json, of the fields that matter alone."""
     return CONFIG_MAPPING[str(fields["model_type"])].from_dict(model_fields(fields))
 

@@ -446,7 +446,7 @@ def mutated(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def build(folder: Path) -> None:
     """Build transformers' model of a config, whatever the weights, and compute a token with it."""
-    config = model_loader._config_of(read_config(folder))
+    config = model_loader.config_of(read_config(folder))
     meta = torch.device("meta")  # no numbers
     with meta:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
