@@ -96,9 +96,10 @@ class Answering:
             is_waiting=join_wait is not None and join_wait.is_on,
         )
         for link, lent in zip(links, answer.links, strict=True):
-            if lent.dispatches:
+            if lent.dispatches or lent.hints:
                 link.adopt(
                     num_dispatches=lent.dispatches,
+                    num_hints=lent.hints,
                     num_rows=lent.total_rows,
                     num_pairs=lent.total_pairs,
                     bytes_out=lent.bytes_out,

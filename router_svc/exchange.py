@@ -24,6 +24,7 @@ from collegium.model.dispatch import WorkerShare, plan_dispatch, shares_of
 from collegium.model.native.exchange import MAX_PAIRS, Exchange, State
 from collegium.model.native.step import DecodeStep
 from router_svc.load_counts import LoadCounts
+from router_svc.micro_batches import MAX_MICRO_BATCHES
 
 # Of all rows of a call: more than a socket takes at once would go the long way in the middle.
 _MOST_BYTES = 96 * 1024
@@ -31,31 +32,58 @@ _MOST_BYTES = 96 * 1024
 
 @dataclass(slots=True)
 class Disturbed:
-    """What a call left: shares that were answered, those whose answers are to come (with their numbers), those to be
-    sent, and those whose link was lost (with why).
+    """What a call left: shares that were answered, those whose answers are to come (with worker, link and number),
+    those to be sent, and those whose link was lost (with why).
     """
 
     done: list[tuple[WorkerShare, Tensor]] = field(default_factory=list)
-    sent: list[tuple[WorkerShare, int]] = field(default_factory=list)
+    sent: list[tuple[WorkerShare, str, SocketLink, int]] = field(default_factory=list)
     unsent: list[WorkerShare] = field(default_factory=list)
-    lost: list[tuple[WorkerShare, Exception]] = field(default_factory=list)
+    lost: list[tuple[WorkerShare, str, SocketLink, Exception]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCall:
+    """A layer's rows x [T, D], what they chose, ids and weights [T, K], and where that is computed.
+
+    worker_of [E]: each expert's worker; workers [T * K]: each choice's, where experts have replicas. Worker w's
+    dispatch gets the number seq + w. is_counted: whether the choices have been counted.
+    """
+
+    layer: int
+    x: Tensor
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    worker_of: NDArray[np.int64]
+    workers: NDArray[np.int64] | None
+    is_counted: bool
+    num_decode_rows: int
+    seq: int
+    deadline_s: float
+    epoch: int
+    step: int
 
 
 class WholeExchange:
     """Exchanges with a fixed set of workers. Belongs to the engine's thread, but for `fold`."""
 
-    def __init__(self, links: Sequence[SocketLink], *, num_experts: int, top_k: int, loads: LoadCounts):
-        """Use these links, worker w's at index w; choices are counted in `loads`."""
+    def __init__(self, live: Sequence[tuple[str, SocketLink]], *, num_experts: int, top_k: int, loads: LoadCounts):
+        """Use these links, worker w's at index w with its id; choices are counted in `loads`."""
+        self.live, links = list(live), [link for _, link in live]
         shape = links[0].shape
         self._links, self._dtype, self._d_model = list(links), shape.dtype, shape.d_model
-        self._exchange = Exchange(
-            num_workers=len(links),
-            num_experts=num_experts,
-            top_k=top_k,
-            d_model=shape.d_model,
-            dtype=shape.dtype,
-            frames=(MAGIC, VERSION, DTYPE_CODES[shape.dtype]),
-        )
+        self._parts = [  # one for each micro-batch, whose rows are away at the same time
+            Exchange(
+                num_workers=len(links),
+                num_experts=num_experts,
+                top_k=top_k,
+                d_model=shape.d_model,
+                dtype=shape.dtype,
+                frames=(MAGIC, VERSION, DTYPE_CODES[shape.dtype]),
+            )
+            for _ in range(MAX_MICRO_BATCHES)
+        ]
+        self._exchange = self._parts[0]
         self._top_k, self._loads = top_k, loads
         self._max_rows = min(
             min(link.shape.max_rows for link in links), MAX_PAIRS // top_k, _MOST_BYTES // shape.row_bytes
@@ -65,6 +93,7 @@ class WholeExchange:
         self._layer_bytes = 8 * num_experts
         self._folded = np.zeros((len(links), 6), np.int64)
         self._row_bytes = shape.row_bytes
+        self._away: dict[int, tuple[Tensor, int]] = {}  # by part: its sums to be, and the number that it began with
         self.disturbed = Disturbed()
 
     def takes_step(self, step: DecodeStep) -> bool:
@@ -90,7 +119,7 @@ class WholeExchange:
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
             if step.run(exchange, worker_of, self._counted, timeout_s):
                 return True
-            self.disturbed = self._look(int(call.seq))
+            self.disturbed = self._look(exchange, int(call.seq))
             return False
 
     @contextlib.contextmanager
@@ -121,52 +150,91 @@ class WholeExchange:
             and weights.flags.c_contiguous
         )
 
-    def run(
-        self,
-        layer: int,
-        x: Tensor,
-        ids: NDArray[np.int64],
-        weights: NDArray[np.float32],
-        *,
-        worker_of: NDArray[np.int64],
-        workers: NDArray[np.int64] | None,
-        is_counted: bool,
-        num_decode_rows: int,
-        seq: int,
-        deadline_s: float,
-        epoch: int,
-        step: int,
-    ) -> Tensor | None:
+    def run(self, asked: LayerCall) -> Tensor | None:
         """Have the experts' sums computed: [T, D]; None where that was disturbed, and `disturbed` says how far it came.
 
-        Worker w's dispatch gets the number seq + w. Choices are counted unless they have been.
+        Choices are counted unless they have been.
         """
         exchange = self._exchange
-        call, num_tokens = exchange.call, len(ids)
-        exchange.fit(num_tokens)
         with self._lent() as is_lent:
             if not is_lent:
-                shares = plan_dispatch(ids, weights, worker_of, workers).shares
-                if not is_counted:
-                    self._loads.note(layer, ids, num_decode_rows)
-                self.disturbed = Disturbed(unsent=list(shares))
+                self.disturbed = self._not_begun(asked)
                 return None
-            out = torch.empty_like(x)
-            call.T, call.num_decode = num_tokens, num_decode_rows
-            call.ids, call.weights, call.worker_of = ids.ctypes.data, weights.ctypes.data, worker_of.ctypes.data
-            call.x, call.out = x.data_ptr(), out.data_ptr()
-            call.workers = None if workers is None else workers.ctypes.data
-            if is_counted:
-                call.decode = None
-            else:
-                offset = layer * self._layer_bytes
-                call.decode, call.prefill, call.activations = (at + offset for at in self._counted_at)
-            call.seq, call.deadline_us, call.epoch = seq, int(deadline_s * 1e6), epoch
-            call.step, call.layer = step & 0xFFFFFFFF, layer
+            out = self._tell(exchange, asked)
             if exchange.run():
                 return out
-            self.disturbed = self._look(seq)
+            self.disturbed = self._look(exchange, asked.seq)
             return None
+
+    def send(self, part: int, asked: LayerCall) -> bool:
+        """Send a layer's dispatches for one part of a step, and leave the links to others until `receive`.
+
+        False where that was disturbed, and `disturbed` says how far it came. Choices are counted unless they have been.
+        """
+        exchange, lent = self._parts[part], 0
+        try:
+            for at, link in enumerate(self._links):
+                exchange.fds[at] = link.lend_to_send()
+                if exchange.fds[at] < 0:
+                    self.disturbed = self._not_begun(asked)
+                    return False
+                lent += 1
+            self._away[part] = self._tell(exchange, asked), asked.seq
+            if not exchange.send():
+                self.disturbed = self._look(exchange, asked.seq)
+                return False
+            for worker, num_rows, num_groups in exchange.sent:
+                self._links[worker].adopt((asked.seq + worker) & 0xFFFFFFFF, num_rows, num_groups)
+            return True
+        finally:
+            for link in self._links[:lent]:
+                link.take_back()
+
+    def receive(self, part: int) -> Tensor | None:
+        """Receive what `send` has sent: sums [T, D]; None where that was disturbed, as `run`."""
+        exchange = self._parts[part]
+        out, seq = self._away[part]
+        lent: list[tuple[SocketLink, int]] = []
+        try:
+            for worker, _, _ in exchange.sent:
+                link, number = self._links[worker], (seq + worker) & 0xFFFFFFFF
+                exchange.fds[worker] = link.lend_to_receive(number)
+                if exchange.fds[worker] >= 0:
+                    lent.append((link, number))
+            if exchange.receive():
+                for link, number in lent:
+                    link.answered(number)
+                return out
+            self.disturbed = self._look(exchange, seq, is_adopted=True)
+            return None
+        finally:
+            for link, _ in lent:
+                link.take_back()
+
+    def _not_begun(self, asked: LayerCall) -> Disturbed:
+        shares = plan_dispatch(asked.ids, asked.weights, asked.worker_of, asked.workers).shares
+        if not asked.is_counted:
+            self._loads.note(asked.layer, asked.ids, asked.num_decode_rows)
+        return Disturbed(unsent=list(shares))
+
+    def _tell(self, exchange: Exchange, asked: LayerCall) -> Tensor:
+        """Write a layer's call into an exchange; returns where its sums will be."""
+        call, num_tokens = exchange.call, len(asked.ids)
+        exchange.fit(num_tokens)
+        out = torch.empty_like(asked.x)
+        call.T, call.num_decode = num_tokens, asked.num_decode_rows
+        call.ids, call.weights = asked.ids.ctypes.data, asked.weights.ctypes.data
+        call.worker_of = asked.worker_of.ctypes.data
+        call.x, call.out = asked.x.data_ptr(), out.data_ptr()
+        call.workers = None if asked.workers is None else asked.workers.ctypes.data
+        if asked.is_counted:
+            call.decode = None
+        else:
+            offset = asked.layer * self._layer_bytes
+            call.decode, call.prefill, call.activations = (at + offset for at in self._counted_at)
+        call.seq, call.deadline_us, call.epoch = asked.seq, int(asked.deadline_s * 1e6), asked.epoch
+        call.step, call.layer = asked.step & 0xFFFFFFFF, asked.layer
+        return out
 
     @property
     def waited_s(self) -> tuple[float, float]:
@@ -175,7 +243,7 @@ class WholeExchange:
 
     def fold(self) -> int:
         """Add what was counted since the last time to the links' own counts; returns the bytes that were needed."""
-        totals = self._exchange.totals.copy()
+        totals = np.sum([exchange.totals for exchange in self._parts], axis=0)
         grown = (totals - self._folded).tolist()
         self._folded = totals
         needed = 0
@@ -190,23 +258,29 @@ class WholeExchange:
             needed += 2 * rows * self._row_bytes + 8 * pairs
         return needed
 
-    def _look(self, seq: int) -> Disturbed:
-        """Sort the shares of a call by how far they came; the links are still lent."""
+    def _look(self, exchange: Exchange, seq: int, *, is_adopted: bool = False) -> Disturbed:
+        """Sort the shares of a call by how far they came; the links are still lent.
+
+        is_adopted: their links know already that they were sent.
+        """
         found = Disturbed()
-        planned = self._exchange.planned
-        assert planned is not None
-        for share in shares_of(planned):
-            link, number = self._links[share.worker], (seq + share.worker) & 0xFFFFFFFF
-            match State(int(self._exchange.states[share.worker])):
+        assert exchange.planned is not None
+        for share in shares_of(exchange.planned):
+            worker_id, link = self.live[share.worker]
+            number = (seq + share.worker) & 0xFFFFFFFF
+            match State(int(exchange.states[share.worker])):
                 case State.DONE:
-                    found.done.append((share, self._exchange.rows_of(share.worker).clone()))
+                    if is_adopted:
+                        link.answered(number)
+                    found.done.append((share, exchange.rows_of(share.worker).clone()))
                 case State.SENT:
-                    link.adopt(number, share.num_rows, len(share.experts))
-                    found.sent.append((share, number))
+                    if not is_adopted:
+                        link.adopt(number, share.num_rows, len(share.experts))
+                    found.sent.append((share, worker_id, link, number))
                 case State.UNSENT:
                     found.unsent.append(share)
                 case State.BROKEN:
-                    found.lost.append((share, link.spoil("half a frame was sent or read")))
+                    found.lost.append((share, worker_id, link, link.spoil("half a frame was sent or read")))
         return found
 
 
@@ -214,11 +288,11 @@ def whole_exchange(
     live: Sequence[tuple[str, RouterLink]], *, num_experts: int, top_k: int, loads: LoadCounts
 ) -> WholeExchange | None:
     """Make an exchange over live links; None where they are of another kind, or the library is not there."""
-    links = [link for _, link in live if isinstance(link, SocketLink)]
-    if not links or len(links) < len(live) or native.library() is None:
+    plain = [(worker_id, link) for worker_id, link in live if isinstance(link, SocketLink)]
+    if not plain or len(plain) < len(live) or native.library() is None:
         return None
-    shapes = {(link.shape.dtype, link.shape.reply_dtype, link.shape.d_model) for link in links}
+    shapes = {(link.shape.dtype, link.shape.reply_dtype, link.shape.d_model) for _, link in plain}
     dtype, reply_dtype, _ = next(iter(shapes))
     if len(shapes) > 1 or dtype is not reply_dtype or dtype not in native.DTYPES:
         return None
-    return WholeExchange(links, num_experts=num_experts, top_k=top_k, loads=loads)
+    return WholeExchange(plain, num_experts=num_experts, top_k=top_k, loads=loads)

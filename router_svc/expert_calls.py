@@ -22,7 +22,7 @@ from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, Li
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
 from collegium.model.native.step import DecodeStep
 from collegium.model.placement import NO_PLACEMENT, Placement
-from router_svc.exchange import Disturbed, WholeExchange, whole_exchange
+from router_svc.exchange import Disturbed, LayerCall, WholeExchange, whole_exchange
 from router_svc.foresight import Foretells
 from router_svc.hinting import Hinting, HintTotals
 from router_svc.load_counts import LoadCounts
@@ -129,7 +129,7 @@ class ExpertCalls:
         self._hintings = [] if foresight is None else [Hinting(foresight, self.totals, memory) for _ in _PARTS]
         self._step = 0
         self._parts: list[_Part] = []
-        self._part = _Part(num_decode_rows=0, hinting=None)
+        self._part, self._part_idx = _Part(num_decode_rows=0, hinting=None), 0
         self._num_away = 0  # parts whose rows are with workers
         self._away_since_s = 0.0
         self.shared: Mapping[int, SharedExperts] = {}  # by layer
@@ -237,7 +237,7 @@ class ExpertCalls:
                 if self._live:
                     table = [route.worker_of for route in self._table]
                     hinting.recall(num_decode_rows, table, self._live)
-        self._part = self._parts[0]
+        self.enter(0)
 
     def end(self) -> None:
         """Close a step: nothing is under way on any link, but what was given up. Idempotent."""
@@ -251,7 +251,7 @@ class ExpertCalls:
 
     def enter(self, idx: int) -> None:
         """Let a part of the step have its turn."""
-        self._part = self._parts[idx]
+        self._part, self._part_idx = self._parts[idx], idx
 
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
@@ -267,16 +267,34 @@ class ExpertCalls:
             counts = self.loads.note(layer, host_ids, self._part.num_decode_rows)
             workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
         whole = self._whole_for(layer, host_x, host_ids, host_weights)
-        found: Disturbed | None = None
-        if whole is not None:
-            y = self._exchange(whole, layer, route, host_x, host_ids, host_weights, workers)
-            if y is not None:
-                return y.to(x.device)
-            is_counted, found = True, whole.disturbed
-        else:
+        if whole is None:
             shares = plan_dispatch(host_ids, host_weights, route.worker_of, workers).shares
             found = Disturbed(unsent=list(shares))
-        return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+            return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+        asked = LayerCall(
+            layer=layer,
+            x=host_x,
+            ids=host_ids,
+            weights=host_weights,
+            worker_of=route.worker_of,
+            workers=workers,
+            is_counted=is_counted,
+            num_decode_rows=self._part.num_decode_rows,
+            seq=(self._seq + 1) & 0xFFFFFFFF,
+            deadline_s=time.monotonic() + self._timeout_s,
+            epoch=self.epoch,
+            step=self._step,
+        )
+        self._seq = (self._seq + len(self._live)) & 0xFFFFFFFF
+        if self._has_other_work(layer):
+            away = whole if whole.send(self._part_idx, asked) else None
+            found = Disturbed() if away is not None else whole.disturbed
+            return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=True, away=away)
+        y = whole.run(asked)
+        if y is None:
+            return self._go_on(layer, x, host_x, host_ids, host_weights, whole.disturbed, is_counted=True)
+        self._note_whole(whole.waited_s)
+        return y.to(x.device)
 
     def compute_step(self, step: DecodeStep) -> bool:
         """Compute a step's layers, attention and experts, for as long as nothing needs the interpreter between them.
@@ -286,8 +304,8 @@ class ExpertCalls:
         """
         while step.layer < step.num_layers:
             self._refresh()
-            can_run = self._live and not self._has_replicas and not self.shared and not self._traceparent
-            whole = self._whole(step.top_k) if can_run else None
+            is_plain = not (self._has_replicas or self.shared or self._traceparent or self._has_other_work(step.layer))
+            whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):
                 return False
             seq, first = (self._seq + 1) & 0xFFFFFFFF, step.layer
@@ -297,10 +315,7 @@ class ExpertCalls:
             )
             if done is None:
                 return False
-            self.totals.native_exchanges += step.layer - first
-            away_s, blocked_s = step.waited_s
-            self.totals.away_s += away_s
-            self.totals.blocked_s += blocked_s
+            self._note_whole(step.waited_s, num_layers=step.layer - first)
             if done:
                 return True
             x = step.work.x
@@ -317,11 +332,16 @@ class ExpertCalls:
         found: Disturbed,
         *,
         is_counted: bool,
+        away: WholeExchange | None = None,
     ) -> Tensor:
-        """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced."""
-        self.totals.python_exchanges += 1
+        """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced.
+
+        away: has sent all of it, and will receive it.
+        """
+        if away is None:
+            self.totals.python_exchanges += 1
         if not self._is_traced(layer):
-            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, away=away)
         attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids), "collegium.retries": 0}
         span = tracing.start_span("router.experts", traceparent=self._traceparent, attributes=attributes)
         try:
@@ -342,6 +362,7 @@ class ExpertCalls:
         found: Disturbed,
         *,
         is_counted: bool,
+        away: WholeExchange | None = None,
         span: Span | None = None,
     ) -> Tensor:
         traceparent, num_retries = "" if span is None else tracing.traceparent_of(span), 0
@@ -349,16 +370,9 @@ class ExpertCalls:
         missed: list[NDArray[np.uint16]] = []
         answers: list[tuple[WorkerShare, Tensor]] = list(found.done)
         pending: tuple[WorkerShare, ...] = tuple(found.unsent)
-        begun = [
-            _Sent(share=share, worker_id=self._live[share.worker][0], link=self._live[share.worker][1], seq=seq)
-            for share, seq in found.sent
-        ]
-        lost: list[WorkerShare] = []
-        for share, error in found.lost:
-            self._lose(*self._live[share.worker], error)
-            lost.append(share)
+        begun, lost = _begun(found), self._lost(found)
         is_first = True
-        while pending or begun or lost:
+        while pending or begun or lost or away is not None:
             deadline_s = time.monotonic() + self._timeout_s
             sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s, traceparent)
             sent, begun = begun + sent, []
@@ -377,8 +391,19 @@ class ExpertCalls:
                     pause()
             except BaseException:  # the step ends here: what was sent must be received, or its credits are lost
                 with contextlib.suppress(ExpertFailedError):
-                    self._receive(sent, refusal, deadline_s, missed)
+                    if away is None or self._receive_whole(away) is None:
+                        sent += [] if away is None else _begun(away.disturbed)
+                        self._receive(sent, refusal, deadline_s, missed)
                 raise
+            if away is not None:
+                y = self._receive_whole(away)
+                if y is not None:
+                    return y.to(x.device)
+                self.totals.python_exchanges += 1
+                answers += away.disturbed.done
+                sent += _begun(away.disturbed)
+                lost += self._lost(away.disturbed)
+                away = None
             done, failed = self._receive(sent, refusal, deadline_s, missed)
             failed += unsent + lost
             lost = []
@@ -397,12 +422,35 @@ class ExpertCalls:
             self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
         return combine(answers, num_tokens, x.shape[1], x.dtype).to(x.device)
 
+    def _lost(self, found: Disturbed) -> list[WorkerShare]:
+        """Give up the links that a call found broken; returns what is to be planned anew."""
+        for _, worker_id, link, error in found.lost:
+            self._lose(worker_id, link, error)
+        return [share for share, *_ in found.lost]
+
+    def _receive_whole(self, whole: WholeExchange) -> Tensor | None:
+        """Receive what a whole exchange has sent for this part; None where that was disturbed."""
+        began_s = time.monotonic()
+        y = whole.receive(self._part_idx)
+        if y is not None:
+            self.totals.native_exchanges += 1
+            self._note_back(began_s)
+        return y
+
+    def _note_whole(self, waited_s: tuple[float, float], num_layers: int = 1) -> None:
+        self.totals.native_exchanges += num_layers
+        self.totals.away_s += waited_s[0]
+        self.totals.blocked_s += waited_s[1]
+
+    def _has_other_work(self, layer: int) -> bool:
+        """Whether there is something to do while a layer's rows are away."""
+        return bool(self._wanting) or layer in self.shared or len(self._parts) != 1
+
     def _whole_for(
         self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
     ) -> WholeExchange | None:
-        """Say whether a layer can be computed in one call, and by what."""
-        is_long = layer in self.shared or self._is_traced(layer)
-        whole = None if is_long else self._whole(ids.shape[1])
+        """Say whether a layer can be exchanged by calls, and by what."""
+        whole = None if self._is_traced(layer) else self._whole(ids.shape[1])
         return whole if whole is not None and whole.takes(x, ids, weights) else None
 
     def _is_traced(self, layer: int) -> bool:
@@ -410,8 +458,8 @@ class ExpertCalls:
         return bool(self._traceparent) and is_traced(layer, self._num_traced, self._num_layers * len(self._live))
 
     def _whole(self, top_k: int) -> WholeExchange | None:
-        """Give what exchanges in one call; None where somebody listens or there is more than one part."""
-        if self._wanting or self.on_layer is not None or len(self._parts) != 1:
+        """Give what exchanges in calls; None where somebody listens."""
+        if self.on_layer is not None:
             return None
         if self._whole_version != self._routed_version:
             with self._lock:
@@ -421,39 +469,6 @@ class ExpertCalls:
                 )
                 self._whole_version = self._routed_version
         return self._exchanges
-
-    def _exchange(
-        self,
-        whole: WholeExchange,
-        layer: int,
-        route: LayerRoute,
-        x: Tensor,
-        ids: NDArray[np.int64],
-        weights: NDArray[np.float32],
-        workers: NDArray[np.int64] | None,
-    ) -> Tensor | None:
-        seq = (self._seq + 1) & 0xFFFFFFFF
-        self._seq = (self._seq + len(self._live)) & 0xFFFFFFFF
-        y = whole.run(
-            layer,
-            x,
-            ids,
-            weights,
-            worker_of=route.worker_of,
-            workers=workers,
-            is_counted=bool(route.replicas),
-            num_decode_rows=self._part.num_decode_rows,
-            seq=seq,
-            deadline_s=time.monotonic() + self._timeout_s,
-            epoch=self.epoch,
-            step=self._step,
-        )
-        if y is not None:
-            self.totals.native_exchanges += 1
-            away_s, blocked_s = whole.waited_s
-            self.totals.away_s += away_s
-            self.totals.blocked_s += blocked_s
-        return y
 
     def _take_out(self, worker_id: str) -> RouterLink | None:
         """Use a link no more; under the lock."""
@@ -526,11 +541,7 @@ class ExpertCalls:
                 done.append((one.share, reply.y))
                 if self.on_layer is not None and reply.num_misses:
                     missed.append(reply.missed)
-        now_s = time.monotonic()
-        self.totals.blocked_s += now_s - began_s
-        self._num_away -= 1
-        if not self._num_away:
-            self.totals.away_s += now_s - self._away_since_s
+        self._note_back(began_s)
         if refusal:
             raise ExpertFailedError(refusal)
         return done, failed
@@ -539,6 +550,13 @@ class ExpertCalls:
         if not self._num_away:
             self._away_since_s = time.monotonic()
         self._num_away += 1
+
+    def _note_back(self, waits_since_s: float) -> None:
+        now_s = time.monotonic()
+        self.totals.blocked_s += now_s - waits_since_s
+        self._num_away -= 1
+        if not self._num_away:
+            self.totals.away_s += now_s - self._away_since_s
 
     def _foretell(self, hinting: Hinting, layer: int, x: Tensor) -> None:
         if self._part.num_decode_rows and self._wanting:
@@ -572,6 +590,10 @@ class ExpertCalls:
             self.drop_link(worker_id)
             if self._on_lost is not None:
                 self._on_lost(worker_id, str(error))
+
+
+def _begun(found: Disturbed) -> list[_Sent]:
+    return [_Sent(share=share, worker_id=worker_id, link=link, seq=seq) for share, worker_id, link, seq in found.sent]
 
 
 def is_traced(layer: int, num_traced: int, num_dispatches: int) -> bool:

@@ -158,6 +158,7 @@ class PortLink:
         self,
         *,
         num_dispatches: int,
+        num_hints: int,
         num_rows: int,
         num_pairs: int,
         bytes_out: int,
@@ -167,7 +168,8 @@ class PortLink:
     ) -> None:
         """Take note of what a borrower of this link has read and answered.
 
-        heard: when the frame that travelled least was sent and received; rest: what is still to be sent of a reply.
+        num_hints: of what is here already, which it passed over; heard: when the frame that travelled least was sent
+                and received; rest: what is still to be sent of a reply.
         """
         stats = self.stats
         stats.dispatches += num_dispatches
@@ -176,7 +178,9 @@ class PortLink:
         stats.pairs_out += num_pairs
         stats.bytes_out += bytes_out
         stats.bytes_back += bytes_back
-        self._clock.heard(*heard)
+        stats.hints += num_hints
+        if num_dispatches:
+            self._clock.heard(*heard)
         if rest:
             self._outbox.append(rest)
 

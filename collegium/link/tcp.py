@@ -234,16 +234,30 @@ class SocketLink:
         """Hand the descriptor to one that sends and receives whole frames by itself, until `take_back`; -1 where that
         cannot be: something is in flight, waits to be sent or is half read, or bytes are not those of the socket.
         """
-        self._owner.acquire()
-        is_idle = not (self._in_flight or self._tail or self._got or self._header is not None)
-        if is_idle and not self._closed_because and type(self._stream) is PlainStream and self._carrier is None:
-            return self._stream.fileno()
-        self._owner.release()
-        return -1
+        return self._lend(not (self._in_flight or self._tail or self._got or self._header is not None))
+
+    def lend_to_send(self) -> int:
+        """Hand the descriptor to one that sends one whole dispatch by itself, until `take_back`; -1 where that cannot
+        be: no credit is left, or something else waits to be sent.
+        """
+        return self._lend(bool(self._free) and not self._tail)
+
+    def lend_to_receive(self, seq: int) -> int:
+        """Hand the descriptor to one that receives the reply to `seq` by itself, until `take_back`; -1 where that
+        cannot be: it was abandoned or has been read already, or another frame is half read.
+        """
+        credit = self._in_flight.get(seq)  # in this thread's hands alone
+        is_next = credit is not None and not credit.is_abandoned and credit.reply is None
+        return self._lend(is_next and not self._got and self._header is None)
 
     def take_back(self) -> None:
         """End a loan."""
         self._owner.release()
+
+    def answered(self, seq: int) -> None:
+        """Hear that the reply to `seq` was received during a loan; before `take_back`."""
+        self.last_heard_s = time.monotonic()
+        self._free.append(self._in_flight.pop(seq))
 
     def adopt(self, seq: int, num_rows: int, num_groups: int) -> None:
         """Take over a dispatch that was sent during a loan, whose reply is still to come; before `take_back`."""
@@ -268,6 +282,13 @@ class SocketLink:
                 self._stream.close()
             finally:
                 self._owner.release()
+
+    def _lend(self, is_fit: bool) -> int:
+        self._owner.acquire()
+        if is_fit and not self._closed_because and type(self._stream) is PlainStream and self._carrier is None:
+            return self._stream.fileno()
+        self._owner.release()
+        return -1
 
     def _check_open(self) -> None:
         if self._closed_because:

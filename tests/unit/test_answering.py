@@ -13,7 +13,7 @@ from collegium.buffering.policies import POLICIES, ExpertId, make_policy
 from collegium.buffering.quotas import Quotas
 from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
-from collegium.link.frame import SECRET_BYTES, Dispatch, FrameError, Hint, Reply, Status
+from collegium.link.frame import SECRET_BYTES, Dispatch, FrameError, Hint, LinkClosed, Reply, Status
 from collegium.link.tcp_port import TcpPort
 from collegium.model import native
 from collegium.model.experts import PackedExpert, run_experts
@@ -322,6 +322,50 @@ def test_experts_are_let_go_of_only_when_nobody_computes_from_them(start: Start)
         is_over.set()
         thread.join()
     assert len(released) >= 5 and sum(released) > 0
+
+
+def hint_of(layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Hint:
+    counts = [1] * len(experts) if counts is None else counts
+    return Hint(layer=layer, experts=np.array(experts, np.uint16), counts=np.array(counts, np.uint16))
+
+
+def test_hints_of_what_is_there_are_passed_over_in_the_call_and_others_reach_the_buffer(start: Start) -> None:
+    worker = start(num_slots=40)
+    worker.buffer.warm([one for one in ALL if one[0] != 2])
+    link = worker.link()
+    ask(link, [dispatch_of(1, 0, 2)])
+    time.sleep(0.05)  # until it is in the call
+    for seq in range(2, 60):
+        link.send(dispatch_of(seq, 0, 2, seed=seq))
+        assert link.hint(hint_of(1, range(1 + seq % NUM_EXPERTS)))
+        assert link.hint(hint_of(3, [seq % NUM_EXPERTS]))
+        assert link.receive(seq, time.monotonic() + FAR_S).status is Status.OK
+    assert link.hint(hint_of(2, [5]))
+    until = time.monotonic() + FAR_S
+    while not worker.buffer.totals.prefetched and time.monotonic() < until:
+        time.sleep(0.001)
+    assert worker.buffer.totals.prefetched == 1
+    (stats,) = worker.port.links().values()
+    worker.loop.stop()
+    assert worker.loop.counters.num_native_answers > 50
+    assert stats.hints == 2 * 58 + 1
+    assert stats.bytes_out == link.stats.bytes_out
+
+
+@pytest.mark.parametrize("hint", [hint_of(1, [3, 3]), hint_of(1, [3], [0])], ids=["an expert twice", "for no token"])
+def test_a_hint_that_is_wrong_ends_its_link_whether_its_experts_are_there_or_not(
+    hint: Hint, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start()
+    worker.buffer.warm(ALL)
+    link, other = worker.link(), worker.link()
+    ask(link, [dispatch_of(1, 0, 2)])
+    monkeypatch.setattr("collegium.link.tcp.check_hint", lambda *_: None)
+    link.hint(hint)
+    with pytest.raises(LinkClosed):
+        ask(link, [dispatch_of(2, 0, 2)])
+    (reply,) = ask(other, [dispatch_of(3, 0, 2)])
+    assert reply.status is Status.OK
 
 
 @pytest.mark.parametrize("policy", POLICIES)

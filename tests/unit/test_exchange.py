@@ -88,6 +88,14 @@ def gone_in_the_middle(port: TcpPort, arrival: Arrival) -> None:
     port.drop(arrival.link_id, "broken")
 
 
+@pytest.fixture(params=["one call", "two calls"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Send and receive in one call, or, as where there is work while rows are away, in one each."""
+    if request.param == "two calls":
+        monkeypatch.setattr(ExpertCalls, "_has_other_work", lambda self, layer: True)
+    return request.param
+
+
 @dataclass
 class Workers:
     """Two workers behind unix sockets, whose next answers can be chosen."""
@@ -169,7 +177,7 @@ def test_one_call_gives_what_the_long_way_gives_and_counts_alike(dtype: torch.dt
             assert torch.equal(
                 fast.compute(ids, x, num_decode_rows=decoding), slow.compute(ids, x, num_decode_rows=decoding)
             )
-        assert fast.calls._exchanges is not None and fast.calls._exchanges._exchange.totals[:, 0].any()  # it was taken
+        assert fast.calls.totals.native_exchanges == 5 and not fast.calls.totals.python_exchanges
         stats = [{name: asdict(s) for name, s in one.calls.link_stats().items()} for one in (fast, slow)]
         assert stats[0] == stats[1]
         assert fast.calls.totals.needed_bytes == slow.calls.totals.needed_bytes > 0
@@ -286,6 +294,51 @@ def test_rows_that_would_not_fit_a_socket_go_the_long_way() -> None:
         made.compute(ids[:63], x[:63])
         assert made.compute(ids, x).shape == (64, D)
         assert whole._exchange.totals[:, 0].sum() == 4  # two calls of two workers; the third one was not its own
+
+
+class Broken:
+    """Shared experts that cannot be computed, after something else has happened."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None):
+        self._meanwhile = meanwhile
+
+    def forget(self) -> None:
+        pass
+
+    def compute(self, x: torch.Tensor) -> None:
+        self._meanwhile()
+        raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("way", ["two calls"], indirect=True)
+@pytest.mark.parametrize("answer", [plainly, after_progress, late, failed, gone])
+def test_what_fails_while_rows_are_away_leaves_nothing_in_flight(answer: Answer, way: str) -> None:
+    ids, x = drawn(12, 7)
+    with workers() as made:
+        expected = made.compute(ids, x)
+        made.answers["a"].append(answer)
+        made.calls.shared = {0: Broken()}  # type: ignore[dict-item]
+        with pytest.raises(MemoryError, match="no room"):
+            made.compute(ids, x)
+        made.calls.shared = {}
+        assert all(link.num_in_flight == 0 for _, link in made.calls._live if not link.is_closed)
+        assert torch.allclose(made.compute(ids, x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["two calls"], indirect=True)
+def test_a_link_that_is_closed_while_rows_are_away_has_them_computed_by_the_other(way: str) -> None:
+    ids, x = drawn(12, 9)
+    with workers() as made:
+        expected = made.compute(ids, x)
+
+        class Closing(Broken):
+            def compute(self, x: torch.Tensor) -> None:
+                made.calls.drop_link("a")
+
+        made.calls.shared = {0: Closing()}  # type: ignore[dict-item]
+        assert torch.allclose(made.compute(ids, x), expected, rtol=1e-6, atol=1e-6)
+        assert made.calls.worker_ids == ["b"]
+        assert made.calls.totals.python_exchanges == 1
 
 
 def test_choices_of_no_expert_count_for_nothing() -> None:

@@ -64,7 +64,7 @@ class LentLink(ctypes.Structure):
             (name, c_int64)
             for name in ("least_sent_us", "least_received_us", "dispatches", "total_rows", "total_pairs")
         ),
-        *((name, c_int64) for name in ("bytes_out", "bytes_back", "sent_bytes")),
+        *((name, c_int64) for name in ("bytes_out", "bytes_back", "sent_bytes", "hints")),
         ("fd", c_int32),
         ("state", c_int32),
         ("head", c_uint8 * _HEADER_BYTES),
@@ -192,5 +192,5 @@ class Answer:
         for link in self.links:
             link.state = LinkState.IDLE
             link.least_sent_us = link.least_received_us = link.dispatches = 0
-            link.total_rows = link.total_pairs = link.bytes_out = link.bytes_back = 0
+            link.total_rows = link.total_pairs = link.bytes_out = link.bytes_back = link.hints = 0
         return Outcome(native.struct_function("collegium_answer")(self._address))

@@ -19,6 +19,7 @@
 #define HEADER_BYTES 64
 #define DISPATCH 3
 #define REPLY 4
+#define HINT 7
 #define SPINS 200 /* looks for the rest of a frame whose header is here */
 
 int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
@@ -53,6 +54,7 @@ struct exchange {
     int32_t *states; /* [W] enum state */
     int64_t *totals; /* [W, 6] dispatches, rows, pairs, bytes out, rows back, bytes back: counted up */
     int64_t blocked_ns, away_ns; /* of this call */
+    int64_t began_ns;            /* when its first dispatch was sent */
 };
 
 static int64_t now_ns(void)
@@ -218,16 +220,17 @@ static void count(const struct exchange *e)
         e->activations[e->experts[g]]++;
 }
 
-/* Have a layer's experts computed. 0: out is written. 1: something was out of the ordinary, and states says how far each
- * worker's dispatch has come. -1: an id or a worker is out of range, and nothing was done. */
-int collegium_exchange(struct exchange *e)
+/* Plan a layer and send each worker its dispatch. 0: all are on their way. 1: something was out of the ordinary, and states
+ * says how far each worker's dispatch has come. -1: an id or a worker is out of range, and nothing was done. */
+int collegium_send(struct exchange *e)
 {
     int64_t num_pairs = collegium_plan(e->ids, e->weights, e->worker_of, e->workers, e->T, e->K, e->E, e->W, e->sizes,
                                        e->tokens, e->experts, e->counts, e->pair_rows, e->pair_weights, e->scratch);
     if (num_pairs < 0)
         return -1;
-    int64_t row_bytes = e->D * e->item_bytes, row = 0, group = 0, pair = 0, began = now_ns();
+    int64_t row_bytes = e->D * e->item_bytes, row = 0, group = 0, pair = 0;
     int is_whole = 1;
+    e->began_ns = now_ns();
     for (int64_t w = 0; w < e->W; w++) {
         int64_t rows = e->sizes[3 * w], groups = e->sizes[3 * w + 1], pairs = e->sizes[3 * w + 2], prompts = 0;
         e->states[w] = UNSENT;
@@ -283,11 +286,17 @@ int collegium_exchange(struct exchange *e)
         pair += pairs;
     }
     count(e);
-    int64_t waits = now_ns();
-    row = 0;
+    return !is_whole;
+}
+
+/* Receive what is on its way, from workers whose descriptors are there, and sum. 0: out is written. 1: as above. */
+int collegium_receive(struct exchange *e)
+{
+    int64_t row_bytes = e->D * e->item_bytes, row = 0, waits = now_ns();
+    int is_whole = 1;
     for (int64_t w = 0; w < e->W; w++) {
         int64_t rows = e->sizes[3 * w];
-        if (e->states[w] == SENT) {
+        if (e->states[w] == SENT && e->fds[w] >= 0) {
             int64_t missed_bytes = take_reply(e, e->fds[w], (e->seq + (uint64_t)w) & 0xffffffff, rows,
                                               e->sizes[3 * w + 1], e->replies + row * row_bytes);
             e->states[w] = missed_bytes >= 0 ? DONE : missed_bytes == -1 ? SENT : BROKEN;
@@ -298,15 +307,23 @@ int collegium_exchange(struct exchange *e)
                 e->totals[6 * w + 5] += HEADER_BYTES + rows * row_bytes + missed_bytes;
             }
         }
+        is_whole &= !rows || e->states[w] == DONE;
         row += rows;
     }
     int64_t over = now_ns();
     e->blocked_ns = over - waits;
-    e->away_ns = over - began;
+    e->away_ns = over - e->began_ns;
     if (!is_whole)
         return 1;
     sum_replies(e);
     return 0;
+}
+
+/* Have a layer's experts computed: what is sent is received, whatever else was out of the ordinary. Returns as above. */
+int collegium_exchange(struct exchange *e)
+{
+    int sent = collegium_send(e);
+    return sent < 0 ? sent : collegium_receive(e);
 }
 
 /* --- a whole step --- */
@@ -406,6 +423,7 @@ struct lent_link { /* one link */
     int64_t rows, pairs, groups, layer, received_ns;
     /* what is said: the stamps of the frame that travelled least, totals, and of a reply that it owes the bytes sent */
     int64_t least_sent_us, least_received_us, dispatches, total_rows, total_pairs, bytes_out, bytes_back, sent_bytes;
+    int64_t hints;
     int32_t fd, state;
     uint8_t head[HEADER_BYTES];
 };
@@ -432,18 +450,46 @@ struct answer {
     int64_t batches, joined_batches, joined_dispatches, groups, compute_ns, wait_ns, join_wait_ns;
 };
 
-/* Read one dispatch of a link into its memory: it HOLDS it then. Else it is LEFT, and nothing was taken, or BROKE. */
+/* Pass over a good hint of experts that are all here: there is nothing to do about it. 1; or 0, with nothing taken. */
+static int pass_hint(const struct answer *a, struct lent_link *link)
+{
+    uint8_t *head = link->front;
+    int64_t groups = (int64_t)get(head + 52, 2), layer = (int64_t)get(head + 22, 2), size = HEADER_BYTES + 4 * groups;
+    if (get(head, 2) != a->magic || head[2] != a->version || groups < 1 || groups > a->max_groups || layer >= a->L ||
+        get(head + 16, 4) != 4 * (uint64_t)groups || recv(link->fd, head, size, MSG_PEEK | MSG_DONTWAIT) != size)
+        return 0;
+    const uint16_t *experts = (const uint16_t *)(head + HEADER_BYTES), *counts = experts + groups;
+    for (int64_t g = 0; g < groups; g++) {
+        if (experts[g] >= a->E || !counts[g] ||
+            !__atomic_load_n(a->weights + layer * a->E + experts[g], __ATOMIC_ACQUIRE))
+            return 0;
+        a->at[experts[g]] = 0;
+    }
+    for (int64_t g = 0; g < groups; g++)
+        if (a->at[experts[g]]++)
+            return 0;
+    if (recv(link->fd, head, size, MSG_WAITALL) != size)
+        return 0;
+    link->bytes_out += size;
+    link->hints++;
+    return 1;
+}
+
+/* Read one dispatch of a link into its memory: it HOLDS it then; it IS_IDLE where there was none, but hints of what is here.
+ * Else it is LEFT, and of what comes next nothing was taken, or BROKE. */
 static void take_dispatch(struct answer *a, struct lent_link *link, int64_t received_ns)
 {
     int64_t rows = 0, pairs = 0, groups = 0, body = 0, front = 0;
     const int64_t most = HEADER_BYTES + 4 * a->max_groups + 8 * a->max_pairs;
-    int is_here = 0;
+    int is_here = 0, is_after_hint = 0;
     link->state = LEFT;
     for (int spin = 0; spin < SPINS && !is_here; spin++) {
         size_t wanted = (size_t)(front ? front : most < 4096 ? most : 4096);
         ssize_t seen = recv(link->fd, link->front, wanted, MSG_PEEK | MSG_DONTWAIT);
         if (seen < 0 && errno == EINTR)
             continue;
+        if (seen < 0 && is_after_hint && (errno == EAGAIN || errno == EWOULDBLOCK))
+            link->state = IS_IDLE;
         if (seen <= 0)
             return;
         if (seen < HEADER_BYTES) {
@@ -451,6 +497,12 @@ static void take_dispatch(struct answer *a, struct lent_link *link, int64_t rece
             continue;
         }
         const uint8_t *head = link->front;
+        if (head[3] == HINT && pass_hint(a, link)) {
+            is_after_hint = 1;
+            front = 0;
+            spin = 0;
+            continue;
+        }
         rows = (int64_t)get(head + 44, 4), pairs = (int64_t)get(head + 48, 4), groups = (int64_t)get(head + 52, 2);
         body = (int64_t)get(head + 16, 4);
         front = HEADER_BYTES + 4 * groups + 8 * pairs;
@@ -730,7 +782,7 @@ int collegium_answer(struct answer *a)
                     is_other = 1;
                 else if (found->state == IS_IDLE) {
                     take_dispatch(a, found, after + i); /* no two arrive at the same time */
-                    is_other |= found->state != HOLDS;
+                    is_other |= found->state != HOLDS && found->state != IS_IDLE;
                 } else if (layer < 0)
                     layer = found->layer; /* it has sent another one: nothing is gained by waiting */
             }

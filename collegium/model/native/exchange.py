@@ -46,6 +46,7 @@ class _Exchange(ctypes.Structure):
         *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "totals")),
         ("blocked_ns", c_int64),
         ("away_ns", c_int64),
+        ("began_ns", c_int64),
     )
 
 
@@ -95,14 +96,32 @@ class Exchange:
         self._num_tokens = num_tokens
 
     def run(self) -> bool:
-        """Make the call; True where the sums are written, False where `states` say what is to be done.
+        """Send and receive; True where the sums are written, False where `states` say what is to be done.
 
         Lets go of the interpreter's lock. IndexError where an id or a worker is out of range.
         """
-        done = native.struct_function("collegium_exchange")(self._address)
+        return self._call("collegium_exchange")
+
+    def send(self) -> bool:
+        """Send alone; True where all is on its way. As `run`."""
+        return self._call("collegium_send")
+
+    def receive(self) -> bool:
+        """Receive what is on its way from workers whose descriptors are not -1, and sum. As `run`."""
+        return self._call("collegium_receive")
+
+    def _call(self, name: str) -> bool:
+        done = native.struct_function(name)(self._address)
         if done < 0:
             raise IndexError(f"a choice names an expert or a worker that is not among {self.call.E} and {self.call.W}")
         return done == 0
+
+    @property
+    def sent(self) -> list[tuple[int, int, int]]:
+        """Of the last call, the workers that were asked, each with its rows and its groups."""
+        assert self.planned is not None
+        sizes: list[int] = self.planned.sizes.tolist()
+        return [(at // 3, sizes[at], sizes[at + 1]) for at in range(0, len(sizes), 3) if sizes[at]]
 
     def rows_of(self, worker: int) -> Tensor:
         """Return the rows that a worker has sent back, as a view."""
