@@ -22,7 +22,7 @@ from collegium.link.tcp import SocketLink
 from collegium.model import native
 from collegium.model.dispatch import WorkerShare, plan_dispatch, shares_of
 from collegium.model.native.exchange import MAX_PAIRS, Exchange, State
-from collegium.model.native.step import DecodeStep
+from collegium.model.native.step import CopyTable, DecodeStep
 from router_svc.load_counts import LoadCounts
 from router_svc.micro_batches import MAX_MICRO_BATCHES
 
@@ -102,13 +102,22 @@ class WholeExchange:
         return fits and step.work.x.dtype is self._dtype and step.work.x.shape[1] == self._d_model
 
     def run_step(
-        self, step: DecodeStep, worker_of: NDArray[np.int64], *, seq: int, timeout_s: float, epoch: int, number: int
+        self,
+        step: DecodeStep,
+        worker_of: NDArray[np.int64],
+        *,
+        seq: int,
+        timeout_s: float,
+        epoch: int,
+        number: int,
+        copies: CopyTable,
+        activation_rows: float,
     ) -> bool | None:
         """Compute a step's layers from step.layer on; False where one was disturbed, and `disturbed` says how far it
         came; its choices are counted. None where nothing was done, since a link is in use.
 
-        worker_of: [L] addresses of each layer's [E] workers. Worker w's dispatch of the nth layer of this call gets the
-        number seq + n * W + w.
+        worker_of: [L] addresses of each layer's [E] workers; copies: experts with several. Worker w's dispatch of the
+        nth layer of this call gets the number seq + n * W + w.
         """
         exchange = self._exchange
         call = exchange.call
@@ -117,7 +126,7 @@ class WholeExchange:
             if not is_lent:
                 return None
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
-            if step.run(exchange, worker_of, self._counted, timeout_s):
+            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows):
                 return True
             self.disturbed = self._look(exchange, int(call.seq))
             return False

@@ -20,7 +20,7 @@ from collegium.fabric import tracing
 from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
-from collegium.model.native.step import DecodeStep
+from collegium.model.native.step import CopyTable, DecodeStep
 from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.exchange import Disturbed, LayerCall, WholeExchange, whole_exchange
 from router_svc.foresight import Foretells
@@ -117,7 +117,7 @@ class ExpertCalls:
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
         self._table: list[LayerRoute] = []
-        self._has_replicas = False
+        self._copies = CopyTable(())
         self._worker_of = np.zeros(num_layers, np.int64)  # addresses of the table's rows
         self._seq = 0
         self._closed = LinkStats()
@@ -304,14 +304,21 @@ class ExpertCalls:
         """
         while step.layer < step.num_layers:
             self._refresh()
-            is_plain = not (self._has_replicas or self.shared or self._traceparent or self._has_other_work(step.layer))
+            is_plain = not (self.shared or self._traceparent or self._has_other_work(step.layer))
             whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):
                 return False
             seq, first = (self._seq + 1) & 0xFFFFFFFF, step.layer
             self._seq = (self._seq + len(self._live) * (step.num_layers - first)) & 0xFFFFFFFF
             done = whole.run_step(
-                step, self._worker_of, seq=seq, timeout_s=self._timeout_s, epoch=self.epoch, number=self._step
+                step,
+                self._worker_of,
+                seq=seq,
+                timeout_s=self._timeout_s,
+                epoch=self.epoch,
+                number=self._step,
+                copies=self._copies,
+                activation_rows=self.activation_rows,
             )
             if done is None:
                 return False
@@ -579,7 +586,7 @@ class ExpertCalls:
                 self._table = route(
                     placement, [worker_id for worker_id, _ in self._live], self._num_layers, self._num_experts
                 )
-                self._has_replicas = any(route.replicas for route in self._table)
+                self._copies = CopyTable([route.copies for route in self._table])
                 self._worker_of = np.array([route.worker_of.ctypes.data for route in self._table], np.int64)
             self._routed_version = version
 

@@ -15,6 +15,7 @@ import statistics
 import time
 import unittest
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,35 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     totals, num_steps = running.calls.totals, sum(running.engine.totals.steps.values())
     assert totals.native_exchanges + totals.python_exchanges == num_layers * num_steps
     assert bool(totals.python_exchanges) == is_disturbed
+
+
+@pytest.mark.parametrize("arch", FAMILY)
+def test_steps_in_one_call_choose_among_replicas_and_count_as_the_long_way(
+    arch: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = oracle.checkpoint(arch)
+    references = oracle.choose_prompts(checkpoint, 4, 12)
+    requests = [Request(prompt_ids=one.prompt_ids, max_tokens=12) for one in references]
+    counted: list[list[list[list[int]]]] = []
+    rows: list[dict[str, int]] = []
+    for is_native in (True, False):
+        with OneProcess(checkpoint, num_workers=3, transport="unix", num_micro_batches=1) as running:
+            placement = running.calls._placement
+            homes = tuple(
+                tuple((0, 1, 2) if e % 3 == 0 else (1, 2) if e % 3 == 1 else home for e, home in enumerate(layer))
+                for layer in placement.homes
+            )
+            running.calls.set_placement(replace(placement, epoch=placement.epoch + 1, homes=homes))
+            if not is_native:
+                monkeypatch.setattr(running.calls, "_whole", lambda top_k: None)
+            answers = [running.run([request])[0][0] for request in requests]  # one at a time: steps are alike
+            loads, totals = running.calls.loads, running.calls.totals
+            counted.append([counts.tolist() for counts in (loads.decode, loads.prefill, loads.activations)])
+            rows.append({worker: stats.pairs_out for worker, stats in running.calls.link_stats().items()})
+            assert (totals.native_exchanges > 0) == is_native == (not totals.python_exchanges)
+        assert [answer.token_ids for answer in answers] == [reference.token_ids for reference in references]
+    assert counted[0] == counted[1]
+    assert rows[0] == rows[1]  # chosen alike
 
 
 def test_rotations_that_depend_on_the_length_come_from_no_table(oracle: Oracle, tmp_path: Path) -> None:

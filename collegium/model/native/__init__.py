@@ -36,7 +36,7 @@ _ACTIVATIONS = (
 )  # in the order of the enumeration in kernels.c
 Function = Callable[..., int]  # of the library, once declared
 
-ABI = 8  # what collegium_abi() of the library must say
+ABI = 9  # what collegium_abi() of the library must say
 _ALIGNED = 64
 _loading = threading.Lock()
 _log = logging.getLogger(__name__)

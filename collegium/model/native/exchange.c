@@ -339,6 +339,16 @@ void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t
 void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
                          float *scratch);
 
+int64_t collegium_choose_replicas(const int64_t *ids, const int64_t *counts, const int64_t *worker_of, const int64_t *copied,
+                                  const int64_t *starts, const int64_t *homes, int64_t M, int64_t T, int64_t K, int64_t E,
+                                  int64_t W, double activation, int64_t *workers, double *work, uint8_t *visits,
+                                  int64_t *order, uint8_t *given);
+
+struct copies { /* a layer's experts with several homes, [num]: those of the nth are homes[starts[n]] to homes[starts[n + 1]] */
+    const int64_t *experts, *starts, *homes;
+    int64_t num;
+};
+
 struct step {
     struct exchange *exchange;           /* its rows, ids, weights and sums are this step's; what is set by layer is not */
     const void *const *layers;           /* [L] struct attention */
@@ -357,7 +367,35 @@ struct step {
     int64_t blocked_ns, away_ns; /* of this call */
     int64_t num_threads, W;
     double eps;
+    /* where copies is not NULL: memory to choose among them in */
+    const struct copies *copies; /* [L] */
+    double activation_rows;
+    int64_t *workers, *counts, *order; /* [T, K], [E], [most copies + W] */
+    double *work;                      /* [W] */
+    uint8_t *visits, *given;           /* [T, W], [E] */
 };
+
+/* Count a layer's choices and choose among the homes of experts that have several. -1: a choice is out of range. */
+static int choose(struct step *s, const struct copies *copies, int64_t *decode, int64_t *activations)
+{
+    struct exchange *e = s->exchange;
+    memset(s->counts, 0, e->E * sizeof *s->counts);
+    for (int64_t i = 0; i < e->T * e->K; i++) {
+        if (e->ids[i] < 0 || e->ids[i] >= e->E)
+            return -1;
+        s->counts[e->ids[i]]++;
+    }
+    for (int64_t expert = 0; expert < e->E; expert++) {
+        decode[expert] += s->counts[expert];
+        activations[expert] += s->counts[expert] > 0;
+    }
+    int64_t active = collegium_choose_replicas(e->ids, s->counts, e->worker_of, copies->experts, copies->starts,
+                                               copies->homes, copies->num, e->T, e->K, e->E, e->W, s->activation_rows,
+                                               s->workers, s->work, s->visits, s->order, s->given);
+    e->workers = active ? s->workers : NULL;
+    e->decode = NULL; /* counted */
+    return 0;
+}
 
 /* Compute a step of decode rows from its tokens to the rows for the head, e->x, experts included. 0: all is done. Else what
  * collegium_exchange said of `layer`, whose exchange tells the rest: nothing of its sums has been added to h. */
@@ -385,6 +423,10 @@ int collegium_step(struct step *s)
         e->prefill = s->prefill + offset;
         e->activations = s->activations + offset;
         e->worker_of = s->worker_of[s->layer];
+        e->workers = NULL;
+        if (s->copies && s->copies[s->layer].num &&
+            choose(s, s->copies + s->layer, s->decode + offset, s->activations + offset) < 0)
+            return -1;
         e->seq = seq & 0xffffffff;
         e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
         e->layer = (uint16_t)s->layer;

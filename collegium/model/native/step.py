@@ -5,6 +5,7 @@ L layers, T tokens, K top-k, E experts, D model, V vocabulary, W head width.
 """
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from collegium.model import native
 from collegium.model.native.attention import AttentionBlock, DecodeTables, Workspace
+from collegium.model.native.dispatch import Copies
 from collegium.model.native.exchange import Exchange
 
 
@@ -29,7 +31,20 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("slots", "blocks", "first_block", "lengths", "q", "attended", "scratch")),
         *((name, c_int64) for name in ("layer", "blocked_ns", "away_ns", "num_threads", "W")),
         ("eps", c_double),
+        ("copies", c_void_p),
+        ("activation_rows", c_double),
+        *((name, c_void_p) for name in ("workers", "counts", "order", "work", "visits", "given")),
     )
+
+
+class CopyTable:
+    """The copied experts of all layers, as a step reads them. Keeps what it points to."""
+
+    def __init__(self, layers: Sequence[Copies]):
+        """Tell of each layer in turn."""
+        self._kept = list(layers)
+        self.table = np.array([(*one.addresses, len(one.experts)) for one in layers], np.int64)  # [L, 4]
+        self.most = max((len(one.experts) for one in layers), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +74,8 @@ class DecodeStep:
         self._layers = np.array([block.address for block in blocks], np.int64)
         self._told = (work.x.data_ptr(), self._y.data_ptr(), self.ids.ctypes.data, self.weights.ctypes.data)
         self._kept: tuple[object, ...] = ()
+        self._choosing: tuple[object, ...] = ()
+        self._fits = (0, 0, 0)  # workers, experts and copies
         self._blocks, self._weights = blocks, weights
         self._call = _Step(
             layers=self._layers.ctypes.data,
@@ -112,13 +129,16 @@ class DecodeStep:
         worker_of: NDArray[np.int64],
         counts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
         timeout_s: float,
+        copies: CopyTable | None = None,
+        activation_rows: float = 0.0,
     ) -> bool:
         """Compute layers until all are done, and work.x holds the rows for the head (True), or until an exchange is
         disturbed: `layer` and `exchange` say how.
 
         worker_of: [L] addresses of each layer's [E] workers. counts: choices by layer and expert, [L, E] of decode rows
-        and of prompts' and the times an expert was read: counted up. The exchange is set but for what a layer sets.
-        Lets go of the interpreter's lock. IndexError where a choice is out of range.
+        and of prompts' and the times an expert was read: counted up. copies: experts with several homes, among which
+        each layer chooses as `dispatch.choose` does. The exchange is set but for what a layer sets. Lets go of the
+        interpreter's lock. IndexError where a choice is out of range.
         """
         call, told = self._call, exchange.call
         told.T, told.num_decode, told.workers = self.num_rows, self.num_rows, None
@@ -126,10 +146,30 @@ class DecodeStep:
         call.exchange, call.worker_of = ctypes.addressof(told), worker_of.ctypes.data
         call.decode, call.prefill, call.activations = (one.ctypes.data for one in counts)
         call.timeout_us = int(timeout_s * 1e6)
+        call.copies = None
+        if copies is not None and copies.most:
+            self._fit(told.W, told.E, copies.most)
+            call.copies, call.activation_rows = copies.table.ctypes.data, activation_rows
         done = native.struct_function("collegium_step")(ctypes.addressof(call))
         if done < 0:
             raise IndexError(f"a choice names an expert or a worker that is not among {told.E} and {told.W}")
         return done == 0
+
+    def _fit(self, num_workers: int, num_experts: int, most_copies: int) -> None:
+        """Have memory to choose among copies in."""
+        if self._fits == (num_workers, num_experts, most_copies):
+            return
+        call, num_tokens = self._call, self.num_rows
+        sizes = (num_tokens * self.top_k, num_experts, most_copies + num_workers, num_workers)
+        words = np.empty(sum(sizes), np.int64)  # and doubles
+        flags = np.empty(num_tokens * num_workers + num_experts, np.uint8)
+        start: int = words.ctypes.data
+        call.workers, call.counts, call.order, call.work = (
+            start + 8 * at for at in itertools.accumulate(sizes[:-1], initial=0)
+        )
+        call.visits = flags.ctypes.data
+        call.given = flags.ctypes.data + num_tokens * num_workers
+        self._choosing, self._fits = (words, flags), (num_workers, num_experts, most_copies)
 
     @property
     def waited_s(self) -> tuple[float, float]:
