@@ -307,4 +307,5 @@ def _missed(dispatch: Dispatch, visit: Visit) -> NDArray[np.uint16]:
     """Of the experts that a visit had to load, those that this dispatch asked for."""
     if not visit.missed:
         return _NONE
-    return dispatch.experts[np.isin(dispatch.experts, visit.missed)]
+    missed = set(visit.missed)  # numpy's isin takes a tenth of a millisecond
+    return np.array([expert for expert in dispatch.experts.tolist() if expert in missed], np.uint16)
