@@ -38,7 +38,7 @@ class Settings(ServiceSettings):
     shared_step_ms: float = setting(
         "how long a step with prompts should take at most while several callers are served, or three steps without, "
         "if that is longer; 0: any time",
-        default=50.0,
+        default=100.0,
         at_least=0.0,
     )
     micro_batches: int = setting(

@@ -352,6 +352,36 @@ def test_hints_of_what_is_there_are_passed_over_in_the_call_and_others_reach_the
     assert stats.bytes_out == link.stats.bytes_out
 
 
+def test_hints_without_end_hold_up_neither_another_router_nor_the_end(start: Start) -> None:
+    worker = start()
+    worker.buffer.warm(ALL)
+    noisy, other = worker.link(), worker.link()
+    is_over = threading.Event()
+
+    def hint() -> None:
+        while not is_over.is_set():
+            noisy.hint(hint_of(1, [3]))
+
+    threads = [threading.Thread(target=hint) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for seq in range(1, 100):
+            dispatch = dispatch_of(seq, seq % NUM_LAYERS, 2, seed=seq)
+            (reply,) = ask(other, [dispatch])
+            assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
+        (stats, _) = worker.port.links().values()
+        assert stats.hints > 0
+        worker.loop._stopping.set()
+        worker.port.wake()
+        worker.loop._thread.join(FAR_S)
+        assert not worker.loop.is_alive
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
 @pytest.mark.parametrize("hint", [hint_of(1, [3, 3]), hint_of(1, [3], [0])], ids=["an expert twice", "for no token"])
 def test_a_hint_that_is_wrong_ends_its_link_whether_its_experts_are_there_or_not(
     hint: Hint, start: Start, monkeypatch: pytest.MonkeyPatch

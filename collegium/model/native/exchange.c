@@ -20,6 +20,7 @@
 #define DISPATCH 3
 #define REPLY 4
 #define HINT 7
+#define MOST_HINTS 32 /* that are passed over before others have their turn; fewer than looks */
 #define SPINS 200 /* looks for the rest of a frame whose header is here */
 
 int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
@@ -523,14 +524,14 @@ static void take_dispatch(struct answer *a, struct lent_link *link, int64_t rece
 {
     int64_t rows = 0, pairs = 0, groups = 0, body = 0, front = 0;
     const int64_t most = HEADER_BYTES + 4 * a->max_groups + 8 * a->max_pairs;
-    int is_here = 0, is_after_hint = 0;
+    int is_here = 0, num_hints = 0;
     link->state = LEFT;
     for (int spin = 0; spin < SPINS && !is_here; spin++) {
         size_t wanted = (size_t)(front ? front : most < 4096 ? most : 4096);
         ssize_t seen = recv(link->fd, link->front, wanted, MSG_PEEK | MSG_DONTWAIT);
         if (seen < 0 && errno == EINTR)
             continue;
-        if (seen < 0 && is_after_hint && (errno == EAGAIN || errno == EWOULDBLOCK))
+        if (seen < 0 && num_hints && (errno == EAGAIN || errno == EWOULDBLOCK))
             link->state = IS_IDLE;
         if (seen <= 0)
             return;
@@ -540,10 +541,11 @@ static void take_dispatch(struct answer *a, struct lent_link *link, int64_t rece
         }
         const uint8_t *head = link->front;
         if (head[3] == HINT && pass_hint(a, link)) {
-            is_after_hint = 1;
             front = 0;
-            spin = 0;
-            continue;
+            if (++num_hints < MOST_HINTS)
+                continue; /* and look again for a dispatch */
+            link->state = IS_IDLE; /* the others' turn, and the clock's */
+            return;
         }
         rows = (int64_t)get(head + 44, 4), pairs = (int64_t)get(head + 48, 4), groups = (int64_t)get(head + 52, 2);
         body = (int64_t)get(head + 16, 4);
