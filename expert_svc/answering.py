@@ -1,7 +1,7 @@
 """Routers' plain dispatches, read, joined, computed and answered by one C call that goes on until anything else comes.
 
 Owns when that may be: where weights are in host memory, and every link is a plain socket that is amid nothing. What
-the call does not know (hints, traces, experts that are not there, a frame that is not whole) it leaves unread for the
+the call does not know (traces, experts that are not there and hints of them, half a frame) it leaves unread for the
 port's poll, and the buffer is told afterwards of what it has computed. A batch in the interpreter costs a quarter of
 a millisecond, on caches that the weights have just emptied.
 """

@@ -188,10 +188,11 @@ class WholeExchange:
                     self.disturbed = self._not_begun(asked)
                     return False
                 lent += 1
-            self._away[part] = self._tell(exchange, asked), asked.seq
+            out = self._tell(exchange, asked)
             if not exchange.send():
                 self.disturbed = self._look(exchange, asked.seq)
                 return False
+            self._away[part] = out, asked.seq
             for worker, num_rows, num_groups in exchange.sent:
                 self._links[worker].adopt((asked.seq + worker) & 0xFFFFFFFF, num_rows, num_groups)
             return True
@@ -202,7 +203,7 @@ class WholeExchange:
     def receive(self, part: int) -> Tensor | None:
         """Receive what `send` has sent: sums [T, D]; None where that was disturbed, as `run`."""
         exchange = self._parts[part]
-        out, seq = self._away[part]
+        out, seq = self._away.pop(part)
         lent: list[tuple[SocketLink, int]] = []
         try:
             for worker, _, _ in exchange.sent:
@@ -219,6 +220,11 @@ class WholeExchange:
         finally:
             for link, _ in lent:
                 link.take_back()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether something was sent that has not been received."""
+        return bool(self._away)
 
     def _not_begun(self, asked: LayerCall) -> Disturbed:
         shares = plan_dispatch(asked.ids, asked.weights, asked.worker_of, asked.workers).shares

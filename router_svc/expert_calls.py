@@ -113,6 +113,7 @@ class ExpertCalls:
         self._routed_version = -1
         # What computes plain layers in one call, while links stay as they are.
         self._exchanges: WholeExchange | None = None
+        self._former: list[WholeExchange] = []  # replaced while rows were away
         self._whole_version = -1
         self._live: list[tuple[str, RouterLink]] = []
         self._wanting: set[RouterLink] = set()  # links whose workers have a use for hints
@@ -243,6 +244,7 @@ class ExpertCalls:
         """Close a step: nothing is under way on any link, but what was given up. Idempotent."""
         with self._lock:
             self._is_amid_step = False
+            self._fold()
             retired, self._retired = list(self._retired.values()), {}
             for link in retired:
                 self._closed.add(link.stats)
@@ -398,9 +400,12 @@ class ExpertCalls:
                     pause()
             except BaseException:  # the step ends here: what was sent must be received, or its credits are lost
                 with contextlib.suppress(ExpertFailedError):
-                    if away is None or self._receive_whole(away) is None:
-                        sent += [] if away is None else _begun(away.disturbed)
+                    if away is None:
                         self._receive(sent, refusal, deadline_s, missed)
+                    elif self._receive_whole(away) is None:
+                        self.totals.python_exchanges += 1
+                        self._lost(away.disturbed)
+                        self._receive(_begun(away.disturbed), refusal, deadline_s, missed)
                 raise
             if away is not None:
                 y = self._receive_whole(away)
@@ -471,6 +476,8 @@ class ExpertCalls:
         if self._whole_version != self._routed_version:
             with self._lock:
                 self._fold()
+                if self._exchanges is not None and self._exchanges.is_away:
+                    self._former.append(self._exchanges)
                 self._exchanges = whole_exchange(
                     self._live, num_experts=self._num_experts, top_k=top_k, loads=self.loads
                 )
@@ -487,9 +494,11 @@ class ExpertCalls:
         return link
 
     def _fold(self) -> None:
-        """Take over what the exchange has counted; under the lock."""
-        if self._exchanges is not None:
-            self.totals.needed_bytes += self._exchanges.fold()
+        """Take over what the exchanges have counted; under the lock."""
+        for exchange in (*self._former, self._exchanges):
+            if exchange is not None:
+                self.totals.needed_bytes += exchange.fold()
+        self._former = [exchange for exchange in self._former if exchange.is_away]
 
     def _send(
         self, layer: int, x: Tensor, shares: Sequence[WorkerShare], deadline_s: float, traceparent: str

@@ -73,19 +73,22 @@ class Claim:
         self._reach()
         with self._told_errors():
             self._take()
+            self._thread.start()  # the waits that follow may outlast what is taken
             try:
                 self._wait_for_leader()
                 self._wait_for_members()
             except BaseException:
-                self._drop(self._value)
+                self._give_back()
                 raise
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the name back, if Redis can be told."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._stopping.set()
         self._thread.join(2 * _CALL_S)
         with contextlib.suppress(RedisError, OSError):

@@ -24,7 +24,7 @@ _WHOLE: Mapping[str, tuple[int, int, bool]] = {
     **dict.fromkeys(
         ("d_model", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), (1, _DIM, False)
     ),
-    "shared_expert_intermediate_size": (1, _DIM, False),
+    "shared_expert_intermediate_size": (0, _DIM, False),
     **dict.fromkeys(("num_attention_heads", "kv_n_heads", "n_heads"), (1, _HEADS, False)),
     "num_key_value_heads": (1, _HEADS, True),
     "num_hidden_layers": (1, _LAYERS, False),
@@ -56,6 +56,7 @@ _NUMBERS: Mapping[str, tuple[float, float]] = {
     "logits_scaling": (1e-6, 1e6),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (-1e6, 1e6)),
     "routed_scaling_factor": (-1e6, 1e6),
+    "moe_normalize_expert_weights": (1e-6, 1e6),  # the p of a norm
     **dict.fromkeys(("initializer_range", "router_aux_loss_coef", "router_jitter_noise"), (-1e6, 1e6)),
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "emb_pdrop", "attn_pdrop"), (0.0, 1.0)),
 }
@@ -70,17 +71,21 @@ _NESTED = ("attn_config", "ffn_config", "rope_scaling", "rope_parameters")
 # Kinds of layers that transformers' code of the served architectures has; "attention" is an older name of the first.
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 # Fields of training, and of what transformers returns beside the logits: no value of theirs matters here.
-_NOT_USED = (
+NOT_USED = (
     *("attention_dropout", "resid_pdrop", "emb_pdrop", "attn_pdrop", "initializer_range", "num_labels"),
     *("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "use_cache", "architectures"),
+    *("moe_jitter_eps", "moe_loss_weight", "input_jitter_noise"),
 )
 # What the modelling classes of the served architectures read. Every other field is ignored: how weights were stored and
 # which code computes them (`dtype`, `_experts_implementation`) are chosen anew by whoever serves.
-_USED = {*_WHOLE, *_NUMBERS, *_TRUTHS, *_LISTS, *_TEXTS, *_NESTED, "eos_token_id", "ffn_act_fn"} - {
-    *_NOT_USED,
+USED = {*_WHOLE, *_NUMBERS, *_TRUTHS, *_LISTS, *_TEXTS, *_NESTED, "eos_token_id", "ffn_act_fn"} - {
+    *NOT_USED,
     "model_type",
 }
-_CAN_BE_NULL = ("clip_qkv", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+_CAN_BE_NULL = (
+    *("clip_qkv", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+    "moe_normalize_expert_weights",
+)
 # Fields that are each other's names in transformers: which of two different values counted would be chance.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SAME = (_EXPERT_COUNTS, ("d_model", "hidden_size"), ("n_heads", "num_attention_heads"))
@@ -126,7 +131,7 @@ def whole_number(config: Mapping[str, object], name: str) -> int | None:
 
 def model_fields(config: Mapping[str, object]) -> dict[str, object]:
     """Copy what a model is built from out of a checked config, in the types that transformers insists on."""
-    fields = {name: _as_used(name, value, config) for name, value in config.items() if name in _USED}
+    fields = {name: _as_used(name, value, config) for name, value in config.items() if name in USED}
     # Where it is null or absent, attention divides by itself; transformers' yarn and longrope do not.
     width = head_width(config)
     fields.pop("head_dim", None)
@@ -140,7 +145,7 @@ def _as_used(name: str, value: object, config: Mapping[str, object]) -> object:
         return config.get("num_attention_heads")
     if isinstance(value, dict):
         inner = cast("Mapping[str, object]", value)
-        return {key: _as_used(key, one, inner) for key, one in inner.items() if name.startswith("rope") or key in _USED}
+        return {key: _as_used(key, one, inner) for key, one in inner.items() if name.startswith("rope") or key in USED}
     return value
 
 
@@ -166,7 +171,7 @@ def _check_field(path: Path, name: str, value: object) -> None:
             raise CheckpointError(f"{path}: {name} is {shown_value(value)}; it must be a whole number")
         if not low <= value <= high:
             raise CheckpointError(f"{path}: {name} is {shown_value(value)}; it must be from {low} to {high}")
-    elif leaf in _NOT_USED:
+    elif leaf in NOT_USED:
         return
     elif leaf in _NUMBERS:
         least, most = _NUMBERS[leaf]
@@ -236,6 +241,8 @@ def _check_own(path: Path, config: Mapping[str, object]) -> None:
                 raise CheckpointError(f"{path}: attn_config lacks {name}, which dbrx needs")
         if config.get("tie_word_embeddings") is True:
             raise CheckpointError(f"{path}: tie_word_embeddings is true, which dbrx does not have")
+    if model_type == "qwen2_moe" and config.get("shared_expert_intermediate_size") == 0:
+        raise CheckpointError(f"{path}: shared_expert_intermediate_size is 0; it must be from 1 to {_DIM}")
     if model_type == "deepseek_v2" and config.get("topk_method", "greedy") not in _TOPK_METHODS:
         raise CheckpointError(
             f"{path}: topk_method is {shown_value(config['topk_method'])}; it must be one of {', '.join(_TOPK_METHODS)}"

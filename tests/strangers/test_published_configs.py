@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from collegium.model.architectures import ARCHITECTURES
-from collegium.model.config_fields import check_config
+from collegium.model.checkpoint_files import CheckpointError
+from collegium.model.config_fields import NOT_USED, USED, check_config
 from router_svc.lengths import served_positions
 from router_svc.model_loader import config_of
 
@@ -17,6 +22,7 @@ CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "publis
 POSITIONS = {
     "Mixtral-8x7B": 32_768,
     "Qwen3-30B-A3B": 40_960,
+    "Qwen3-Coder-30B-A3B": 262_144,
     "DeepSeek-V3": 163_840,
     "DeepSeek-V2-Lite": 163_840,
     "gpt-oss-20b": 131_072,
@@ -32,6 +38,31 @@ POSITIONS = {
 
 def test_there_is_one_of_each_architecture() -> None:
     assert {config["model_type"] for config in CONFIGS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_no_field_that_the_modelling_classes_read_is_kept_from_them(arch: str) -> None:
+    source = inspect.getsource(importlib.import_module(f"transformers.models.{arch}.modeling_{arch}"))
+    known = CONFIG_MAPPING[arch]().to_dict()
+    for nested in [value for value in known.values() if isinstance(value, dict)]:
+        known |= nested
+    read = set(re.findall(r"(?<=config\.)\w+", source)) | set(re.findall(r"config, \"(\w+)\"", source))
+    assert len(read & known.keys()) > 8
+    assert not (read & known.keys()) - USED - set(NOT_USED)
+
+
+@pytest.mark.parametrize("value", [None, 2, 1.0])
+def test_a_nested_field_reaches_the_model_as_it_is(value: object) -> None:
+    fields = json.loads(json.dumps(CONFIGS["DBRX"]))
+    fields["ffn_config"]["moe_normalize_expert_weights"] = value
+    check_config(Path("config.json"), fields)
+    assert config_of(fields).ffn_config.moe_normalize_expert_weights == value  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_shared_expert_of_no_width_is_refused_where_there_is_one() -> None:
+    fields = CONFIGS["Qwen1.5-MoE-A2.7B"] | {"shared_expert_intermediate_size": 0}
+    with pytest.raises(CheckpointError, match="shared_expert_intermediate_size is 0"):
+        check_config(Path("config.json"), fields)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -569,9 +569,12 @@ static void take_dispatch(struct answer *a, struct lent_link *link, int64_t rece
     const uint32_t *pair_rows = (const uint32_t *)(counts + groups);
     int64_t layer = (int64_t)get(link->front + 22, 2), total = 0;
     const void *const *weights = a->weights + layer * a->E;
+    for (int64_t g = 0; g < groups; g++)
+        if (experts[g] < a->E)
+            a->at[experts[g]] = 0;
     for (int64_t g = 0; g < groups; g++) {
         total += counts[g];
-        if (experts[g] >= a->E || !counts[g])
+        if (experts[g] >= a->E || !counts[g] || a->at[experts[g]]++)
             return;
         link->weights[g] = __atomic_load_n(weights + experts[g], __ATOMIC_ACQUIRE);
         if (!link->weights[g])
