@@ -193,6 +193,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         failure_domain=config.failure_domain,
         join_limit_s=config.balancer_wait_s,
     )
+    lifecycle.freeze()
     async with membership:
 
         def on_ready() -> None:
@@ -201,7 +202,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
                 server.set_serving(loop.is_alive)
                 membership.set_state(balancer_pb2.MEMBER_STATE_SERVING)
 
-        lifecycle.freeze()
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
         keeper = HomeKeeper(buffer, membership, on_ready, num_experts=[len(layer.experts) for layer in manifest.layers])

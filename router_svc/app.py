@@ -160,6 +160,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         counters=lambda: read_counters(engine, calls),
         join_limit_s=config.balancer_wait_s,
     )
+    lifecycle.freeze()
     async with membership:
         service.router_id = membership.member_id
         service.open(engine, describe(config, model, manifest, max_model_len), expert_bytes(manifest, model))
@@ -185,7 +186,6 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         )
         keeper.router_id = membership.member_id
         metrics.expose(lambda: read_counters(engine, calls))
-        lifecycle.freeze()
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
         follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")

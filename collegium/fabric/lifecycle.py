@@ -68,6 +68,7 @@ def freeze() -> None:
     if _current.get() is not None:
         gc.collect()  # what is garbage already would stay for ever
         gc.freeze()
+        gc.enable()
         _log.debug("frozen", objects=gc.get_freeze_count())
 
 
@@ -97,6 +98,7 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str 
 
 
 def _run(main: Callable[[Stop], Awaitable[None]], name: str, health_bind: str) -> int:
+    gc.disable()  # until freeze(): what is imported and loaded meanwhile would be looked through again and again
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_probed(main, health_bind))
@@ -109,6 +111,8 @@ def _run(main: Callable[[Stop], Awaitable[None]], name: str, health_bind: str) -
         if known is None:
             raise
         return _complain(name, known, 2 if isinstance(known, SettingsError) else 1)
+    finally:
+        gc.enable()
 
 
 def first_known(group: BaseExceptionGroup[BaseException]) -> CollegiumError | SettingsError | None:
