@@ -61,9 +61,9 @@ async def sleep_unless_stopping(delay_s: float) -> None:
 
 
 def freeze() -> None:
-    """Take everything that is there now out of what the garbage collector looks through. To be called when all that
-    lasts is made: with torch and transformers imported, a full collection stops a process for a quarter of a second,
-    wherever it happens to be. Does nothing in a process that run() does not run, as it cannot be undone for a part.
+    """Keep what is there now from the garbage collector, and let it run from now on. To be called once what lasts is
+    made: with torch and transformers imported, a full collection stops a process for a quarter of a second, wherever it
+    happens to be. Does nothing in a process that run() does not run, as it cannot be undone for a part.
     """
     if _current.get() is not None:
         gc.collect()  # what is garbage already would stay for ever
@@ -82,8 +82,9 @@ def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str 
 
     SIGTERM sets Stop; so do SIGINT and SIGHUP unless the process is supervised; a second one cancels main. A signal
     that was ignored when the process began stays ignored. A CollegiumError or SettingsError that main raises becomes
-    one line on stderr and status 1 or 2. A supervised process ends here: the
-    interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the kernel does not.
+    one line on stderr and status 1 or 2. Garbage is not collected before main calls freeze(). A supervised process
+    ends here: the interpreter's tidying up takes seconds after torch was imported, and gives nothing back that the
+    kernel does not.
     """
     try:
         status = _run(main, name, health_bind)

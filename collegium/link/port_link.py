@@ -169,7 +169,7 @@ class PortLink:
         """Take note of what a borrower of this link has read and answered.
 
         num_hints: of what is here already, which it passed over; heard: when the frame that travelled least was sent
-                and received; rest: what is still to be sent of a reply.
+        and received; rest: what is still to be sent of a reply.
         """
         stats = self.stats
         stats.dispatches += num_dispatches

@@ -373,15 +373,19 @@ def mostly_soak(names: Iterable[str], in_every_run: Collection[str]) -> list[Any
 IN_EVERY_RUN = ("mixtral", "deepseek_v3", "dbrx")  # of each way to write a config
 
 
+def without_config(checkpoint: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Link a checkpoint's files into a new folder, but for config.json: its path there, and what it holds."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    return folder / "config.json", json.loads((checkpoint / "config.json").read_text())
+
+
 @pytest.mark.parametrize("arch", mostly_soak(ARCHITECTURES, IN_EVERY_RUN))
 def test_every_field_of_a_config_takes_every_value_or_is_refused(arch: str, oracle: Oracle, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    folder.mkdir()
-    for file in oracle.checkpoint(arch).iterdir():
-        (folder / file.name).symlink_to(file)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.unlink()
+    path, config = without_config(oracle.checkpoint(arch), folder)
     num_refused = num_served = 0
     for place in [*places(config), ("head_dim",), ("rope_scaling",), ("n_group",), ("ffn_config",)]:
         for value in VALUES if arch == "mixtral" else VALUES[1:12:2]:
@@ -467,12 +471,7 @@ def test_what_is_not_refused_before_anything_starts_is_built(
 ) -> None:
     AttentionInterface.register(ATTENTION_NAME, attend_packed)
     folder = tmp_path / "model"
-    folder.mkdir()
-    for file in oracle.checkpoint(arch).iterdir():
-        (folder / file.name).symlink_to(file)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.unlink()
+    path, config = without_config(oracle.checkpoint(arch), folder)
     accepted: dict[str, dict[str, Any]] = {}  # by what counts of them
     num_refused = 0
     for one in mutated(config):
