@@ -23,12 +23,12 @@ pinned = $(shell sed -n 's/^$(1)==/$(1)==/p' requirements.lock)
 .PHONY: help setup run test lint format typecheck protos docs bench soak lock
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 setup: $(STAMP) ## make .venv with pinned dependencies; quick when nothing changed
 
 # torch comes by pip and first: pip honours an index or a wheel folder of the machine, and uv then leaves it alone.
-$(STAMP): requirements.lock pyproject.toml $(wildcard collegium/model/native/*.c collegium/model/native/*.h)
+$(STAMP): requirements.lock pyproject.toml $(wildcard collegium/native/*.c collegium/native/*.h)
 	@test -x $(BIN)/python || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "setup: Python 3.11 or later is needed; set PYTHON to one and remove $(VENV)" >&2; exit 1; }
@@ -37,9 +37,9 @@ $(STAMP): requirements.lock pyproject.toml $(wildcard collegium/model/native/*.c
 	@echo "setup: installing the other pinned packages"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet $(call pinned,uv)
 	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --requirement requirements.lock
-	@rm -f collegium/model/native/_kernels*.so # where the build fails, an old one must not stay
+	@rm -f collegium/native/_native*.so # where the build fails, an old one must not stay
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -c 'from collegium.model.native import library; import sys; lib = library(); print("setup:", f"native kernels built, {lib.isa} instructions" if lib else "no native kernels (is there a C compiler?): torch computes the experts, more slowly")'
+	@$(BIN)/python -c 'from collegium.model.native import library; lib = library(); print("setup:", f"native library built, {lib.isa} instructions" if lib else "the native kernels cannot be used on this machine: torch computes the experts, more slowly")'
 	@touch $@
 	@echo "setup: done"
 
@@ -72,6 +72,9 @@ bench: setup ## measure serving against transformers in the same run
 
 soak: setup ## long outages and faults; takes as long as it takes
 	@exec $(BIN)/python -m pytest -m soak --timeout=0 $(PYTEST_ARGS)
+
+native-check: ## the C library under sanitizers, SECONDS of fuzzing each (600 by default); with clang by libFuzzer
+	@$(MAKE) -C tests/native check
 
 lock: setup ## pin what the environment holds now
 	@{ sed -n '/^#/p' requirements.lock; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -vE '^(nvidia-|triton)' | sed 's/+cpu$$//'; } > $(VENV)/lock

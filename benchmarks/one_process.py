@@ -1,4 +1,4 @@
-"""The whole data path in one process: engine, links and workers, without gRPC, over the `inproc` transport.
+"""The whole data path in one process: engine, links and workers, without gRPC, over unix sockets.
 
 Owns OneProcess. It is what golden tests run in bulk and what the serving benchmark calls `inproc`. Everything that
 computes is the services' own code; only the processes are missing.
@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from collegium.fabric.byte_size import MemoryBudget
-from collegium.link import inproc
-from collegium.link.base import ExpectedLink, RouterLink, WorkerPort
+from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES
 from collegium.link.tcp_port import TcpPort
@@ -77,7 +76,6 @@ class OneProcess:
         max_num_seqs: int = 128,
         num_threads: int = 1,
         worker_threads: int = 1,
-        transport: str = "inproc",
         model: RouterModel | None = None,
         expert_memory: str = "",
         host_memory: str = "",
@@ -90,7 +88,7 @@ class OneProcess:
         num_micro_batches: int = 0,
         device: torch.device | None = None,
     ):
-        """Load and start. `kv_tokens` bounds the KV cache; `transport` is "inproc" or "unix".
+        """Load and start. `kv_tokens` bounds the KV cache.
 
         `model`: one that is loaded already, and that no other instance uses at the same time. The memories and the
         policy are each worker's, as its flags take them. `device`: where slots are, if that is not host memory; a CPU
@@ -116,7 +114,7 @@ class OneProcess:
         names = [f"worker-{i}" for i in range(num_workers)]
         size = [LayerSize(num_experts=num_experts, expert_bytes=manifest.num_params) for _ in manifest.layers]
         self.placement = plan_homes(size, [Worker(worker_id=name) for name in names])
-        self._ports: list[WorkerPort] = []
+        self._ports: list[TcpPort] = []
         for name in names:
             budgets = {
                 "expert_memory": MemoryBudget.parse(expert_memory),
@@ -138,11 +136,13 @@ class OneProcess:
             homes = self.placement.experts_of(name)
             buffer.set_homes(homes)
             buffer.warm(homes)
-            port = inproc.InprocPort(worker_id=name) if transport == "inproc" else TcpPort(worker_id=name, unix="@")
+            port = TcpPort(worker_id=name, unix="@")
             loop = ComputeLoop(
                 port,
                 buffer,
                 manifest.form,
+                dtype,
+                d_model=manifest.d_model,
                 num_experts=[num_experts] * num_layers,
                 num_threads=worker_threads,
             )
@@ -153,7 +153,7 @@ class OneProcess:
             self._ports.append(port)
         self.calls.set_placement(self.placement)
         for link_id, (name, port) in enumerate(zip(names, self._ports, strict=True), 1):
-            link = self._connect(port, link_id, max_batch_tokens, dtype, transport)
+            link = self._connect(port, link_id, max_batch_tokens, dtype)
             self.calls.add_link(name, link, wants_hints=self.buffers[link_id - 1].can_prefetch)
         self._news: queue.SimpleQueue[list[tuple[News, bool]]] = queue.SimpleQueue()
         self.engine = Engine(
@@ -240,7 +240,7 @@ class OneProcess:
         if news:  # whether a sequence has ended is asked here: the engine may be further on when this is read
             self._news.put([(item, item.failure is not None or item.sequence.has_ended) for item in news])
 
-    def _connect(self, port: WorkerPort, link_id: int, max_rows: int, dtype: torch.dtype, transport: str) -> RouterLink:
+    def _connect(self, port: TcpPort, link_id: int, max_rows: int, dtype: torch.dtype) -> RouterLink:
         secret = secrets.token_bytes(SECRET_BYTES)
         d_model, until = self.manifest.d_model, time.monotonic() + 10
         port.expect(
@@ -257,8 +257,8 @@ class OneProcess:
             )
         )
         return connect(
-            transport,
-            dict(port.addresses)[transport],
+            "unix",
+            dict(port.addresses)["unix"],
             link_id=link_id,
             secret=secret,
             dtype=dtype,

@@ -257,7 +257,7 @@ class _MetricsSink(metrics_service_pb2_grpc.MetricsServiceServicer):
 def one_process(
     model: Path, dtype: str, num_workers: int, worker_threads: int, num_threads: int, device: str
 ) -> Iterator[Way]:
-    """Engine and workers in this process, over `inproc` links."""
+    """Engine and workers in this process, over unix sockets."""
     import torch
 
     from benchmarks.one_process import OneProcess, Request

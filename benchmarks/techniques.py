@@ -3,7 +3,7 @@
 For each combination: tokens/s, time between tokens (p50, p99), bytes of expert memory and the process's peak memory.
 Work: `--requests` at once, greedy, no early end, on two workers of one thread each, with generated routing that is
 skewed (`--skew`) and the same for all. Each combination is a process of its own with router and workers in
-it, over `inproc` links; they take turns within every round and are stopped (SIGSTOP) in between.
+it, over unix sockets; they take turns within every round and are stopped (SIGSTOP) in between.
 
 - Dynamic gating off: static gating with a capacity. Each worker runs all experts that it is home to on as many rows as
   the capacity says, whatever was chosen, and on more where a token would be dropped: answers are the same.
@@ -23,7 +23,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -108,7 +107,6 @@ def serve(args: argparse.Namespace) -> None:
     from benchmarks.one_process import OneProcess, Request
     from collegium.buffering.generator import RoutingShape, generate_trace
     from collegium.model.manifest import build_manifest
-    from expert_svc import compute
     from router_svc.unsafe_routing import UnsafeRouting, table_of
 
     is_dynamic, is_buffered, is_balanced = (switch == "1" for switch in args.child)
@@ -133,13 +131,12 @@ def serve(args: argparse.Namespace) -> None:
         **memory,
     )
     with told_of_one(running, "one process"):
-        joining = Joining(running, 0.0 if is_dynamic else args.capacity)
-        compute.join = joining.join
+        padding = Padding(running, 0.0 if is_dynamic else args.capacity)
         _say({})
         is_first = True
         for line in sys.stdin:
             asked = json.loads(line)
-            joining.pairs[:] = 0
+            padding.pairs[:] = 0
             began = time.monotonic()
             answers = running.run([Request(prompt_ids=p, max_tokens=asked["max_tokens"]) for p in asked["prompts"]])
             seconds = time.monotonic() - began
@@ -149,7 +146,7 @@ def serve(args: argparse.Namespace) -> None:
                     "seconds": seconds,
                     "between_s": [b - a for one in stamps for a, b in itertools.pairwise(one)],
                     "tokens": [choice.token_ids for (choice,) in answers],
-                    "busiest": float(joining.pairs.max(1).sum() / joining.pairs.mean(1).sum()),
+                    "busiest": float(padding.pairs.max(1).sum() / padding.pairs.mean(1).sum()),
                     "expert_bytes": sum(buffer.budget_bytes or buffer.resident_bytes for buffer in running.buffers),
                     "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
                 }
@@ -164,22 +161,25 @@ def _say(answer: dict[str, object]) -> None:
     sys.stdout.flush()
 
 
-class Joining:
-    """Stands for the workers' join: counts rows, and pads to a capacity where gating is static."""
+class Padding:
+    """Stands between a worker's end and its computing: counts rows, and pads to a capacity where gating is static.
+
+    Every batch comes back to the interpreter, with static gating and without, so that both pay the same for that.
+    """
 
     def __init__(self, running: Any, capacity: float):
         """`capacity`: of the rows of a batch, the share that each expert is given; 0: what it was chosen for."""
-        from expert_svc.joining import join
-
-        self._join, self._capacity, self._running = join, capacity, running
+        self._capacity, self._running = capacity, running
         self.pairs = np.zeros((len(running.manifest.layers), _NUM_WORKERS), np.int64)
+        for worker, loop in enumerate(running.workers):
+            compute = loop._compute
+            loop._compute = lambda batch, worker=worker, compute=compute: compute(self._padded(batch, worker))
+            loop._is_native = True  # it never learns how to compute by itself
 
-    def join(self, dispatches: Sequence[object]) -> object:
-        """Join as the worker does, then pad with rows that count for nothing."""
+    def _padded(self, batch: Any, worker: int) -> object:
+        """Pad with rows that count for nothing."""
         from dataclasses import replace
 
-        batch = self._join(dispatches)  # type: ignore[arg-type]
-        worker = [loop._thread for loop in self._running.workers].index(threading.current_thread())
         self.pairs[batch.layer, worker] += len(batch.pair_rows)
         if not self._capacity:
             return batch
@@ -187,7 +187,7 @@ class Joining:
         experts = [expert for layer, expert in self._running.placement.experts_of(name) if layer == batch.layer]
         given = dict(zip(batch.experts, batch.counts, strict=True))
         starts = dict(zip(batch.experts, itertools.accumulate([0, *batch.counts[:-1]]), strict=True))
-        least = max(1, -(-int(1000 * self._capacity * batch.x.shape[0]) // 1000))
+        least = max(1, -(-int(1000 * self._capacity * batch.num_rows) // 1000))
         rows, weights, counts = [], [], []
         for expert in experts:
             count, at = given.get(expert, 0), starts.get(expert, 0)

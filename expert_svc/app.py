@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,7 +13,8 @@ from collegium.fabric import lifecycle, logs, metrics, rpc, telemetry, tracing
 from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.leases import Membership
 from collegium.fabric.model_shape import shape_of
-from collegium.link.base import Arrival, WorkerPort
+from collegium.fabric.private_folder import NoFolderError, private_folder
+from collegium.link.base import WorkerPort
 from collegium.link.tcp_port import TcpPort
 from collegium.model.allocation import is_out_of_memory
 from collegium.model.calibration import settle_kernel
@@ -21,33 +24,37 @@ from collegium.model.devices import DeviceError, find_device
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, load_manifest
 from collegium.model.served_dtype import tell_dtype
+from collegium.native.worker_end import Span
 from collegium.v1 import balancer_pb2, expert_pb2_grpc
 from expert_svc.compute import ComputeLoop
 from expert_svc.counters import WorkerCounters
 from expert_svc.homes import HomeKeeper
-from expert_svc.join_wait import JoinWait
+from expert_svc.join_wait import JoinTrial
 from expert_svc.memory import make_buffer, make_sample
 from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.service import ExpertService
 from expert_svc.settings import Settings
 
 _LOOK_EVERY_S = 0.02
+_SOCKET = "data.sock"
 _log = logs.get("worker")
 
 
-def record_spans(arrivals: Sequence[Arrival], began_ns: int, ended_ns: int) -> None:
-    """Record one span per sampled dispatch of a batch, from when it was begun; the times are time.time_ns()."""
-    began_s = time.monotonic() - (time.time_ns() - began_ns) / 1e9
-    for arrival in arrivals:
-        dispatch = arrival.dispatch
+def record_spans(spans: Sequence[Span]) -> None:
+    """Record one span per sampled dispatch, from when its batch was begun."""
+    epoch_ns = time.time_ns() - time.monotonic_ns()
+    for span in spans:
         attributes = {
-            "collegium.layer": dispatch.layer,
-            "collegium.rows": len(dispatch.pair_rows),
-            "collegium.experts": len(dispatch.experts),
-            "collegium.joined": len(arrivals),
-            "collegium.wait_us": max(0, round((began_s - arrival.received_s) * 1e6)),
+            "collegium.layer": span.layer,
+            "collegium.rows": span.num_pairs,
+            "collegium.experts": span.num_groups,
+            "collegium.joined": span.num_joined,
+            "collegium.wait_us": max(0, round(span.wait_ns / 1e3)),
         }
-        tracing.span_from_traceparent("worker.batch", dispatch.traceparent, began_ns, ended_ns, attributes)
+        traceparent = span.text.decode("ascii", "replace")
+        tracing.span_from_traceparent(
+            "worker.batch", traceparent, span.began_ns + epoch_ns, span.ended_ns + epoch_ns, attributes
+        )
 
 
 def choose_kernel(config: Settings, manifest: Manifest, dtype: torch.dtype, num_threads: int) -> None:
@@ -82,6 +89,15 @@ def choose_device(config: Settings) -> torch.device | None:
     return device
 
 
+def data_folder() -> Path | None:
+    """Make the folder of the data socket for routers on this host; None where there is none, and TCP has to do."""
+    try:
+        return private_folder("collegium-data-", _SOCKET)
+    except NoFolderError as error:
+        _log.warning("no folder for a data socket: routers on this host come by TCP", why=str(error))
+        return None
+
+
 async def wait_for_routers(port: WorkerPort, limit_s: float) -> None:
     """Wait until every router has closed its link, having heard that this worker drains, or until the time is over.
 
@@ -111,8 +127,14 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
     device = choose_device(config)
     if device is None:
         await asyncio.to_thread(choose_kernel, config, manifest, dtype, num_threads)
+    folder = data_folder()
     try:
-        port = TcpPort(worker_id=f"{os.uname().nodename}/{os.getpid()}", bind=config.data_bind, unix="@")
+        port = TcpPort(
+            worker_id=f"{os.uname().nodename}/{os.getpid()}",
+            bind=config.data_bind,
+            unix=str(folder / _SOCKET) if folder is not None else None,
+            budget_bytes=config.link_memory,
+        )
     except (OSError, ValueError) as error:
         raise FailedPrecondition(
             f"--data-bind={config.data_bind} cannot be listened on: {error}",
@@ -149,12 +171,12 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         port,
         buffer,
         manifest.form,
+        dtype,
+        d_model=manifest.d_model,
         num_experts=[len(layer.experts) for layer in manifest.layers],
         num_threads=num_threads,
         trial=PrefetchTrial() if config.prefetch == "auto" and buffer.is_prefetching else None,
-        join_wait=None
-        if config.join_wait == "off"
-        else JoinWait(len(manifest.layers), is_fixed=config.join_wait == "on"),
+        join_trial=None if config.join_wait == "off" else JoinTrial(is_fixed=config.join_wait == "on"),
         on_traced=record_spans if tracing.is_tracing() else None,
         on_end=lambda: events.call_soon_threadsafe(stop.request),  # what cannot compute is no worker: end, start anew
     )
@@ -219,6 +241,8 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             await server.stop(0.5)
             await asyncio.to_thread(loop.stop)
             await asyncio.to_thread(buffer.close)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
     failed = loop.error or (None if isinstance(ended, asyncio.CancelledError) else ended)
     if failed is not None:
         raise failed

@@ -8,15 +8,14 @@ Idea: expert buffering, Huang et al., NeurIPS 2024, section 5; streaming and pre
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from collegium.buffering.policies import HALF_LIFE_TOKENS, ExpertId, Policy
 from collegium.buffering.quotas import Quotas
 from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
-from collegium.model.native.answer import Visited
+from collegium.native.worker_end import Visited
 from expert_svc.loading import Load, Loads, Purpose
 from expert_svc.residents import Residents
 from expert_svc.slots import Slots
@@ -99,8 +98,6 @@ class ExpertBuffer:
         self.max_resident = None if capacity is None else capacity - spare
         self._num_apart = 0  # of max_resident, slots that are kept free for prefetches
         self.residents = self._resident = Residents(list(num_experts))
-        self._loan = threading.Lock()  # held while someone computes by the residents' table
-        self._num_wanting = 0  # threads that wait for the end of a loan: the next one would come before them
         self._num_by_layer = [0] * len(num_experts)
         self._staged: dict[ExpertId, PackedExpert] = {}  # prefetched, landed, not used yet
         self._under_way: dict[ExpertId, Load] = {}
@@ -170,24 +167,13 @@ class ExpertBuffer:
             ready, visit.ready = visit.ready, []
         return ready
 
-    def lend(self) -> bool:
-        """Let the data thread compute by the table of residents alone until `take_back`: nobody evicts meanwhile.
+    def visited(self, visits: Sequence[Visited], num_hits: int) -> None:
+        """Hear which resident experts the native end has computed by the table alone, in order; hits are theirs.
 
-        False where that cannot be: weights are not in host memory, or someone waits to let go of some. What was
-        computed is to be told by `visited`, unless the buffer is roomy.
+        A roomy buffer hears of hits alone.
         """
-        if self.slab is not None or self._num_wanting:
-            return False
-        self._loan.acquire()
-        return True
-
-    def take_back(self) -> None:
-        """End a loan."""
-        self._loan.release()
-
-    def visited(self, visits: Sequence[Visited]) -> None:
-        """Hear which resident experts were computed during a loan, in order."""
         with self._lock:
+            self.totals.hits += num_hits
             for visit in visits:
                 self._tell(visit.layer, visit.experts, visit.decode_counts, visit.num_decode_rows, num_absent=0)
                 if self._staged:
@@ -301,11 +287,14 @@ class ExpertBuffer:
         kept = set(kept)
         with self._lock:
             gone = [expert_id for expert_id in self._resident if expert_id not in kept]
-            slots = [self._resident[expert_id] for expert_id in gone]  # held until nobody computes from them
+            slots = [self._resident[expert_id] for expert_id in gone]
             for expert_id in gone:
-                self._remove(expert_id)
-        with self._without_loan():  # who borrows next does not find them any more
-            slots.clear()
+                self._resident.remove(expert_id)
+                self._ungive(expert_id)
+        self._resident.wait_unleased(gone)
+        with self._lock:
+            for slot in slots:
+                self._slots.give_back(slot)
         return len(gone)
 
     @property
@@ -509,35 +498,24 @@ class ExpertBuffer:
             return expert_id in self._under_way
         return any(visit.experts[group] == expert_id[1] for group in visit.todo)
 
-    @contextmanager
-    def _without_loan(self) -> Generator[None]:
-        """Have any loan ended, and none begin: who has borrowed computes from what may go."""
-        with self._lock:
-            self._num_wanting += 1
-        try:
-            self._loads.on_landed()  # wakes the borrower
-            with self._loan:
-                yield
-        finally:
-            with self._lock:
-                self._num_wanting -= 1
-
     def _reserve(self, expert_id: ExpertId) -> Load | None:
         """Find a slot to warm an expert in; None where it is there, or on its way, or there is none."""
         with self._lock:
             self._settle()
             if expert_id in self._resident or self._is_coming(expert_id):
                 return None
-            if self._has_room() or self._stranger() is None:
+            stranger = None if self._has_room() else self._stranger()
+            if stranger is None:
                 return self._reserve_in_room(expert_id)
-        with self._without_loan(), self._lock:  # the stranger may be computed from by the table alone
+            slot = self._resident.remove(stranger)
+            self._ungive(stranger)
+            self.totals.evictions += 1
+        self._resident.wait_unleased([stranger])
+        with self._lock:
+            self._slots.give_back(slot)
             self._settle()
             if expert_id in self._resident or self._is_coming(expert_id):
                 return None
-            stranger = None if self._has_room() else self._stranger()
-            if stranger is not None:
-                self._remove(stranger)
-                self.totals.evictions += 1
             return self._reserve_in_room(expert_id)
 
     def _has_room(self) -> bool:

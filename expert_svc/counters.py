@@ -32,8 +32,8 @@ class WorkerCounters:
         num_expired = sum(link.expired for link in links)  # answered by the port, and never queued
         return {
             series("collegium_worker_dispatches_total"): counters.num_dispatches,
-            series("collegium_answers_total", way="native"): counters.num_native_answers,
-            series("collegium_answers_total", way="python"): counters.num_python_answers + num_expired,
+            series("collegium_answers_total", way="native"): counters.num_native_answers + num_expired,
+            series("collegium_answers_total", way="python"): counters.num_python_answers,
             series("collegium_joined_dispatches_total"): counters.num_joined_dispatches,
             series("collegium_join_wait_seconds_total"): counters.join_wait_us / 1e6,
             series("collegium_expert_calls_total"): counters.num_expert_calls,
@@ -68,6 +68,7 @@ class WorkerCounters:
             series("collegium_resident_bytes"): buffer.resident_bytes,
             series("collegium_resident_experts"): buffer.num_resident,
             series("collegium_worker_links"): len(is_open),
+            series("collegium_link_pauses_total"): counters.num_parked,
         }
 
     def _regret(self) -> dict[str, float]:

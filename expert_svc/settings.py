@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collegium.buffering.policies import POLICIES
-from collegium.fabric.settings import MemoryBudget, ServiceSettings, setting
+from collegium.fabric.settings import ByteSize, MemoryBudget, ServiceSettings, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,11 @@ class Settings(ServiceSettings):
         "long as it is seen to pay",
         default="auto",
         choices=("auto", "on", "off"),
+    )
+    link_memory: ByteSize = setting(
+        "memory that dispatches of all links may take together; beyond it links wait to be read",
+        default=ByteSize(2**30),
+        at_least=2**20,
     )
     drain_s: float = setting(
         "longest wait for routers to send elsewhere at SIGTERM, in seconds", default=5.0, at_least=0.0

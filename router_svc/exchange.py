@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.link.base import RouterLink
-from collegium.link.frame import DTYPE_CODES, MAGIC, VERSION
+from collegium.link.frame import DTYPE_CODES
 from collegium.link.tcp import SocketLink
 from collegium.model import native
 from collegium.model.dispatch import WorkerShare, plan_dispatch, shares_of
@@ -79,7 +79,7 @@ class WholeExchange:
                 top_k=top_k,
                 d_model=shape.d_model,
                 dtype=shape.dtype,
-                frames=(MAGIC, VERSION, DTYPE_CODES[shape.dtype]),
+                dtype_code=DTYPE_CODES[shape.dtype],
             )
             for _ in range(MAX_MICRO_BATCHES)
         ]

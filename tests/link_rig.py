@@ -19,13 +19,12 @@ import torch
 from collegium.link.base import Arrival, ExpectedLink, HintArrival, RouterLink, WorkerPort
 from collegium.link.connect import connect
 from collegium.link.frame import Dispatch, Hint, Reply
-from collegium.link.inproc import InprocPort
 from collegium.link.tcp_port import TcpPort
 
 D = 8
 SOON_S = 30.0  # longer than any step of a test takes; a test that waits this long has failed
 SECRET = b"0123456789abcdef"
-TRANSPORTS = ("inproc", "tcp", "unix", "tls")
+TRANSPORTS = ("tcp", "unix", "tls")
 
 
 def soon() -> float:
@@ -150,8 +149,8 @@ class Other:
 class Rig:
     """One worker's port over one transport, and the links that the test opens to it."""
 
-    transport: str  # "inproc", "tcp", "unix", or "tls" for tcp under TLS
-    port: WorkerPort
+    transport: str  # "tcp", "unix", or "tls" for tcp under TLS
+    port: TcpPort
     tls: ssl.SSLContext | None = None
     opened: list[RouterLink] = field(default_factory=list)
 
@@ -191,8 +190,6 @@ class Rig:
 
 def make_rig(transport: str, folder: Path) -> Rig:
     """Open a port of a transport; skips the test where TLS has no certificate to use."""
-    if transport == "inproc":
-        return Rig(transport, InprocPort(worker_id="worker-a"))
     if transport == "unix":
         return Rig(transport, TcpPort(worker_id="worker-a", unix="@"))
     if transport == "tcp":

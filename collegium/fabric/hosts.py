@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def host_identity() -> str:
-    """Name the kernel and the network namespace that this process runs in; abstract sockets meet inside one alone."""
+    """Name the kernel and the namespaces that this process runs in: in the same ones, paths of sockets are."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"
+    return "/".join((boot_id, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "mnt"))))
 
 
 def bracketed(host: str) -> str:

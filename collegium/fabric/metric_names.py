@@ -225,6 +225,7 @@ _WORKER = (
     _gauge("worker", "resident_bytes", "Bytes of expert weights held"),
     _gauge("worker", "resident_experts", "Experts held"),
     _gauge("worker", "worker_links", "Links that are open"),
+    _counter("worker", "link_pauses_total", "Times that a link was not read, since dispatches took --link-memory"),
 )
 
 _NOT_SUMMED = ("prefetch_active", "expert_min_ratio")

@@ -29,6 +29,11 @@ class LinkStats:
     late_replies: int = 0  # replies to a dispatch that its router had abandoned
     expired: int = 0  # dispatches that reached the worker past their deadline
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> "LinkStats":
+        """Make them of numbers in the order above."""
+        return cls(**dict(zip((counter.name for counter in fields(cls)), numbers, strict=True)))
+
     def add(self, more: "LinkStats") -> None:
         """Add another link's counters to these."""
         for counter in fields(LinkStats):
@@ -99,7 +104,7 @@ class RouterLink(Protocol):
 
     @property
     def transport(self) -> str:
-        """The name of the transport: "inproc", "tcp", "unix" or "nccl"."""
+        """The name of the transport: "tcp", "unix" or "nccl"."""
         ...
 
     @property
@@ -135,10 +140,9 @@ class RouterLink(Protocol):
     def send(self, dispatch: Dispatch) -> None:
         """Hand a dispatch to the transport, blocking at most until its own deadline.
 
-        The dispatch's arrays may be used again when the reply has come, not before (`inproc` passes them by
-        reference). Raises FrameError before a byte leaves where the dispatch breaks the link's shape; NoCredit where
-        `num_credits` are in flight; LinkTimeout where the deadline passes first, the link then lives on;
-        LinkClosed.
+        The dispatch's arrays may be used again at once. Raises FrameError before a byte leaves where the dispatch
+        breaks the link's shape; NoCredit where `num_credits` are in flight; LinkTimeout where the deadline passes
+        first, the link then lives on; LinkClosed.
         """
         ...
 
@@ -201,9 +205,9 @@ class WorkerPort(Protocol):
     def reply(self, link_id: int, reply: Reply) -> None:
         """Answer a dispatch; never blocks. What the transport does not take now is sent by later polls.
 
-        The dispatch's arrays are invalid from here on. The caller does not write `y` again (`inproc` passes it by
-        reference). Dropped without a word where the link is gone. Raises FrameError where `y` or `missed` does
-        not match the dispatch, KeyError where `reply.seq` is not in flight.
+        The dispatch's arrays are invalid from here on. `y` may be written again at once. Dropped without a word where
+        the link is gone. Raises FrameError where `y` or `missed` does not match the dispatch, KeyError where
+        `reply.seq` is not in flight.
         """
         ...
 

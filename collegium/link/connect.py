@@ -4,11 +4,10 @@ import ssl
 
 import torch
 
-from collegium.link import dial, inproc, nccl
+from collegium.link import dial, nccl
 from collegium.link.base import Connect, RouterLink
 
 CONNECTS: dict[str, Connect] = {
-    "inproc": inproc.connect,
     "tcp": dial.connect_tcp,
     "unix": dial.connect_unix,
     "nccl": nccl.connect,
@@ -26,7 +25,7 @@ def connect(
     deadline_s: float,
     tls: ssl.SSLContext | None = None,
 ) -> RouterLink:
-    """Open a link over `transport` ("inproc", "tcp", "unix", "nccl"); see base.Connect.
+    """Open a link over `transport` ("tcp", "unix", "nccl"); see base.Connect.
 
     Raises ValueError for another name.
     """

@@ -1,14 +1,12 @@
 """Tensors as bytes and bytes as tensors, without a copy. Pure; knows no frame's fields."""
 
-from typing import Final
+import ctypes
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from collegium.link.frame import FrameError
-
-_ALIGN: Final = 64  # a cache line, and what the widest vector load likes
 
 
 def buffer_of(rows: torch.Tensor) -> npt.NDArray[np.generic]:
@@ -28,6 +26,7 @@ def byte_view(rows: torch.Tensor) -> memoryview:
     return rows.view(-1).view(torch.uint8).numpy().data
 
 
-def round_up(num_bytes: int) -> int:
-    """Round up to the alignment of rows."""
-    return -(-num_bytes // _ALIGN) * _ALIGN
+def rows_at(address: int, num_rows: int, d_model: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows [num_rows, d_model] that lie at an address; they are not kept alive."""
+    memory = (ctypes.c_uint8 * (num_rows * d_model * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).view(num_rows, d_model)

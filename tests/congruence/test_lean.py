@@ -103,9 +103,7 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
         sources.append(Slowly(source))
         return sources[-1]
 
-    with OneProcess(
-        checkpoint, num_workers=2, transport="unix", max_batch_tokens=16, num_micro_batches=1, wrap_source=slowly
-    ) as running:
+    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=16, num_micro_batches=1, wrap_source=slowly) as running:
 
         def counted(self: WholeExchange, step: DecodeStep, *args: object, **others: object) -> bool | None:
             if is_disturbed and not step.layer and not sum(ends.values()) % 6:
@@ -143,7 +141,7 @@ def test_steps_in_one_call_choose_among_replicas_and_count_as_the_long_way(
     counted: list[list[list[list[int]]]] = []
     rows: list[dict[str, int]] = []
     for is_native in (True, False):
-        with OneProcess(checkpoint, num_workers=3, transport="unix", num_micro_batches=1) as running:
+        with OneProcess(checkpoint, num_workers=3, num_micro_batches=1) as running:
             placement = running.calls._placement
             homes = tuple(
                 tuple((0, 1, 2) if e % 3 == 0 else (1, 2) if e % 3 == 1 else home for e, home in enumerate(layer))
@@ -184,7 +182,7 @@ def test_rotations_that_depend_on_the_length_come_from_no_table(oracle: Oracle, 
     for modelling in ("transformers", "auto"):
         model = load_router_model(checkpoint, torch.float32, CPU, modelling)
         assert model.max_positions == 48
-        with OneProcess(checkpoint, model=model, transport="unix") as running:
+        with OneProcess(checkpoint, model=model) as running:
             answers += [[token for (answer,) in running.run(requests) for token in answer.token_ids]]
     assert answers[0] == answers[1]
 

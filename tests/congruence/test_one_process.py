@@ -87,7 +87,7 @@ def test_seeded_sampling_gives_the_same_tokens_alone_and_in_a_batch_of_32(oracle
 def test_the_links_carry_what_the_routing_needs_and_no_more(oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint("mixtral")
     prompt = [7 + i % 200 for i in range(96)]
-    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=96, transport="unix") as cluster:
+    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=96) as cluster:
         chosen = _record_routing(cluster)
         cluster.run([Request(prompt_ids=prompt, max_tokens=1)])
         stats = cluster.calls.link_stats()
@@ -104,7 +104,7 @@ def test_the_links_carry_what_the_routing_needs_and_no_more(oracle: Oracle) -> N
 
 def test_a_worker_without_rows_gets_no_message(oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint("mixtral")
-    with OneProcess(checkpoint, num_workers=5, transport="unix") as cluster:
+    with OneProcess(checkpoint, num_workers=5) as cluster:
         chosen = _record_routing(cluster)
         cluster.run([Request(prompt_ids=[11], max_tokens=1)])
         stats = cluster.calls.link_stats()
@@ -168,7 +168,7 @@ def test_a_corrupt_expert_fails_its_requests_by_name_and_no_others(oracle: Oracl
 def test_rows_of_a_worker_that_dies_are_computed_by_another(arch: str, num_micro_batches: int, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch)
     references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
-    with OneProcess(checkpoint, num_workers=3, transport="unix", num_micro_batches=num_micro_batches) as cluster:
+    with OneProcess(checkpoint, num_workers=3, num_micro_batches=num_micro_batches) as cluster:
         compute, num_calls = cluster.calls.compute, 0
 
         def dying(layer, x, ids, weights):  # type: ignore[no-untyped-def]
@@ -228,7 +228,7 @@ def test_micro_batches_change_no_token(arch: str, num_micro_batches: int, oracle
 def test_a_micro_batch_that_fails_ends_the_step_and_leaves_nothing_in_flight(oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint("qwen2_moe")
     references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
-    with OneProcess(checkpoint, num_workers=2, transport="unix", num_micro_batches=4) as cluster:
+    with OneProcess(checkpoint, num_workers=2, num_micro_batches=4) as cluster:
         compute, num_calls = cluster.calls.compute, 0
 
         def failing(layer, x, ids, weights):  # type: ignore[no-untyped-def]

@@ -35,7 +35,6 @@ def test_a_router_that_replays_graphs_answers_as_transformers(
         device=GPU,
         max_batch_tokens=24,
         num_micro_batches=num_micro_batches,
-        transport="unix",
     ) as cluster:
         answers = cluster.run(requests)
     for reference, (answer,) in zip(references, answers, strict=True):

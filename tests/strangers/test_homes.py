@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.connection import parse_url
 
-from collegium.cli import embedded
 from collegium.cli.embedded import private_directory, server_url, socket_path
 from collegium.cli.environment import service_env
+from collegium.fabric import private_folder
 from collegium.fabric.errors import FailedPrecondition, SettingsError
 from collegium.fabric.settings import ServiceSettings, read, setting
 from collegium.model import cache_root
@@ -175,7 +175,7 @@ def test_where_no_folder_will_do_each_is_named_with_the_remedy(monkeypatch: pyte
     def none() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(embedded, "_SHORT_ROOTS", (Path("/nowhere"), Path("/proc")))
+    monkeypatch.setattr(private_folder, "_SHORT_ROOTS", (Path("/nowhere"), Path("/proc")))
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(FailedPrecondition, match=r"/nowhere: .*; /proc: .*set REDIS_URL") as caught:
         private_directory()

@@ -13,12 +13,15 @@ from collegium.buffering.policies import ExpertId
 from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES, Dispatch, Hint, Status
-from collegium.link.inproc import InprocPort
+from collegium.link.tcp import SocketLink
+from collegium.link.tcp_port import TcpPort
 from collegium.model.experts import PackedExpert, run_experts
 from collegium.model.weights import ExpertWeights
 from expert_svc.buffer import Visit
 from expert_svc.compute import ComputeLoop
+from expert_svc.residents import Residents
 from tests.buffer_rig import MANIFEST, NUM_EXPERTS, NUM_LAYERS, Rig
+from tests.link_rig import Other, pump
 
 FAR_S = 60.0
 
@@ -27,9 +30,15 @@ class Worker:
     """A data loop over a rig's buffer, and routers that are linked to it. `start` it when dispatches wait."""
 
     def __init__(self, rig: Rig):
-        self.rig, self.port = rig, InprocPort(worker_id="worker")
+        self.rig, self.port = rig, TcpPort(worker_id="worker", unix="@")
         self.loop = ComputeLoop(
-            self.port, rig.buffer, MANIFEST.form, num_experts=[NUM_EXPERTS] * NUM_LAYERS, num_threads=1
+            self.port,
+            rig.buffer,
+            MANIFEST.form,
+            torch.float32,
+            d_model=MANIFEST.d_model,
+            num_experts=[NUM_EXPERTS] * NUM_LAYERS,
+            num_threads=1,
         )
         rig.buffer.on_load(self.port.wake)
         self.routers = [self._link(idx) for idx in (1, 2)]
@@ -51,9 +60,15 @@ class Worker:
             )
         )
         (address,) = dict(self.port.addresses).values()
-        return connect(
-            "inproc", address, link_id=link_id, secret=secret, dtype=torch.float32, d_model=d_model, deadline_s=until
+        opening = Other(
+            lambda: connect(
+                "unix", address, link_id=link_id, secret=secret, dtype=torch.float32, d_model=d_model, deadline_s=until
+            )
         )
+        pump(self.port, lambda: opening.is_done)
+        link = opening.join()
+        assert isinstance(link, SocketLink)
+        return link
 
     def send(self, router: int, layer: int, experts: Sequence[int], seq: int = 1, num_prompt_rows: int = 0) -> None:
         """Send one row that chose these experts."""
@@ -78,6 +93,8 @@ class Worker:
         return reply.status, reply.missed.tolist(), reply.message
 
     def close(self) -> None:
+        for router in self.routers:
+            router.close()
         self.loop.stop()
         self.rig.buffer.close()
 
@@ -132,6 +149,7 @@ def test_a_reply_names_the_experts_of_its_own_dispatch_that_had_to_be_loaded(sta
     assert worker.loop.counters.num_joined_dispatches == 2
     worker.send(0, 0, [1, 2, 3], seq=2)
     assert worker.answer(0, seq=2) == (Status.OK, [], "")
+    worker.loop.stop()  # what the end has noted is told within a tenth of a second, or when it stops
     assert (rig.totals.hits, rig.totals.misses) == (4, 2)
 
 
@@ -186,8 +204,8 @@ class Unordered:
 
     is_prefetching = False
 
-    def __init__(self, experts: Sequence[PackedExpert]):
-        self._experts = experts
+    def __init__(self, experts: Sequence[PackedExpert], residents: Residents):
+        self._experts, self.residents = experts, residents
 
     def begin(self, layer: int, experts: Sequence[int], *_: object) -> Visit:
         slots: list[PackedExpert | None] = [self._experts[expert] for expert in experts]
@@ -217,7 +235,7 @@ def test_each_row_meets_its_own_expert_in_whatever_order_experts_are_found(start
         for _ in range(3)
     ]
     worker = start(Rig(8))
-    worker.loop._buffer = Unordered(experts)  # type: ignore[assignment]
+    worker.loop._buffer = Unordered(experts, worker.rig.buffer.residents)  # type: ignore[assignment]
     worker.loop.start()
     counts, rows = [2, 1, 1], np.array([0, 1, 2, 0])
     x = torch.randn(3, d_model, generator=generator)

@@ -7,14 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from collegium.link.base import Arrival
-from collegium.link.frame import Dispatch
 from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, plan_in_numpy, replan, rows_for
 from collegium.model.experts import PackedExpert, gated, run_experts, weighted_sum
 from collegium.model.placement import Placement
 from collegium.model.weights import ExpertWeights
-from expert_svc.joining import DispatchQueue, join
 from router_svc.paged_attention import group_lengths
 from router_svc.routing import route
 
@@ -139,60 +136,6 @@ def test_a_weighted_sum_is_the_same_by_either_path(num_pairs: int, num_rows: int
     for value, row, score in zip(values, rows, scores, strict=True):
         expected[row] += value.double() * float(score)
     assert torch.equal(weighted_sum(values, rows, scores, num_rows, torch.float64), expected)
-
-
-def arrival(link: int, layer: int, rows: int) -> Arrival:
-    dispatch = Dispatch(
-        seq=link,
-        layer=layer,
-        deadline_s=1e9,
-        experts=np.array([1, 3], dtype=np.uint16),
-        counts=np.array([rows, 1], dtype=np.uint16),
-        pair_rows=np.array([*range(rows), 0], dtype=np.uint32),
-        pair_weights=np.full(rows + 1, 0.5, dtype=np.float32),
-        x=torch.full((rows, 4), float(link)),
-    )
-    return Arrival(link_id=link, router_id=f"router-{link}", dispatch=dispatch, received_s=0.0)
-
-
-def test_a_worker_joins_all_that_wait_for_the_oldest_ones_layer() -> None:
-    queue = DispatchQueue()
-    queue.add([arrival(1, 5, 2), arrival(2, 6, 1), arrival(3, 5, 3)])
-    taken = queue.take(100)
-    assert [a.link_id for a in taken] == [1, 3]
-    batch = join([a.dispatch for a in taken])
-    assert (batch.experts, batch.counts, batch.row_counts) == ([1, 3], [5, 2], [2, 3])
-    assert batch.pair_rows.tolist() == [0, 1, 2, 3, 4, 0, 2]
-    assert batch.x[:, 0].tolist() == [1, 1, 3, 3, 3]
-    assert [a.link_id for a in queue.take(100)] == [2]
-    queue.add([arrival(1, 5, 60), arrival(2, 5, 60)])
-    assert [a.link_id for a in queue.take(100)] == [1]  # the oldest always goes; the next would be too much
-
-
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=3), seed=st.integers(0, 2**16)
-)
-def test_a_batch_says_how_many_decoding_rows_chose_each_expert(shapes: list[tuple[int, int]], seed: int) -> None:
-    expected: dict[int, list[int]] = {}  # expert -> pairs, and of them those of decoding rows
-    dispatches: list[Dispatch] = []
-    for num_rows, num_prompt_rows in shapes:
-        ids, scores = choices(num_rows, 3, 6, seed + len(dispatches))
-        (share,) = plan_dispatch(ids, scores, np.zeros(6, dtype=np.int64)).shares
-        arrays = {"experts": share.experts, "counts": share.counts, "pair_weights": share.pair_weights}
-        rows, of_prompts = share.pair_rows, min(num_prompt_rows, num_rows)
-        x = torch.zeros(num_rows, D_MODEL)
-        dispatches.append(
-            Dispatch(seq=1, layer=0, deadline_s=1e9, **arrays, pair_rows=rows, x=x, num_prompt_rows=of_prompts)
-        )
-        for row, chosen in enumerate(ids.tolist()):
-            for expert in chosen:
-                pairs = expected.setdefault(expert, [0, 0])
-                pairs[0] += 1
-                pairs[1] += row < num_rows - of_prompts
-    batch = join(dispatches)
-    found = zip(batch.experts, batch.counts, batch.decode_counts, strict=True)
-    assert {expert: [count, decode_count] for expert, count, decode_count in found} == expected
-    assert batch.num_decode_rows == sum(d.x.shape[0] - d.num_prompt_rows for d in dispatches)
 
 
 def test_routing_takes_live_homes_and_falls_back_on_any_live_worker() -> None:

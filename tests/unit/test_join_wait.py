@@ -6,13 +6,42 @@ from collections.abc import Callable
 
 import pytest
 
-from expert_svc.join_wait import JoinTrial, JoinWait
+from collegium.native.worker_end import join_until
+from expert_svc.join_wait import JoinTrial
 
 NUM_LAYERS = 12
+ACTIVE = 6.0  # of its layers a router may be silent
+
+
+class Met:
+    """Where routers were met last, and how fast they go, as the native end keeps it."""
+
+    def __init__(self, trial: JoinTrial):
+        self.trial = trial
+        self.routers: dict[str, tuple[int, float, float]] = {}  # layer, when, from layer to layer
+
+    def note(self, router: str, layer: int, at: float) -> None:
+        last, last_at, layer_s = self.routers.get(router, (-1, 0.0, 0.0))
+        if last >= 0 and layer == (last + 1) % NUM_LAYERS:
+            usual = layer_s or at - last_at
+            layer_s = min(0.8 * usual + 0.2 * (at - last_at), 2 * usual)
+        self.routers[router] = layer, at, layer_s
+        if layer == 0:
+            active = [one for one, (_, met, its) in self.routers.items() if at - met < ACTIVE * its]
+            self.trial.note(router, active, 1, at)
+
+    def until(self, layer: int, here: list[str], arrived: float) -> float:
+        if not self.trial.is_on or len(self.routers) < 2:
+            return 0.0
+        links = [
+            (last, round(at * 1e9), round(layer_s * 1e9), router in here)
+            for router, (last, at, layer_s) in self.routers.items()
+        ]
+        return join_until(links, NUM_LAYERS, layer, round(arrived * 1e9)) * 1e-9
 
 
 def served(
-    wait: JoinWait | None,
+    wait: Met | None,
     *,
     attention_s: float,
     experts_s: Callable[[int], float],
@@ -33,7 +62,7 @@ def served(
             at, router, layer = heapq.heappop(coming)
             waiting.append((at, router, layer))
             if wait is not None:
-                wait.note(router, layer, 1, at)
+                wait.note(router, layer, at)
         ready = soonest = None
         for at, _, layer in waiting:
             here = [r for _, r, its in waiting if its == layer]
@@ -68,7 +97,7 @@ def bound_by_rows(num_routers: int) -> float:
 
 @pytest.mark.parametrize("phase", [0.1, 0.5, 0.9])
 def test_routers_five_layers_apart_come_together_and_each_expert_is_read_once_for_both(phase: float) -> None:
-    wait = JoinWait(NUM_LAYERS, is_fixed=True)
+    wait = Met(JoinTrial(is_fixed=True))
     rate, joined = served(wait, attention_s=1e-3, experts_s=bound_by_weights, phase=phase)
     rate_without, joined_without = served(None, attention_s=1e-3, experts_s=bound_by_weights, phase=phase)
     assert joined_without < 0.1
@@ -77,43 +106,32 @@ def test_routers_five_layers_apart_come_together_and_each_expert_is_read_once_fo
 
 
 def test_where_waiting_pays_the_trial_keeps_it() -> None:
-    wait = JoinWait(NUM_LAYERS)
+    wait = Met(JoinTrial())
     rate, joined = served(wait, attention_s=1e-3, experts_s=bound_by_weights, phase=0.5, duration_s=20.0)
-    assert wait.is_on
+    assert wait.trial.is_on
     assert joined > 0.9
     assert rate > 1.15 * served(None, attention_s=1e-3, experts_s=bound_by_weights, phase=0.5)[0]
 
 
 def test_where_waiting_does_not_pay_it_ends_and_costs_little() -> None:
-    wait = JoinWait(NUM_LAYERS)
+    wait = Met(JoinTrial())
     rate, _ = served(wait, attention_s=1e-3, experts_s=bound_by_rows, phase=0.5, duration_s=20.0)
-    assert not wait.is_on
+    assert not wait.trial.is_on
     assert rate > 0.97 * served(None, attention_s=1e-3, experts_s=bound_by_rows, phase=0.5)[0]
 
 
 def test_nobody_waits_for_a_router_that_is_alone_idle_or_in_front() -> None:
-    wait = JoinWait(NUM_LAYERS, is_fixed=True)
+    wait = Met(JoinTrial(is_fixed=True))
     for layer in range(5):
-        wait.note("a", layer, 1, 0.001 * layer)
+        wait.note("a", layer, 0.001 * layer)
     assert wait.until(4, ["a"], 0.004) == 0.0  # alone
     for layer in range(5):
-        wait.note("b", layer, 1, 0.0005 + 0.001 * layer)
-    wait.note("a", 5, 1, 0.005)
+        wait.note("b", layer, 0.0005 + 0.001 * layer)
+    wait.note("a", 5, 0.005)
     assert wait.until(5, ["a"], 0.005) == pytest.approx(0.0055)  # b comes next: half a layer's time, and no longer
     assert wait.until(4, ["b"], 0.0045) == 0.0  # a is in front
     assert wait.until(5, ["a", "b"], 0.005) == 0.0  # all are here
     assert wait.until(5, ["a"], 0.1) == 0.0  # b has been silent for long
-
-
-def test_a_router_that_has_left_is_company_for_a_minute_and_no_longer() -> None:
-    wait = JoinWait(NUM_LAYERS)
-    wait.note("a", 0, 1, 0.0)
-    wait.note("b", 0, 1, 0.0)
-    assert wait.has_company
-    wait.note("a", 0, 1, 59.0)
-    assert wait.has_company
-    wait.note("a", 0, 1, 61.0)
-    assert not wait.has_company
 
 
 def test_a_trial_compares_the_same_routers_only() -> None:

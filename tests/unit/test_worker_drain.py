@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from collegium.link.base import LinkStats
-from collegium.link.inproc import InprocPort
+from collegium.link.tcp_port import TcpPort
 from expert_svc.app import wait_for_routers
 
 
-class Linked(InprocPort):
+class Linked(TcpPort):
     """A port whose links go one by one, whenever it is looked at."""
 
     def __init__(self, num_links: int, *, are_leaving: bool) -> None:
-        super().__init__(worker_id="worker")
+        super().__init__(worker_id="worker", unix="@")
         self.num_links, self._are_leaving = num_links, are_leaving
 
     def links(self) -> dict[int, LinkStats]:
@@ -20,13 +22,13 @@ class Linked(InprocPort):
 
 
 async def test_a_worker_waits_until_its_last_router_has_let_go_and_no_longer() -> None:
-    port = Linked(4, are_leaving=True)
-    await wait_for_routers(port, 1e6)
-    assert port.num_links == 0
-    await wait_for_routers(port, 1e6)
+    with contextlib.closing(Linked(4, are_leaving=True)) as port:
+        await wait_for_routers(port, 1e6)
+        assert port.num_links == 0
+        await wait_for_routers(port, 1e6)
 
 
 async def test_a_worker_waits_for_a_router_that_does_not_hear_only_so_long() -> None:
-    port = Linked(1, are_leaving=False)
-    await wait_for_routers(port, 0.05)
-    assert port.num_links == 1
+    with contextlib.closing(Linked(1, are_leaving=False)) as port:
+        await wait_for_routers(port, 0.05)
+        assert port.num_links == 1

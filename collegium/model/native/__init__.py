@@ -1,7 +1,7 @@
 """Binding to the C kernels: linear maps and experts on packed weights, on a CPU, from one row to thousands.
 
-Owns the contact with the library, which `make setup` builds where there is a C compiler; `library()` is None where
-there is none, and everything else then runs on torch's own kernels. Tensors here are contiguous and on the CPU; nothing
+Owns what tensors mean to the library (collegium.native); `library()` is None where it cannot be used on this machine,
+and everything else then runs on torch's own kernels. Tensors here are contiguous and on the CPU; nothing
 is checked that the caller can know. Weights are float32 or bfloat16, sums run in float32, over k in order: a row's
 result never depends on the rows beside it.
 R rows, K inputs, O outputs, D model, F ffn, P pairs, G experts that have rows.
@@ -14,8 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
-from importlib import machinery
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.model.architectures import Activation, ExpertForm
+from collegium.native import declare
+from collegium.native import library as raw_library
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_NAMES = ("generic", "avx2", "avx512")
@@ -36,7 +36,6 @@ _ACTIVATIONS = (
 )  # in the order of the enumeration in kernels.c
 Function = Callable[..., int]  # of the library, once declared
 
-ABI = 9  # what collegium_abi() of the library must say
 _ALIGNED = 64
 _loading = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -62,12 +61,9 @@ class _Shape(ctypes.Structure):
 class Library:
     """The loaded library, set to the widest instructions of this processor."""
 
-    def __init__(self, path: Path):
-        """Load it. Raises OSError where that cannot be, RuntimeError where it computes wrongly on this machine."""
-        self.raw = self._lib = ctypes.CDLL(str(path))  # CDLL lets go of the interpreter lock during a call
-        declare(self._lib, "collegium_abi", c_int, [])
-        if (abi := self._lib.collegium_abi()) != ABI:
-            raise RuntimeError(f"{path.name} is of another version ({abi}, not {ABI}); build it anew with `make setup`")
+    def __init__(self, raw: ctypes.CDLL):
+        """Set it up. Raises RuntimeError where it computes wrongly on this machine."""
+        self.raw = self._lib = raw
         declare(self._lib, "collegium_choose", c_int, [c_int])
         declare(self._lib, "collegium_packed_bytes", c_int64, [c_int64, c_int64, c_int])
         declare(self._lib, "collegium_pack", None, [c_void_p, c_void_p, c_int64, c_int64, c_int])
@@ -275,26 +271,16 @@ def library() -> Library | None:
 
 @functools.cache
 def _load() -> Library | None:
-    for suffix in machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_kernels{suffix}"
-        if path.exists():
-            try:
-                return Library(path)
-            except (OSError, RuntimeError, AttributeError) as error:
-                _log.warning("native kernels are not used: %s", error)
-                return None
-    return None
+    try:
+        return Library(raw_library())
+    except (RuntimeError, AttributeError) as error:
+        _log.warning("native kernels are not used: %s", error)
+        return None
 
 
 def aligned(num_bytes: int) -> int:
     """Round up to a cache line."""
     return -(-num_bytes // _ALIGNED) * _ALIGNED
-
-
-def declare(lib: ctypes.CDLL, name: str, result: type | None, arguments: Sequence[type]) -> None:
-    """Give a function of the library its types."""
-    function = getattr(lib, name)
-    function.restype, function.argtypes = result, arguments
 
 
 @functools.cache

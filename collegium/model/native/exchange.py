@@ -36,11 +36,9 @@ class _Exchange(ctypes.Structure):
         *((name, c_void_p) for name in ("decode", "prefill", "activations")),
         *((name, c_uint64) for name in ("seq", "deadline_us", "epoch")),
         ("step", c_uint32),
-        ("magic", c_uint16),
         ("layer", c_uint16),
-        ("version", c_uint8),
         ("dtype", c_uint8),
-        ("unused", c_uint8 * 6),
+        ("unused", c_uint8),
         *((name, c_void_p) for name in ("sizes", "tokens", "scratch")),
         *((name, c_void_p) for name in ("experts", "counts", "pair_rows", "pair_weights")),
         *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "totals")),
@@ -51,7 +49,7 @@ class _Exchange(ctypes.Structure):
 
 
 class Exchange:
-    """One router's calls to a fixed set of workers. `call` holds what a call is told; see exchange.c."""
+    """One router's calls to a fixed set of workers. `call` holds what a call is told; see router_end.c."""
 
     def __init__(
         self,
@@ -61,11 +59,11 @@ class Exchange:
         top_k: int,
         d_model: int,
         dtype: torch.dtype,
-        frames: tuple[int, int, int],
+        dtype_code: int,
     ):
-        """`frames`: magic, version and the code of the rows' type."""
+        """`dtype_code`: of the rows' type, as frames have it."""
         self.call = _Exchange(W=num_workers, E=num_experts, K=top_k, D=d_model, item_bytes=dtype.itemsize)
-        self.call.magic, self.call.version, self.call.dtype = frames
+        self.call.dtype = dtype_code
         self.fds = np.full(num_workers, -1, np.int32)
         self.states = np.zeros(num_workers, np.int32)
         self.totals = np.zeros((num_workers, 6), np.int64)  # dispatches, rows, pairs, bytes out; rows, bytes back

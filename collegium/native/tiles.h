@@ -289,11 +289,18 @@ TARGET static inline float NAME(total)(VF v)
 {
 #pragma GCC unroll 4
     for (int step = LANES / 2; step; step /= 2) {
+#ifdef __clang__
+        VF moved;
+        for (int j = 0; j < LANES; j++)
+            moved[j] = v[j ^ step];
+        v += moved;
+#else
         VI other;
 #pragma GCC unroll 16
         for (int j = 0; j < LANES; j++)
             other[j] = j ^ step;
         v += __builtin_shuffle(v, other);
+#endif
     }
     return v[0];
 }

@@ -101,10 +101,17 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 #define TARGET __attribute__((target("avx2,fma")))
 #include "tiles.h"
 
+#ifdef __clang__
+#define WHOLE __attribute__((min_vector_width(512)))
+#define WIDTH_512
+#else
+#define WHOLE
+#define WIDTH_512 ",prefer-vector-width=512"
+#endif
 #define LANES 16
 #define ROWS 12
 #define SUFFIX _avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma" WIDTH_512))) WHOLE
 #include "tiles.h"
 #endif
 
@@ -113,7 +120,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 9;
+    return 10;
 }
 
 /* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.

@@ -1,14 +1,17 @@
-"""Dispatches answered in one C call: as the long way answers them, and what the call does not know is left to it."""
+"""A worker's native end: what it reads, joins, computes and answers, and what it comes back for."""
 
 import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from collegium.buffering.policies import POLICIES, ExpertId, make_policy
 from collegium.buffering.quotas import Quotas
@@ -16,20 +19,20 @@ from collegium.link.base import ExpectedLink, RouterLink
 from collegium.link.connect import connect
 from collegium.link.frame import SECRET_BYTES, Dispatch, FrameError, Hint, LinkClosed, Reply, Status
 from collegium.link.hint import write_hint
+from collegium.link.memory import rows_at
 from collegium.link.tcp_port import TcpPort
-from collegium.model import native
 from collegium.model.experts import PackedExpert, run_experts
 from collegium.model.weights import ExpertWeights
+from collegium.native.worker_end import Batch, Why
 from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
-from expert_svc.join_wait import JoinWait
+from expert_svc.join_wait import JoinTrial
 from expert_svc.loading import Loads
 from expert_svc.prefetch_trial import PrefetchTrial
 from expert_svc.slots import Slots
 from expert_svc.tiers import Tier
 from tests.buffer_rig import ALL, MANIFEST, NUM_EXPERTS, NUM_LAYERS
-
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
+from tests.link_rig import D, Other, Rig, make_rig
 
 FAR_S = 60.0
 
@@ -50,14 +53,14 @@ class Source:
 
 
 class Worker:
-    """A data loop over a unix socket, whose C calls are counted by outcome."""
+    """A data loop over sockets."""
 
     def __init__(
         self,
         *,
         num_slots: int | None = None,
         transport: str = "unix",
-        join_wait: JoinWait | None = None,
+        join_trial: JoinTrial | None = None,
         policy: str = "lru",
         trial: PrefetchTrial | None = None,
     ):
@@ -75,9 +78,11 @@ class Worker:
             self.port,
             self.buffer,
             MANIFEST.form,
+            torch.float32,
+            d_model=MANIFEST.d_model,
             num_experts=[NUM_EXPERTS] * NUM_LAYERS,
             num_threads=1,
-            join_wait=join_wait,
+            join_trial=join_trial,
             trial=trial,
         )
         self.visits: list[tuple[int, list[int], int]] = []  # of decoding rows: layer, experts, hits
@@ -188,9 +193,8 @@ def test_dispatches_of_a_lone_router_are_answered_without_the_interpreter_and_al
         assert reply.y is not None and torch.equal(reply.y, expected_of(dispatch))
     worker.loop.stop()
     counters = worker.loop.counters
-    assert counters.num_dispatches == counters.num_batches == 12
-    # the first may have been read by the poll that met the link, and several may have been joined
-    assert worker.loop.counters.num_native_answers >= 10
+    assert counters.num_dispatches == counters.num_native_answers == counters.num_whole_answers == 12
+    assert counters.num_batches <= 12  # those of a link that wait for the same layer are joined
     assert counters.num_rows == 219 + 24
     assert counters.num_pairs == 3 * counters.num_rows
     assert worker.buffer.totals.hits == counters.num_expert_calls
@@ -203,17 +207,17 @@ def test_links_that_were_there_before_any_expert_are_served_in_the_call_once_the
     ask(link, [dispatch_of(1, 0, 2)])  # loads what it asks for
     worker.buffer.warm(ALL)
     seq, until = 1, time.monotonic() + FAR_S
-    while not worker.loop.counters.num_native_answers and time.monotonic() < until:
+    while not worker.loop.counters.num_whole_answers and time.monotonic() < until:
         seq += 1
         ask(link, [dispatch_of(seq, seq % NUM_LAYERS, 2)])
-    assert worker.loop.counters.num_native_answers
+    assert worker.loop.counters.num_whole_answers
 
 
-def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> None:
+def test_what_cannot_be_served_is_refused_and_what_is_absent_is_loaded(start: Start) -> None:
     worker = start()
     worker.buffer.warm([expert_id for expert_id in ALL if expert_id[0] != 2])
     link = worker.link()
-    ask(link, [dispatch_of(1, 0, 2)])  # the only one that the call may have answered
+    ask(link, [dispatch_of(1, 0, 2)])
     traced = dispatch_of(2, 1, 2, traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
     late = dispatch_of(3, 1, 2, deadline_s=time.monotonic() - 1)
     beyond = dispatch_of(4, NUM_LAYERS, 2)
@@ -223,7 +227,7 @@ def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> N
     sent = (traced, late, beyond, unknown, twice, absent)
     statuses = [reply.status for one in sent for reply in ask(link, [one])]
     assert statuses == [Status.OK, Status.EXPIRED, *[Status.BAD_FRAME] * 3, Status.OK]
-    assert worker.loop.counters.num_native_answers <= 1
+    assert worker.loop.counters.num_whole_answers == 2  # the first and the traced one
     assert worker.buffer.totals.misses
     link.hint(Hint(layer=1, experts=np.array([1], np.uint16), counts=np.array([1], np.uint16)))
     plain = dispatch_of(7, 2, 2)  # its experts are there now
@@ -232,8 +236,7 @@ def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> N
     (link_stats,) = worker.port.links().values()
     worker.loop.stop()
     counters = worker.loop.counters
-    # the one that names an expert twice never came to the queue
-    assert counters.num_native_answers + counters.num_python_answers + link_stats.expired == 7
+    assert (counters.num_native_answers, counters.num_python_answers, link_stats.expired) == (4, 3, 1)
     with pytest.raises(FrameError, match="counts add up"):  # a link refuses to send what the call would refuse to take
         link.send(dispatch_of(8, 1, 2, counts=np.array([9, 1], np.uint16), experts=np.array([1, 2], np.uint16)))
 
@@ -242,8 +245,7 @@ def test_what_is_out_of_the_ordinary_is_answered_the_long_way(start: Start) -> N
 def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_own_rows(
     is_waiting: bool, start: Start
 ) -> None:
-    join_wait = JoinWait(NUM_LAYERS, is_on=is_waiting, is_fixed=True)
-    worker = start(join_wait=join_wait)
+    worker = start(join_trial=JoinTrial(is_on=is_waiting, is_fixed=True))
     worker.buffer.warm(ALL)
     links = [worker.link(num_credits=4) for _ in range(3)]
     turn, num_sent, until = 0, 0, time.monotonic() + FAR_S
@@ -263,12 +265,10 @@ def test_dispatches_of_several_routers_are_joined_in_the_call_and_each_gets_its_
     worker.loop.stop()
     counters = worker.loop.counters
     assert counters.num_dispatches == num_sent
-    assert worker.loop.counters.num_native_answers > 100
+    assert counters.num_whole_answers == num_sent
     assert 0 < counters.num_joined_batches < counters.num_batches < counters.num_dispatches
     assert counters.num_joined_dispatches >= 2 * counters.num_joined_batches
     assert worker.buffer.totals.hits == counters.num_expert_calls
-    assert join_wait.has_company
-    assert {join_wait.met(f"router-{n}")[0] for n in (1, 2, 3)} <= set(range(NUM_LAYERS))
 
 
 def test_what_one_router_sends_that_is_unusual_keeps_nobody_waiting(start: Start) -> None:
@@ -329,6 +329,119 @@ def test_experts_are_let_go_of_only_when_nobody_computes_from_them(start: Start)
     assert len(released) >= 5 and sum(released) > 0
 
 
+def rows_of(layer: int, num_rows: int, mark: float, num_prompt_rows: int = 0) -> Dispatch:
+    """Two experts: 1 takes every row, 3 the first; row values are `mark`."""
+    return Dispatch(
+        seq=1,
+        layer=layer,
+        deadline_s=time.monotonic() + FAR_S,
+        experts=np.array([1, 3], np.uint16),
+        counts=np.array([num_rows, 1], np.uint16),
+        pair_rows=np.array([*range(num_rows), 0], np.uint32),
+        pair_weights=np.full(num_rows + 1, 0.5, np.float32),
+        x=torch.full((num_rows, D), mark),
+        num_prompt_rows=num_prompt_rows,
+    )
+
+
+@pytest.fixture
+def bare() -> Iterator[Rig]:
+    """A port whose end knows experts and hands every batch over."""
+    rig = make_rig("unix", Path())
+    rig.port.serve(
+        (np.zeros((9, 16), np.int64), np.zeros((9, 16), np.uint8)),
+        [16] * 9,
+        shape=None,
+        d_model=D,
+        dtype=torch.float32,
+        num_threads=1,
+        notes_visits=False,
+    )
+    yield rig
+    rig.close()
+
+
+def batch_of(rig: Rig) -> Batch:
+    until = time.monotonic() + FAR_S
+    while time.monotonic() < until:
+        if rig.port.run(1.0, is_waiting=False) & Why.BATCH:
+            return rig.port.native.batch()
+    raise AssertionError("no batch came")
+
+
+def answer(rig: Rig, batch: Batch) -> None:
+    y = 2 * rows_at(batch.x, batch.num_rows, D, torch.float32)
+    rig.port.native.answer(y.data_ptr(), np.empty(0, np.uint16), 0, 1)
+
+
+def test_all_that_wait_for_the_oldest_ones_layer_are_joined_up_to_a_bound(bare: Rig) -> None:
+    links = [bare.link(link_id, max_rows=16_000) for link_id in (1, 2, 3)]
+    for link, dispatch in zip(links, (rows_of(5, 2, 1.0), rows_of(6, 1, 2.0), rows_of(5, 3, 3.0)), strict=True):
+        link.send(dispatch)
+    time.sleep(0.01)  # unix sockets: they are all there
+    first = batch_of(bare)
+    assert (first.layer, first.num_dispatches, first.experts, first.counts) == (5, 2, [1, 3], [5, 2])
+    x = rows_at(first.x, 5, D, torch.float32)[:, 0].tolist()
+    assert x in ([1, 1, 3, 3, 3], [3, 3, 3, 1, 1])  # in the order of their coming, which is the kernel's to say
+    assert first.pair_rows.tolist() == [0, 1, 2, 3, 4, 0, 2 if x[0] == 1 else 3]
+    answer(bare, first)
+    second = batch_of(bare)
+    assert (second.layer, second.num_dispatches) == (6, 1)
+    answer(bare, second)
+    for link, rows in zip(links, ([1.0] * 2, [2.0], [3.0] * 3), strict=True):
+        reply = link.receive(1, time.monotonic() + FAR_S)
+        assert reply.y is not None and reply.y[:, 0].tolist() == [2 * row for row in rows]
+    large = [threading.Thread(target=link.send, args=(rows_of(5, 10_000, 4.0),)) for link in links[:2]]
+    for thread in large:
+        thread.start()
+    assert [batch_of(bare).num_rows, answer(bare, bare.port.native.batch())] == [10_000, None]
+    assert batch_of(bare).num_rows == 10_000  # the oldest always goes; the other would have been too much
+    answer(bare, bare.port.native.batch())
+    for thread, link in zip(large, links[:2], strict=True):
+        thread.join()
+        receiving = Other(lambda link=link: link.receive(1, time.monotonic() + FAR_S))
+        while not receiving.is_done:  # the rest of a large reply goes out when the router reads
+            bare.port.run(0.01, is_waiting=False)
+        receiving.join()
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=3), seed=st.integers(0, 99)
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+def test_a_batch_says_how_many_decoding_rows_chose_each_expert(
+    shapes: list[tuple[int, int]], seed: int, bare: Rig
+) -> None:
+    expected: dict[int, list[int]] = {}  # expert -> pairs, and of them those of decoding rows
+    link_ids = [1 + len(bare.opened) + idx for idx in range(len(shapes))]
+    links = [bare.link(link_id, d_model=D) for link_id in link_ids]
+    for idx, (num_rows, num_prompt_rows) in enumerate(shapes):
+        of_prompts = min(num_prompt_rows, num_rows)
+        dispatch = dispatch_of(1, 0, num_rows, seed=seed + idx, among=range(6), num_prompt_rows=of_prompts)
+        dispatch.x = torch.zeros(num_rows, D)
+        links[idx].send(dispatch)
+        experts = np.repeat(dispatch.experts, dispatch.counts).tolist()
+        for expert, row in zip(experts, dispatch.pair_rows.tolist(), strict=True):
+            pairs = expected.setdefault(expert, [0, 0])
+            pairs[0] += 1
+            pairs[1] += row < num_rows - of_prompts
+    found: dict[int, list[int]] = {}
+    num_decode_rows = num_dispatches = 0
+    while num_dispatches < len(shapes):
+        batch = batch_of(bare)
+        num_dispatches += batch.num_dispatches
+        num_decode_rows += batch.num_decode_rows
+        for expert, count, decoding in zip(batch.experts, batch.counts, batch.decode_counts, strict=True):
+            pairs = found.setdefault(expert, [0, 0])
+            pairs[0] += count
+            pairs[1] += decoding
+        answer(bare, batch)
+    assert found == expected
+    assert num_decode_rows == sum(num_rows - min(prompts, num_rows) for num_rows, prompts in shapes)
+    for link in links:
+        link.receive(1, time.monotonic() + FAR_S)
+
+
 def hint_of(layer: int, experts: Sequence[int], counts: Sequence[int] | None = None) -> Hint:
     counts = [1] * len(experts) if counts is None else counts
     return Hint(layer=layer, experts=np.array(experts, np.uint16), counts=np.array(counts, np.uint16))
@@ -352,7 +465,7 @@ def test_hints_of_what_is_there_are_passed_over_in_the_call_and_others_reach_the
     assert worker.buffer.totals.prefetched == 1
     (stats,) = worker.port.links().values()
     worker.loop.stop()
-    assert worker.loop.counters.num_native_answers > 50
+    assert worker.loop.counters.num_whole_answers > 50
     assert stats.hints == 2 * 58 + 1
     assert stats.bytes_out == link.stats.bytes_out
 
@@ -414,7 +527,7 @@ def test_a_buffer_that_evicts_learns_of_what_the_call_computed_as_if_it_had_been
     policy: str, start: Start
 ) -> None:
     ways = [start(num_slots=20, policy=policy), start(num_slots=20, policy=policy)]
-    ways[1].loop._answering = None  # the long way alone
+    ways[1].loop._is_native = True  # so it never learns how to compute: every batch comes back
     draw = np.random.default_rng(5)
     dispatches: list[Dispatch] = []
     for seq in range(1, 400):  # few experts at a time are hot, so that many dispatches find all of theirs
@@ -434,7 +547,7 @@ def test_a_buffer_that_evicts_learns_of_what_the_call_computed_as_if_it_had_been
     for worker in ways:
         worker.loop.stop()
     native, plain = ways
-    assert native.loop.counters.num_native_answers > 100 and not plain.loop.counters.num_native_answers
+    assert native.loop.counters.num_whole_answers > 100 and not plain.loop.counters.num_whole_answers
     assert native.visits == plain.visits and native.visits
     assert native.buffer.residency() == plain.buffer.residency()
     totals = [worker.buffer.totals for worker in ways]
@@ -479,7 +592,7 @@ def test_a_trial_of_prefetching_hears_of_batches_that_the_call_computed(start: S
     for seq in range(1, 400):
         ask(link, [dispatch_of(seq, seq % 2, 1, seed=0)])  # the same experts, which fit
     worker.loop.stop()
-    assert worker.loop.counters.num_native_answers > 300
+    assert worker.loop.counters.num_whole_answers > 300
     assert trial.num_trials == 1
 
 

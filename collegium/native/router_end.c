@@ -1,0 +1,426 @@
+/* A router's end of its links where nothing disturbs it: a layer's way to the workers and back, plan, send, count, receive,
+ * sum; and a step of layers.
+ *
+ * Owns no connection: the caller lends descriptors of links that are idle and open, and takes them back. Whatever is out
+ * of the ordinary (a frame that is no good reply, one that is late, a peer that has gone) is left unread, so that the caller
+ * goes on where this stopped. Linux. */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "frame.h"
+
+#define SPINS 200 /* looks for the rest of a frame whose header is here */
+
+int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
+                       int64_t T, int64_t K, int64_t E, int64_t W, int64_t *sizes, int64_t *tokens, uint16_t *experts,
+                       uint16_t *counts, uint32_t *pair_rows, float *pair_weights, int64_t *scratch);
+
+enum state { UNSENT, SENT, DONE, BROKEN };
+
+struct exchange {
+    const int32_t *fds; /* [W] */
+    int64_t W, E, K, D, item_bytes;
+    /* of this call */
+    int64_t T, num_decode;
+    const int64_t *ids, *worker_of, *workers;
+    const float *weights;
+    const uint8_t *x;
+    uint8_t *out; /* [T, D] */
+    int64_t *decode, *prefill, *activations; /* [E], counted up; NULL: counted already */
+    uint64_t seq, deadline_us, epoch; /* worker w's dispatch has number seq + w */
+    uint32_t step;
+    uint16_t layer;
+    uint8_t dtype;
+    uint8_t unused[1];
+    /* the plan, as collegium_plan writes it */
+    int64_t *sizes, *tokens, *scratch;
+    uint16_t *experts, *counts;
+    uint32_t *pair_rows;
+    float *pair_weights;
+    /* memory: rows as they are sent and as they come back, those of one worker after another's; sums [T, D] in 8 bytes */
+    uint8_t *gathered, *replies;
+    void *sums;
+    int32_t *states; /* [W] enum state */
+    int64_t *totals; /* [W, 6] dispatches, rows, pairs, bytes out, rows back, bytes back: counted up */
+    int64_t blocked_ns, away_ns; /* of this call */
+    int64_t began_ns;            /* when its first dispatch was sent */
+};
+
+/* Send all of it; what the socket does not take at once may wait for so long. 0, or -1 where nothing has left, or -2. */
+static int send_all(int fd, struct iovec *parts, int num_parts, int64_t left, int64_t limit_ns)
+{
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)num_parts};
+    int64_t sent = 0, until = 0;
+    while (left > 0) {
+        ssize_t taken = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (taken < 0 && errno == EINTR)
+            continue;
+        if (taken < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+            return sent ? -2 : -1;
+        if (taken < 0) {
+            if (!sent)
+                return -1; /* the caller has better means to wait */
+            if (!until)
+                until = now_ns() + limit_ns;
+            if (now_ns() > until)
+                return -2;
+            struct pollfd wait = {.fd = fd, .events = POLLOUT};
+            poll(&wait, 1, 10);
+            continue;
+        }
+        sent += taken;
+        left -= taken;
+        while (taken > 0 && message.msg_iovlen) {
+            struct iovec *first = message.msg_iov;
+            size_t part = (size_t)taken < first->iov_len ? (size_t)taken : first->iov_len;
+            first->iov_base = (uint8_t *)first->iov_base + part;
+            first->iov_len -= part;
+            taken -= (ssize_t)part;
+            if (!first->iov_len) {
+                message.msg_iov++;
+                message.msg_iovlen--;
+            }
+        }
+    }
+    return 0;
+}
+
+#define MOST_MISSES 4096
+
+/* Whether the dispatches of a call may still be answered; the socket's own limit of a wait is shorter. */
+static int is_in_time(const struct exchange *e)
+{
+    return now_ns() / 1000 < (int64_t)e->deadline_us;
+}
+
+/* Take a good reply to `rows` rows of `groups` experts off the socket; the bytes of its list of misses, or -1 with nothing
+ * taken, or -2 where the connection is of no use. What was missed is passed over: who asks for that goes the long way. */
+static int64_t take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
+{
+    uint8_t head[HEADER_BYTES];
+    uint16_t missed[MOST_MISSES];
+    for (int spin = 0; spin < SPINS; spin++) {
+        ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK); /* waits as long as the socket's own limit says */
+        if (seen < 0 && (errno == EINTR || ((errno == EAGAIN || errno == EWOULDBLOCK) && is_in_time(e)))) {
+            spin--;
+            continue;
+        }
+        if (seen <= 0)
+            return -1;
+        if (seen < HEADER_BYTES) {
+            sched_yield();
+            continue;
+        }
+        int64_t num_missed = (int64_t)get(head + AT_MISSES, 4), row_bytes = rows * e->D * e->item_bytes;
+        int64_t body = row_bytes + 2 * num_missed;
+        if (get(head + AT_MAGIC, 2) != MAGIC || head[AT_VERSION] != VERSION || head[AT_KIND] != REPLY ||
+            head[AT_STATUS] != STATUS_OK || head[AT_DTYPE] != e->dtype || get(head + AT_SEQ, 8) != seq ||
+            num_missed > groups || num_missed > MOST_MISSES || get(head + AT_BODY, 4) != (uint64_t)body ||
+            get(head + AT_REPLY_ROWS, 4) != (uint64_t)rows)
+            return -1;
+        int here = 0;
+        if (ioctl(fd, FIONREAD, &here) < 0)
+            return -1;
+        if (here < HEADER_BYTES + body) {
+            sched_yield();
+            continue;
+        }
+        struct iovec parts[3] = {{head, HEADER_BYTES}, {y, (size_t)row_bytes}, {missed, 2 * (size_t)num_missed}};
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
+        ssize_t taken = recvmsg(fd, &message, MSG_WAITALL);
+        return taken == HEADER_BYTES + body ? 2 * num_missed : -2;
+    }
+    return -1;
+}
+
+/* Sum the workers' rows into their tokens, workers in their order: in double for float, in float for bfloat16. */
+static void sum_replies(const struct exchange *e)
+{
+    int64_t n = e->T * e->D, row = 0, only = -1, num = 0;
+    for (int64_t w = 0; w < e->W; w++)
+        if (e->sizes[3 * w]) {
+            only = w;
+            num++;
+        }
+    if (num == 1 && e->sizes[3 * only] == e->T) {
+        memcpy(e->out, e->replies, n * e->item_bytes);
+        return;
+    }
+    if (e->item_bytes == 4) {
+        double *total = e->sums;
+        memset(total, 0, n * sizeof *total);
+        for (int64_t w = 0; w < e->W; w++)
+            for (int64_t r = 0; r < e->sizes[3 * w]; r++, row++) {
+                const float *y = (const float *)e->replies + row * e->D;
+                double *at = total + e->tokens[row] * e->D;
+                for (int64_t d = 0; d < e->D; d++)
+                    at[d] += y[d];
+            }
+        for (int64_t i = 0; i < n; i++)
+            ((float *)e->out)[i] = (float)total[i];
+        return;
+    }
+    float *total = e->sums;
+    memset(total, 0, n * sizeof *total);
+    for (int64_t w = 0; w < e->W; w++)
+        for (int64_t r = 0; r < e->sizes[3 * w]; r++, row++) {
+            const uint16_t *y = (const uint16_t *)e->replies + row * e->D;
+            float *at = total + e->tokens[row] * e->D;
+            for (int64_t d = 0; d < e->D; d++) {
+                uint32_t bits = (uint32_t)y[d] << 16;
+                float value;
+                memcpy(&value, &bits, sizeof value);
+                at[d] += value;
+            }
+        }
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, total + i, sizeof bits);
+        if ((bits & 0x7fffffff) > 0x7f800000)
+            ((uint16_t *)e->out)[i] = (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
+        else
+            ((uint16_t *)e->out)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+static void count(const struct exchange *e)
+{
+    if (!e->decode)
+        return;
+    for (int64_t i = 0; i < e->T * e->K; i++)
+        if (e->ids[i] >= 0)
+            (i / e->K < e->num_decode ? e->decode : e->prefill)[e->ids[i]]++;
+    int64_t groups = 0;
+    for (int64_t w = 0; w < e->W; w++)
+        groups += e->sizes[3 * w + 1];
+    for (int64_t g = 0; g < groups; g++) /* without copies, an expert is one group */
+        e->activations[e->experts[g]]++;
+}
+
+/* Plan a layer and send each worker its dispatch. 0: all are on their way. 1: something was out of the ordinary, and states
+ * says how far each worker's dispatch has come. -1: an id or a worker is out of range, and nothing was done. */
+int collegium_send(struct exchange *e)
+{
+    int64_t num_pairs = collegium_plan(e->ids, e->weights, e->worker_of, e->workers, e->T, e->K, e->E, e->W, e->sizes,
+                                       e->tokens, e->experts, e->counts, e->pair_rows, e->pair_weights, e->scratch);
+    if (num_pairs < 0)
+        return -1;
+    int64_t row_bytes = e->D * e->item_bytes, row = 0, group = 0, pair = 0;
+    int is_whole = 1;
+    e->began_ns = now_ns();
+    for (int64_t w = 0; w < e->W; w++) {
+        int64_t rows = e->sizes[3 * w], groups = e->sizes[3 * w + 1], pairs = e->sizes[3 * w + 2], prompts = 0;
+        e->states[w] = UNSENT;
+        if (!pairs)
+            continue;
+        const uint8_t *x = e->x;
+        if (rows < e->T) {
+            uint8_t *gathered = e->gathered + row * row_bytes;
+            for (int64_t r = 0; r < rows; r++)
+                memcpy(gathered + r * row_bytes, e->x + e->tokens[row + r] * row_bytes, row_bytes);
+            x = gathered;
+        }
+        for (int64_t r = 0; r < rows; r++)
+            prompts += e->tokens[row + r] >= e->num_decode;
+        int64_t body = 4 * groups + 8 * pairs + rows * row_bytes;
+        uint8_t head[HEADER_BYTES] = {0};
+        put(head + AT_MAGIC, MAGIC, 2);
+        head[AT_VERSION] = VERSION;
+        head[AT_KIND] = DISPATCH;
+        head[AT_DTYPE] = e->dtype;
+        put(head + AT_SEQ, (e->seq + (uint64_t)w) & 0xffffffff, 8);
+        put(head + AT_BODY, (uint64_t)body, 4);
+        put(head + AT_LAYER, e->layer, 2);
+        put(head + AT_DEADLINE_US, e->deadline_us, 8);
+        put(head + AT_EPOCH, e->epoch, 8);
+        put(head + AT_STEP, e->step, 4);
+        put(head + AT_ROWS, (uint64_t)rows, 4);
+        put(head + AT_PAIRS, (uint64_t)pairs, 4);
+        put(head + AT_GROUPS, (uint64_t)groups, 2);
+        put(head + AT_PROMPTS, (uint64_t)prompts, 2);
+        put(head + AT_SENT_US, (uint64_t)(now_ns() / 1000), 8);
+        struct iovec parts[6] = {
+            {head, HEADER_BYTES},
+            {e->experts + group, 2 * (size_t)groups},
+            {e->counts + group, 2 * (size_t)groups},
+            {e->pair_rows + pair, 4 * (size_t)pairs},
+            {e->pair_weights + pair, 4 * (size_t)pairs},
+            {(void *)x, (size_t)(rows * row_bytes)},
+        };
+        int failed = send_all(e->fds[w], parts, 6, HEADER_BYTES + body, 2000000000);
+        e->states[w] = !failed ? SENT : failed == -1 ? UNSENT : BROKEN;
+        if (failed)
+            is_whole = 0;
+        else {
+            int64_t *total = e->totals + 6 * w;
+            total[0]++;
+            total[1] += rows;
+            total[2] += pairs;
+            total[3] += HEADER_BYTES + body;
+        }
+        row += rows;
+        group += groups;
+        pair += pairs;
+    }
+    count(e);
+    return !is_whole;
+}
+
+/* Receive what is on its way, from workers whose descriptors are there, and sum. 0: out is written. 1: as above. */
+int collegium_receive(struct exchange *e)
+{
+    int64_t row_bytes = e->D * e->item_bytes, row = 0, waits = now_ns();
+    int is_whole = 1;
+    for (int64_t w = 0; w < e->W; w++) {
+        int64_t rows = e->sizes[3 * w];
+        if (e->states[w] == SENT && e->fds[w] >= 0) {
+            int64_t missed_bytes = take_reply(e, e->fds[w], (e->seq + (uint64_t)w) & 0xffffffff, rows,
+                                              e->sizes[3 * w + 1], e->replies + row * row_bytes);
+            e->states[w] = missed_bytes >= 0 ? DONE : missed_bytes == -1 ? SENT : BROKEN;
+            if (missed_bytes < 0)
+                is_whole = 0;
+            else {
+                e->totals[6 * w + 4] += rows;
+                e->totals[6 * w + 5] += HEADER_BYTES + rows * row_bytes + missed_bytes;
+            }
+        }
+        is_whole &= !rows || e->states[w] == DONE;
+        row += rows;
+    }
+    int64_t over = now_ns();
+    e->blocked_ns = over - waits;
+    e->away_ns = over - e->began_ns;
+    if (!is_whole)
+        return 1;
+    sum_replies(e);
+    return 0;
+}
+
+/* Have a layer's experts computed: what is sent is received, whatever else was out of the ordinary. Returns as above. */
+int collegium_exchange(struct exchange *e)
+{
+    int sent = collegium_send(e);
+    return sent < 0 ? sent : collegium_receive(e);
+}
+
+/* --- a whole step --- */
+
+void collegium_qkv(const void *attention, const float *h, const float *cos, const float *sin, const int64_t *slots,
+                   int64_t T, float *q, float *scratch, int num_threads);
+void collegium_attend(const void *attention, const float *q, const int64_t *blocks, const int64_t *first_block,
+                      const int64_t *lengths, int64_t B, float *attended, int num_threads);
+void collegium_output(const void *attention, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
+                      float *weights, float *scratch, int num_threads);
+void collegium_add(float *h, const void *y, int64_t n, int is_bf16);
+void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t T, int64_t D, int is_bf16);
+void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
+                         float *scratch);
+
+int64_t collegium_choose_replicas(const int64_t *ids, const int64_t *counts, const int64_t *worker_of, const int64_t *copied,
+                                  const int64_t *starts, const int64_t *homes, int64_t M, int64_t T, int64_t K, int64_t E,
+                                  int64_t W, double activation, int64_t *workers, double *work, uint8_t *visits,
+                                  int64_t *order, uint8_t *given);
+
+struct copies { /* a layer's experts with several homes, [num]: those of the nth are homes[starts[n]] to homes[starts[n + 1]] */
+    const int64_t *experts, *starts, *homes;
+    int64_t num;
+};
+
+struct step {
+    struct exchange *exchange;           /* its rows, ids, weights and sums are this step's; what is set by layer is not */
+    const void *const *layers;           /* [L] struct attention */
+    const int64_t *const *worker_of;     /* [L] -> [E] */
+    int64_t L, timeout_us;
+    int64_t *decode, *prefill, *activations; /* [L, E], counted up */
+    const void *embedding;               /* [V, D] */
+    const float *cos_table, *sin_table;  /* [positions, W] */
+    const int64_t *tokens, *positions;   /* [T] */
+    const float *final_norm;             /* [D] */
+    float *h;                            /* [T, D] */
+    float *cos, *sin;                    /* [T, W] */
+    const int64_t *slots, *blocks, *first_block, *lengths;
+    float *q, *attended, *scratch;
+    int64_t layer; /* in: the first; out: the one that was disturbed, or L */
+    int64_t blocked_ns, away_ns; /* of this call */
+    int64_t num_threads, W;
+    double eps;
+    /* where copies is not NULL: memory to choose among them in */
+    const struct copies *copies; /* [L] */
+    double activation_rows;
+    int64_t *workers, *counts, *order; /* [T, K], [E], [most copies + W] */
+    double *work;                      /* [W] */
+    uint8_t *visits, *given;           /* [T, W], [E] */
+};
+
+/* Count a layer's choices and choose among the homes of experts that have several. -1: a choice is out of range. */
+static int choose(struct step *s, const struct copies *copies, int64_t *decode, int64_t *activations)
+{
+    struct exchange *e = s->exchange;
+    memset(s->counts, 0, e->E * sizeof *s->counts);
+    for (int64_t i = 0; i < e->T * e->K; i++) {
+        if (e->ids[i] < 0 || e->ids[i] >= e->E)
+            return -1;
+        s->counts[e->ids[i]]++;
+    }
+    for (int64_t expert = 0; expert < e->E; expert++) {
+        decode[expert] += s->counts[expert];
+        activations[expert] += s->counts[expert] > 0;
+    }
+    int64_t active = collegium_choose_replicas(e->ids, s->counts, e->worker_of, copies->experts, copies->starts,
+                                               copies->homes, copies->num, e->T, e->K, e->E, e->W, s->activation_rows,
+                                               s->workers, s->work, s->visits, s->order, s->given);
+    e->workers = active ? s->workers : NULL;
+    e->decode = NULL; /* counted */
+    return 0;
+}
+
+/* Compute a step of decode rows from its tokens to the rows for the head, e->x, experts included. 0: all is done. Else what
+ * collegium_exchange said of `layer`, whose exchange tells the rest: nothing of its sums has been added to h. */
+int collegium_step(struct step *s)
+{
+    struct exchange *e = s->exchange;
+    int num_threads = (int)s->num_threads;
+    int is_bf16 = e->item_bytes == 2;
+    s->blocked_ns = s->away_ns = 0;
+    if (!s->layer) {
+        collegium_embed(s->h, s->embedding, s->tokens, e->T, e->D, is_bf16);
+        for (int64_t t = 0; t < e->T; t++) {
+            memcpy(s->cos + t * s->W, s->cos_table + s->positions[t] * s->W, s->W * sizeof *s->cos);
+            memcpy(s->sin + t * s->W, s->sin_table + s->positions[t] * s->W, s->W * sizeof *s->sin);
+        }
+    }
+    for (uint64_t seq = e->seq; s->layer < s->L; s->layer++, seq += (uint64_t)e->W) {
+        const void *layer = s->layers[s->layer];
+        collegium_qkv(layer, s->h, s->cos, s->sin, s->slots, e->T, s->q, s->scratch, num_threads);
+        collegium_attend(layer, s->q, s->blocks, s->first_block, s->lengths, e->T, s->attended, num_threads);
+        collegium_output(layer, s->attended, s->h, e->T, (void *)e->x, (int64_t *)e->ids, (float *)e->weights, s->scratch,
+                         num_threads);
+        int64_t offset = s->layer * e->E;
+        e->decode = s->decode + offset;
+        e->prefill = s->prefill + offset;
+        e->activations = s->activations + offset;
+        e->worker_of = s->worker_of[s->layer];
+        e->workers = NULL;
+        if (s->copies && s->copies[s->layer].num &&
+            choose(s, s->copies + s->layer, s->decode + offset, s->activations + offset) < 0)
+            return -1;
+        e->seq = seq & 0xffffffff;
+        e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
+        e->layer = (uint16_t)s->layer;
+        int found = collegium_exchange(e);
+        s->blocked_ns += e->blocked_ns;
+        s->away_ns += e->away_ns;
+        if (found)
+            return found;
+        collegium_add(s->h, e->out, e->T * e->D, is_bf16);
+    }
+    collegium_norm_rows((void *)e->x, s->h, s->final_norm, e->T, e->D, (float)s->eps, is_bf16, s->scratch);
+    return 0;
+}
