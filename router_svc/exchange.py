@@ -22,7 +22,7 @@ from collegium.link.tcp import SocketLink
 from collegium.model import native
 from collegium.model.dispatch import WorkerShare, plan_dispatch, shares_of
 from collegium.model.native.exchange import MAX_PAIRS, Exchange, State
-from collegium.model.native.step import CopyTable, DecodeStep
+from collegium.model.native.step import CopyTable, DecodeStep, Foretelling
 from router_svc.load_counts import LoadCounts
 from router_svc.micro_batches import MAX_MICRO_BATCHES
 
@@ -74,7 +74,7 @@ class WholeExchange:
         self._links, self._dtype, self._d_model = list(links), shape.dtype, shape.d_model
         self._parts = [  # one for each micro-batch, whose rows are away at the same time
             Exchange(
-                num_workers=len(links),
+                no_hints=[link.no_hints for link in links],
                 num_experts=num_experts,
                 top_k=top_k,
                 d_model=shape.d_model,
@@ -91,7 +91,8 @@ class WholeExchange:
         self._counted = (loads.decode, loads.prefill, loads.activations)
         self._counted_at = tuple(counts.ctypes.data for counts in self._counted)
         self._layer_bytes = 8 * num_experts
-        self._folded = np.zeros((len(links), 6), np.int64)
+        self._folded = np.zeros((len(links), 8), np.int64)
+        self.foretelling: Foretelling | None = None  # what its steps tell workers, the caller's to set once
         self._row_bytes = shape.row_bytes
         self._away: dict[int, tuple[Tensor, int]] = {}  # by part: its sums to be, and the number that it began with
         self.disturbed = Disturbed()
@@ -112,6 +113,7 @@ class WholeExchange:
         number: int,
         copies: CopyTable,
         activation_rows: float,
+        foretelling: Foretelling | None,
     ) -> bool | None:
         """Compute a step's layers from step.layer on; False where one was disturbed, and `disturbed` says how far it
         came; its choices are counted. None where nothing was done, since a link is in use.
@@ -126,7 +128,7 @@ class WholeExchange:
             if not is_lent:
                 return None
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
-            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows):
+            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling):
                 return True
             self.disturbed = self._look(exchange, int(call.seq))
             return False
@@ -259,11 +261,18 @@ class WholeExchange:
     def fold(self) -> int:
         """Add what was counted since the last time to the links' own counts; returns the bytes that were needed."""
         totals = np.sum([exchange.totals for exchange in self._parts], axis=0)
+        if self.foretelling is not None:
+            totals = np.hstack([totals, self.foretelling.told])
+        else:
+            totals = np.hstack([totals, np.zeros((len(totals), 2), np.int64)])
         grown = (totals - self._folded).tolist()
         self._folded = totals
         needed = 0
-        for link, (dispatches, rows, pairs, bytes_out, rows_back, bytes_back) in zip(self._links, grown, strict=True):
+        for link, row in zip(self._links, grown, strict=True):
+            dispatches, rows, pairs, bytes_out, rows_back, bytes_back, hints, hint_bytes = row
             stats = link.stats
+            stats.hints += hints
+            stats.bytes_out += hint_bytes
             stats.dispatches += dispatches
             stats.rows_out += rows
             stats.pairs_out += pairs

@@ -20,7 +20,7 @@ from collegium.fabric import tracing
 from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import NO_EXPERTS, Dispatch, FrameError, LinkError, LinkTimeout, Status
 from collegium.model.dispatch import WorkerShare, combine, needed_bytes, plan_dispatch, replan, rows_for
-from collegium.model.native.step import CopyTable, DecodeStep
+from collegium.model.native.step import CopyTable, DecodeStep, Foretelling
 from collegium.model.placement import NO_PLACEMENT, Placement
 from router_svc.exchange import Disturbed, LayerCall, WholeExchange, whole_exchange
 from router_svc.foresight import Foretells
@@ -126,6 +126,7 @@ class ExpertCalls:
         self.loads = LoadCounts(num_layers, num_experts)
         self.activation_rows = ACTIVATION_ROWS  # set from the control loop, once the balancer has measured it
         self._num_ahead = num_ahead
+        self._asks_gates = foresight is not None and foresight.asks_gates
         # One for each micro-batch; they share the memory of tokens.
         self._hintings = [] if foresight is None else [Hinting(foresight, self.totals, memory) for _ in _PARTS]
         self._step = 0
@@ -232,12 +233,11 @@ class ExpertCalls:
             self._parts.append(_Part(num_decode_rows=num_decode_rows, hinting=hinting))
             if hinting is None:
                 continue
-            hinting.begin(tokens if self._wanting else ())
-            if self._wanting and num_decode_rows:
-                self._refresh()
-                if self._live:
-                    table = [route.worker_of for route in self._table]
-                    hinting.recall(num_decode_rows, table, self._live)
+            self._refresh()
+            hinting.begin(tokens if self._wants_hints else ())
+            if self._wants_hints and num_decode_rows and self._live:
+                table = [route.worker_of for route in self._table]
+                hinting.recall(num_decode_rows, table, self._live)
         self.enter(0)
 
     def end(self) -> None:
@@ -306,11 +306,13 @@ class ExpertCalls:
         """
         while step.layer < step.num_layers:
             self._refresh()
-            is_plain = not (self.shared or self._traceparent or self._has_other_work(step.layer))
+            is_told = self._wants_hints and (not self._asks_gates or step.layer > 0)
+            is_plain = not (self.shared or self._traceparent or len(self._parts) != 1 or is_told)
             whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):
                 return False
             seq, first = (self._seq + 1) & 0xFFFFFFFF, step.layer
+            foretelling = self._foretelling(whole, step)
             self._seq = (self._seq + len(self._live) * (step.num_layers - first)) & 0xFFFFFFFF
             done = whole.run_step(
                 step,
@@ -321,7 +323,10 @@ class ExpertCalls:
                 number=self._step,
                 copies=self._copies,
                 activation_rows=self.activation_rows,
+                foretelling=foretelling,
             )
+            if foretelling is not None and self._part.hinting is not None:
+                self._part.hinting.take_back(foretelling, step.layer + (done is False))
             if done is None:
                 return False
             self._note_whole(step.waited_s, num_layers=step.layer - first)
@@ -456,7 +461,28 @@ class ExpertCalls:
 
     def _has_other_work(self, layer: int) -> bool:
         """Whether there is something to do while a layer's rows are away."""
-        return bool(self._wanting) or layer in self.shared or len(self._parts) != 1
+        return self._wants_hints or layer in self.shared or len(self._parts) != 1
+
+    @property
+    def _wants_hints(self) -> bool:
+        """Whether any worker has a use for hints now."""
+        return any(link in self._wanting and link.takes_hints for _, link in self._live)
+
+    def _foretelling(self, whole: WholeExchange, step: DecodeStep) -> Foretelling | None:
+        """Give what a step in one call foretells with; None where nobody has a use for hints."""
+        hinting = self._part.hinting
+        if hinting is None or not self._wants_hints:
+            return None
+        if whole.foretelling is None:
+            whole.foretelling = Foretelling(
+                [link in self._wanting for _, link in self._live],
+                num_layers=step.num_layers,
+                num_experts=self._num_experts,
+                top_k=step.top_k,
+                num_ahead=self._num_ahead,
+            )
+        hinting.hand_over(whole.foretelling, step.num_rows)
+        return whole.foretelling
 
     def _whole_for(
         self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
@@ -575,7 +601,7 @@ class ExpertCalls:
             self.totals.away_s += now_s - self._away_since_s
 
     def _foretell(self, hinting: Hinting, layer: int, x: Tensor) -> None:
-        if self._part.num_decode_rows and self._wanting:
+        if self._part.num_decode_rows and self._wants_hints:
             rows = x[: self._part.num_decode_rows]
             for ahead in range(layer + 1, min(layer + 1 + self._num_ahead, self._num_layers)):
                 hinting.tell(ahead, rows, self._table[ahead].worker_of, self._live)

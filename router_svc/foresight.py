@@ -30,6 +30,8 @@ Choices = list[list[int]]  # [T][K] experts
 class Foretells(Protocol):
     """Whoever foretells choices; `Foresight` asks gates, a test or an experiment may know better."""
 
+    asks_gates: bool  # whether it says no more than the layers' own gates would
+
     def predict(self, layer: int, x: Tensor) -> Choices | None:
         """Say what rows x [T, D] will choose at a coming MoE layer, or None where nobody can tell."""
         ...
@@ -68,6 +70,8 @@ class LinearGate:
 
 class Foresight:
     """The gates of a model by MoE layer. Owned by the engine's thread."""
+
+    asks_gates = True
 
     def __init__(self, model: RouterModel):
         """Find the gates; what cannot be used is said in the log, once."""

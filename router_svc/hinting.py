@@ -17,6 +17,7 @@ from torch import Tensor
 
 from collegium.link.base import RouterLink
 from collegium.link.frame import Hint, LinkError
+from collegium.model.native.step import Foretelling
 from router_svc.foresight import Foretells
 from router_svc.token_memory import TokenMemory
 
@@ -60,6 +61,22 @@ class Hinting:
             if known:
                 self._recalled[layer] = self._foretold[layer] = known
                 self._send(layer, known.values(), table[layer], live)
+
+    def hand_over(self, foretelling: Foretelling, num_rows: int) -> None:
+        """Let a step in one call foretell from here on: what has been recalled is its to settle."""
+        num_known = 0 if self._memory is None else len(self._memory.layers)
+        foretelling.open(num_rows, self._recalled, num_known)
+        self._recalled, self._foretold = {}, {}
+
+    def take_back(self, foretelling: Foretelling, num_layers: int) -> None:
+        """Hear what such a step has foretold and chosen, of its first `num_layers` layers."""
+        call = foretelling.call
+        self._totals.hinted += call.hinted
+        self._totals.hinted_right += call.right
+        call.hinted = call.right = 0
+        if self._memory is not None:
+            for layer in self._memory.layers[:num_layers]:
+                self._memory.learn(layer, self._tokens, foretelling.chosen[layer])
 
     def settle(self, layer: int, ids: NDArray[np.int64]) -> None:
         """Count how much of what was foretold came true: ids [T, K] are what the rows of the step chose."""

@@ -27,6 +27,8 @@ class UnsafeRoutingError(ValueError):
 class UnsafeRouting:
     """Choices that replace the gates'. Owned by the engine's thread."""
 
+    asks_gates = False
+
     def __init__(self, table: NDArray[np.int64], *, num_experts: int, accuracy: float = 0.0, seed: int = 0):
         """Play `table` [L', N, K]: ids are taken mod num_experts and made distinct in each token.
 

@@ -137,6 +137,11 @@ class RouterLink(Protocol):
         """Whether the link has ended."""
         ...
 
+    @property
+    def takes_hints(self) -> bool:
+        """Whether the worker has a use for hints, as far as its last reply said."""
+        ...
+
     def send(self, dispatch: Dispatch) -> None:
         """Hand a dispatch to the transport, blocking at most until its own deadline.
 

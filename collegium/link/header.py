@@ -31,6 +31,7 @@ from collegium.link.frame import (
     Status,
 )
 
+NO_HINTS: Final = 2  # the flags of a reply: hints are of no use to the worker now
 _ROWS_APART: Final = 1  # the flags: the rows do not follow in the body, they travel beside the frames
 
 _COMMON = struct.Struct("<HBBBBBBQIHH")
@@ -93,6 +94,7 @@ class ReplyHeader(NamedTuple):
     wait_us: int
     num_misses: int
     num_rows: int
+    flags: int = 0
 
 
 def read_common(buffer: bytes | bytearray | memoryview) -> Common:
@@ -250,7 +252,7 @@ def write_reply(buffer: bytearray, reply: Reply, num_rows: int, body_bytes: int)
 def read_reply(buffer: bytes | bytearray | memoryview, shape: LinkShape) -> ReplyHeader | None:
     """Read a reply's header and check its sizes; None where the frame is of another kind. Raises FrameError."""
     (
-        magic, version, kind, status, dtype, _, _, seq, body_bytes, _, _,
+        magic, version, kind, status, dtype, _, flags, seq, body_bytes, _, _,
         compute_us, wait_us, num_misses, num_rows, _,
     ) = _REPLY.unpack_from(buffer)  # fmt: skip
     if magic != MAGIC or version != VERSION or kind != _REPLY_KIND:
@@ -269,7 +271,7 @@ def read_reply(buffer: bytes | bytearray | memoryview, shape: LinkShape) -> Repl
         raise FrameError(f"a reply that failed announces {num_misses} misses")
     elif body_bytes > MAX_TEXT_BYTES:
         raise FrameError(f"a message of {body_bytes} bytes; at most {MAX_TEXT_BYTES} travel")
-    return ReplyHeader(seq, _STATUSES[status], body_bytes, compute_us, wait_us, num_misses, num_rows)
+    return ReplyHeader(seq, _STATUSES[status], body_bytes, compute_us, wait_us, num_misses, num_rows, flags)
 
 
 def plain(kind: Kind, seq: int, body: bytes = b"", flags: int = 0) -> bytes:

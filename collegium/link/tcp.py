@@ -90,6 +90,7 @@ class SocketLink:
         assert (carrier is not None) == shape.are_rows_apart
         self.transport, self.link_id, self.worker_id, self.shape = transport, link_id, worker_id, shape
         self.num_credits = shape.num_credits
+        self.no_hints = np.zeros(1, np.uint8)  # 1: the worker has no use for hints now, as its last reply said
         self.stats = LinkStats()
         self.last_heard_s = time.monotonic()
         self._stream = stream
@@ -122,6 +123,11 @@ class SocketLink:
     def is_closed(self) -> bool:
         """Whether the link has ended."""
         return bool(self._closed_because)
+
+    @property
+    def takes_hints(self) -> bool:
+        """Whether the worker has a use for hints, as far as its last reply said."""
+        return not self.no_hints[0]
 
     def send(self, dispatch: Dispatch) -> None:
         """Hand a dispatch to the socket; see RouterLink.send."""
@@ -410,6 +416,7 @@ class SocketLink:
             return
         credit = self._in_flight[head.seq]
         is_ok = head.status == Status.OK
+        self.no_hints[0] = bool(head.flags & header.NO_HINTS)
         if is_ok:
             stats.rows_back += head.num_rows
             if self._carrier is not None:

@@ -48,8 +48,6 @@ class PackedExpert:
         self.num_bytes = sum(size for _, size in self._parts)
 
     def _pack_natively(self, weights: ExpertWeights) -> None:
-        library = native.library()
-        assert library is not None
         d_model, d_ffn = weights.down.shape
         layout = _layout(d_model, d_ffn, weights.down.dtype, weights.gate_up_bias is not None)
         memory = torch.zeros(layout.num_bytes + 64, dtype=torch.uint8)
@@ -57,6 +55,12 @@ class PackedExpert:
         self.layout, self._memory = layout, [memory]
         self.address, self.num_bytes = memory.data_ptr() + start, layout.num_bytes
         self._parts = [(self.address, self.num_bytes)]
+        self._fill(weights, layout)
+
+    def _fill(self, weights: ExpertWeights, layout: native.ExpertLayout) -> None:
+        library = native.library()
+        assert library is not None
+        d_ffn = weights.down.shape[1]
         library.pack(self.address, weights.gate_up[:d_ffn])
         library.pack(self.address + layout.up_at, weights.gate_up[d_ffn:])
         library.pack(self.address + layout.down_at, weights.down)
@@ -82,7 +86,10 @@ class PackedExpert:
 
     def load(self, weights: ExpertWeights) -> None:
         """Pack other weights of the same shape in the place of these."""
-        self.take(PackedExpert(weights))
+        if self.layout is not None:
+            self._fill(weights, self.layout)
+        else:
+            self.take(PackedExpert(weights))
 
     def take(self, other: "PackedExpert") -> None:
         """Take the packed bytes of another expert of the same form."""

@@ -15,6 +15,8 @@
 #define VERSION 2
 #define MAX_TEXT_BYTES 1024
 
+#define NO_HINTS 2 /* of the flags of a reply */
+
 enum kind { DISPATCH = 3, REPLY = 4, PROGRESS = 5, HINT = 7 };
 enum status { STATUS_OK, STATUS_FAILED, STATUS_EXPIRED, STATUS_BAD_FRAME };
 
@@ -25,7 +27,7 @@ enum status { STATUS_OK, STATUS_FAILED, STATUS_EXPIRED, STATUS_BAD_FRAME };
 #define AT_STATUS 4      /* u8 */
 #define AT_DTYPE 5       /* u8 */
 #define AT_MICRO_BATCH 6 /* u8 */
-#define AT_FLAGS 7       /* u8 */
+#define AT_FLAGS 7       /* u8: bit 0 the rows travel apart; of a reply, bit 1: hints are of no use to this worker now */
 #define AT_SEQ 8         /* u64 */
 #define AT_BODY 16       /* u32, bytes */
 #define AT_TEXT 20       /* u16, bytes */

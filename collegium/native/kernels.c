@@ -120,7 +120,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 10;
+    return 11;
 }
 
 /* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
@@ -514,6 +514,26 @@ void collegium_output(const struct attention *a, const float *attended, float *h
                 weights[t * a->K + k] = (float)NAN;
             }
     }
+}
+
+/* ids [T, K]: what the gate would choose for rows x [T, D] in the model's type. scratch: T * (D + E). */
+void collegium_foretell(const struct attention *a, const void *x, int64_t T, int32_t *ids, float *scratch, int num_threads)
+{
+    int64_t D = a->D, E = a->E;
+    if (a->is_bf16)
+        collegium_widen(scratch, x, T * D);
+    float *logits = scratch + T * D;
+    collegium_linear(a->is_bf16 ? scratch : x, D, a->gate, NULL, logits, T, E, D, a->is_bf16, 0, num_threads);
+    for (int64_t t = 0; t < T; t++, logits += E)
+        for (int64_t k = 0; k < a->K; k++) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < E; e++)
+                if (logits[e] > -INFINITY && (best < 0 || logits[e] > logits[best]))
+                    best = e;
+            if (best >= 0)
+                logits[best] = -INFINITY;
+            ids[t * a->K + k] = (int32_t)(best < 0 ? k : best); /* of scores that are not numbers: anything */
+        }
 }
 
 /* out [T, D] = h normed by `weight` */

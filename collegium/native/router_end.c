@@ -48,6 +48,7 @@ struct exchange {
     uint8_t *gathered, *replies;
     void *sums;
     int32_t *states; /* [W] enum state */
+    uint8_t *const *no_hints; /* [W] of each link, the caller's: whether its worker has a use for hints now */
     int64_t *totals; /* [W, 6] dispatches, rows, pairs, bytes out, rows back, bytes back: counted up */
     int64_t blocked_ns, away_ns; /* of this call */
     int64_t began_ns;            /* when its first dispatch was sent */
@@ -102,8 +103,9 @@ static int is_in_time(const struct exchange *e)
 
 /* Take a good reply to `rows` rows of `groups` experts off the socket; the bytes of its list of misses, or -1 with nothing
  * taken, or -2 where the connection is of no use. What was missed is passed over: who asks for that goes the long way. */
-static int64_t take_reply(const struct exchange *e, int fd, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
+static int64_t take_reply(const struct exchange *e, int64_t w, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
 {
+    int fd = e->fds[w];
     uint8_t head[HEADER_BYTES];
     uint16_t missed[MOST_MISSES];
     for (int spin = 0; spin < SPINS; spin++) {
@@ -135,6 +137,7 @@ static int64_t take_reply(const struct exchange *e, int fd, uint64_t seq, int64_
         struct iovec parts[3] = {{head, HEADER_BYTES}, {y, (size_t)row_bytes}, {missed, 2 * (size_t)num_missed}};
         struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
         ssize_t taken = recvmsg(fd, &message, MSG_WAITALL);
+        *e->no_hints[w] = (head[AT_FLAGS] & NO_HINTS) != 0;
         return taken == HEADER_BYTES + body ? 2 * num_missed : -2;
     }
     return -1;
@@ -281,7 +284,7 @@ int collegium_receive(struct exchange *e)
     for (int64_t w = 0; w < e->W; w++) {
         int64_t rows = e->sizes[3 * w];
         if (e->states[w] == SENT && e->fds[w] >= 0) {
-            int64_t missed_bytes = take_reply(e, e->fds[w], (e->seq + (uint64_t)w) & 0xffffffff, rows,
+            int64_t missed_bytes = take_reply(e, w, (e->seq + (uint64_t)w) & 0xffffffff, rows,
                                               e->sizes[3 * w + 1], e->replies + row * row_bytes);
             e->states[w] = missed_bytes >= 0 ? DONE : missed_bytes == -1 ? SENT : BROKEN;
             if (missed_bytes < 0)
@@ -333,6 +336,19 @@ struct copies { /* a layer's experts with several homes, [num]: those of the nth
     int64_t num;
 };
 
+/* What a step foretells of the layers ahead, for workers that have a use for hints. */
+struct foretell {
+    int64_t num_ahead, num_known;  /* layers that are foretold at each; first layers of which some rows are known */
+    const uint8_t *wants;          /* [W] */
+    const uint8_t *known;          /* [num_known, T] rows whose choices were told before the step: they are in foretold */
+    int32_t *foretold;             /* [L, T, K]; a row's first is -1 where nothing was foretold */
+    int64_t *chosen;               /* [num_known, T, K] out: what these layers chose */
+    int64_t *expected;             /* [E], zeros between uses */
+    uint8_t *frame;                /* [HEADER_BYTES + 4 * E] */
+    int64_t *told;                 /* [W, 2] hints and their bytes, counted up */
+    int64_t hinted, right;         /* choices that were foretold, and of them those that were made: counted up */
+};
+
 struct step {
     struct exchange *exchange;           /* its rows, ids, weights and sums are this step's; what is set by layer is not */
     const void *const *layers;           /* [L] struct attention */
@@ -357,6 +373,7 @@ struct step {
     int64_t *workers, *counts, *order; /* [T, K], [E], [most copies + W] */
     double *work;                      /* [W] */
     uint8_t *visits, *given;           /* [T, W], [E] */
+    struct foretell *foretell;         /* NULL: nobody has a use for hints */
 };
 
 /* Count a layer's choices and choose among the homes of experts that have several. -1: a choice is out of range. */
@@ -379,6 +396,84 @@ static int choose(struct step *s, const struct copies *copies, int64_t *decode, 
     e->workers = active ? s->workers : NULL;
     e->decode = NULL; /* counted */
     return 0;
+}
+
+void collegium_foretell(const void *attention, const void *x, int64_t T, int32_t *ids, float *scratch, int num_threads);
+
+/* Count how much of what was foretold of a layer has come true. */
+static void settle(struct foretell *f, const struct exchange *e, int64_t layer)
+{
+    const int32_t *said = f->foretold + layer * e->T * e->K;
+    for (int64_t t = 0; t < e->T; t++) {
+        if (said[t * e->K] < 0)
+            continue;
+        f->hinted += e->K;
+        for (int64_t k = 0; k < e->K; k++)
+            for (int64_t j = 0; j < e->K; j++)
+                f->right += said[t * e->K + k] == e->ids[t * e->K + j];
+    }
+    if (layer < f->num_known)
+        memcpy(f->chosen + layer * e->T * e->K, e->ids, (size_t)(e->T * e->K) * sizeof *e->ids);
+}
+
+/* Tell a worker which experts of a layer it may be asked for, where the socket takes that now. */
+static void hint(struct foretell *f, const struct exchange *e, int64_t w, int64_t layer, const int64_t *worker_of)
+{
+    int64_t groups = 0;
+    uint8_t *experts = f->frame + HEADER_BYTES;
+    for (int64_t expert = 0; expert < e->E; expert++)
+        if (f->expected[expert] && worker_of[expert] == w)
+            put(experts + 2 * groups++, (uint64_t)expert, 2);
+    if (!groups)
+        return;
+    for (int64_t g = 0; g < groups; g++)
+        put(experts + 2 * (groups + g), (uint64_t)f->expected[get(experts + 2 * g, 2)], 2);
+    memset(f->frame, 0, HEADER_BYTES);
+    put(f->frame + AT_MAGIC, MAGIC, 2);
+    f->frame[AT_VERSION] = VERSION;
+    f->frame[AT_KIND] = HINT;
+    put(f->frame + AT_BODY, (uint64_t)(4 * groups), 4);
+    put(f->frame + AT_LAYER, (uint64_t)layer, 2);
+    put(f->frame + AT_GROUPS, (uint64_t)groups, 2);
+    put(f->frame + AT_SENT_US, (uint64_t)(now_ns() / 1000), 8);
+    struct iovec part = {f->frame, (size_t)(HEADER_BYTES + 4 * groups)};
+    int failed = send_all(e->fds[w], &part, 1, HEADER_BYTES + 4 * groups, 2000000000);
+    if (failed == -2)
+        shutdown(e->fds[w], SHUT_RDWR); /* half a frame: the reply that does not come tells the caller */
+    if (failed)
+        return;
+    f->told[2 * w]++;
+    f->told[2 * w + 1] += HEADER_BYTES + 4 * groups;
+}
+
+/* While a layer's rows are away, ask the gates of the next ones about them, and tell the workers. */
+static void foretell(const struct step *s)
+{
+    struct foretell *f = s->foretell;
+    const struct exchange *e = s->exchange;
+    for (int64_t layer = s->layer + 1; layer < s->L && layer <= s->layer + f->num_ahead; layer++) {
+        const uint8_t *known = layer < f->num_known ? f->known + layer * e->T : NULL;
+        int32_t *said = f->foretold + layer * e->T * e->K;
+        int64_t num = 0;
+        for (int64_t t = 0; t < e->T; t++)
+            num += !known || !known[t];
+        if (!num)
+            continue;
+        if (num == e->T)
+            collegium_foretell(s->layers[layer], e->x, e->T, said, s->scratch, (int)s->num_threads);
+        else
+            for (int64_t t = 0; t < e->T; t++) /* those whose choices are not known, one by one: they are few */
+                if (!known[t])
+                    collegium_foretell(s->layers[layer], e->x + t * e->D * e->item_bytes, 1, said + t * e->K, s->scratch,
+                                       (int)s->num_threads);
+        for (int64_t t = 0; t < e->T; t++)
+            for (int64_t k = 0; k < e->K && !(known && known[t]); k++)
+                f->expected[said[t * e->K + k]]++;
+        for (int64_t w = 0; w < e->W; w++)
+            if (f->wants[w] && !*e->no_hints[w])
+                hint(f, e, w, layer, s->worker_of[layer]);
+        memset(f->expected, 0, (size_t)e->E * sizeof *f->expected);
+    }
 }
 
 /* Compute a step of decode rows from its tokens to the rows for the head, e->x, experts included. 0: all is done. Else what
@@ -414,7 +509,13 @@ int collegium_step(struct step *s)
         e->seq = seq & 0xffffffff;
         e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
         e->layer = (uint16_t)s->layer;
-        int found = collegium_exchange(e);
+        if (s->foretell)
+            settle(s->foretell, e, s->layer);
+        int found = collegium_send(e);
+        if (!found && s->foretell)
+            foretell(s);
+        if (found >= 0)
+            found = collegium_receive(e);
         s->blocked_ns += e->blocked_ns;
         s->away_ns += e->away_ns;
         if (found)

@@ -355,6 +355,7 @@ static void answer(struct worker_end *e, struct slot *slot, enum status status, 
     head[AT_VERSION] = VERSION;
     head[AT_KIND] = REPLY;
     head[AT_STATUS] = (uint8_t)status;
+    head[AT_FLAGS] = e->keeps_hints ? 0 : NO_HINTS;
     put(head + AT_SEQ, slot->seq, 8);
     put(head + AT_BODY, (uint64_t)body, 4);
     put(head + AT_COMPUTE_US, compute_us < 0 ? 0 : (uint64_t)compute_us, 4);

@@ -163,6 +163,44 @@ def test_steps_in_one_call_choose_among_replicas_and_count_as_the_long_way(
     assert rows[0] == rows[1]  # chosen alike
 
 
+@pytest.mark.parametrize("arch", FAMILY)
+def test_steps_in_one_call_foretell_and_tell_workers_as_the_long_way(arch: str, oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint(arch)
+    references = oracle.choose_prompts(checkpoint, 3, 12)
+    requests = [Request(prompt_ids=one.prompt_ids, max_tokens=12) for one in references]
+    foretold: list[tuple[int, int]] = []
+    hints: list[dict[str, int]] = []
+    for is_native in (True, False):
+        options = {"num_workers": 2, "num_micro_batches": 1, "expert_memory": "60%"}
+        with OneProcess(checkpoint, **options) as running:  # type: ignore[arg-type]
+            running.calls._asks_gates = is_native
+            running.run(requests[:1])  # now the first layers' choices of some tokens are remembered
+            answers = [running.run([request])[0][0] for request in requests]
+            totals = running.calls.totals
+            foretold.append((totals.hinted, totals.hinted_right))
+            hints.append({worker: stats.hints for worker, stats in running.calls.link_stats().items()})
+            assert running.engine.totals.steps and totals.python_exchanges == 0
+        for reference, answer in zip(references, answers, strict=True):
+            assert answer.token_ids == reference.token_ids
+    assert foretold[0] == foretold[1] and foretold[0][1] > 0
+    assert hints[0] == hints[1] and sum(hints[0].values()) > 0
+
+
+def test_a_router_hints_nothing_while_workers_say_that_they_have_no_use_for_it(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("mixtral")
+    (reference,) = oracle.choose_prompts(checkpoint, 1, 12)
+    request = Request(prompt_ids=reference.prompt_ids, max_tokens=12)
+    with OneProcess(checkpoint, num_workers=2, expert_memory="60%") as running:
+        for use in (False, True):
+            for worker in running.workers:
+                worker._port.native.keep_hints(keeps=use)
+            running.run([request])  # its replies say so
+            before = sum(stats.hints for stats in running.calls.link_stats().values())
+            ((answer,),) = running.run([request])
+            assert answer.token_ids == reference.token_ids
+            assert bool(sum(stats.hints for stats in running.calls.link_stats().values()) - before) == use
+
+
 def test_rotations_that_depend_on_the_length_come_from_no_table(oracle: Oracle, tmp_path: Path) -> None:
     checkpoint = tmp_path / "longrope"
     shutil.copytree(oracle.checkpoint("qwen3_moe"), checkpoint)

@@ -110,6 +110,8 @@ def test_a_gate_that_fails_is_not_asked_again() -> None:
 class Told:
     """Foretells what the test says, and notes the rows that it was asked about."""
 
+    asks_gates = False
+
     def __init__(self, ids: dict[int, list[list[int]]]):
         self.ids, self.asked = ids, list[tuple[int, int]]()
 
@@ -120,6 +122,8 @@ class Told:
 
 class FakeLink:
     """A link to a worker that answers zeros, and remembers what it was sent, in order."""
+
+    takes_hints = True
 
     def __init__(self, hint: Callable[[Hint], bool] | None = None):
         self.link_id, self.stats = 1, LinkStats()

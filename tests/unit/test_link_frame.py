@@ -117,6 +117,7 @@ def test_a_reply_header_reads_back_as_it_was_written(
         wait_us,
         len(missed),
         num_rows,
+        0,
     )
 
 

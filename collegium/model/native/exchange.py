@@ -11,6 +11,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.model import native
@@ -41,7 +42,7 @@ class _Exchange(ctypes.Structure):
         ("unused", c_uint8),
         *((name, c_void_p) for name in ("sizes", "tokens", "scratch")),
         *((name, c_void_p) for name in ("experts", "counts", "pair_rows", "pair_weights")),
-        *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "totals")),
+        *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "no_hints", "totals")),
         ("blocked_ns", c_int64),
         ("away_ns", c_int64),
         ("began_ns", c_int64),
@@ -54,21 +55,26 @@ class Exchange:
     def __init__(
         self,
         *,
-        num_workers: int,
+        no_hints: Sequence[NDArray[np.uint8]],
         num_experts: int,
         top_k: int,
         d_model: int,
         dtype: torch.dtype,
         dtype_code: int,
     ):
-        """`dtype_code`: of the rows' type, as frames have it."""
+        """`no_hints`: of each worker's link, one byte that each reply sets: the worker has no use for hints now.
+
+        `dtype_code`: of the rows' type, as frames have it.
+        """
+        num_workers = len(no_hints)
+        self._no_hints = np.array([one.ctypes.data for one in no_hints], np.int64), list(no_hints)
         self.call = _Exchange(W=num_workers, E=num_experts, K=top_k, D=d_model, item_bytes=dtype.itemsize)
         self.call.dtype = dtype_code
         self.fds = np.full(num_workers, -1, np.int32)
         self.states = np.zeros(num_workers, np.int32)
         self.totals = np.zeros((num_workers, 6), np.int64)  # dispatches, rows, pairs, bytes out; rows, bytes back
         self.call.fds, self.call.states = self.fds.ctypes.data, self.states.ctypes.data
-        self.call.totals = self.totals.ctypes.data
+        self.call.totals, self.call.no_hints = self.totals.ctypes.data, self._no_hints[0].ctypes.data
         self._dtype, self._address = dtype, ctypes.addressof(self.call)
         self._num_tokens = 0
         self.planned: Planned | None = None

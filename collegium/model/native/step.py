@@ -6,7 +6,7 @@ L layers, T tokens, K top-k, E experts, D model, V vocabulary, W head width.
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -34,7 +34,60 @@ class _Step(ctypes.Structure):
         ("copies", c_void_p),
         ("activation_rows", c_double),
         *((name, c_void_p) for name in ("workers", "counts", "order", "work", "visits", "given")),
+        ("foretell", c_void_p),
     )
+
+
+class _Foretell(ctypes.Structure):
+    _fields_ = (
+        ("num_ahead", c_int64),
+        ("num_known", c_int64),
+        *((name, c_void_p) for name in ("wants", "known", "foretold", "chosen", "expected", "frame", "told")),
+        ("hinted", c_int64),
+        ("right", c_int64),
+    )
+
+
+class Foretelling:
+    """What steps foretell of the layers ahead, by their gates, for workers that have a use for hints.
+
+    Owns the memory for that; `open` readies it for one step. hinted, right: choices that were foretold, and of them
+    those that were made, counted up.
+    """
+
+    def __init__(self, wants: Sequence[bool], *, num_layers: int, num_experts: int, top_k: int, num_ahead: int):
+        """`wants`: whether each worker is told at all. `num_ahead`: layers that are foretold at each."""
+        self._wants = np.array(wants, np.uint8)
+        self.told = np.zeros((len(wants), 2), np.int64)  # hints and their bytes, counted up
+        self._expected = np.zeros(num_experts, np.int64)
+        self._frame = np.zeros(64 + 4 * num_experts, np.uint8)
+        self._shape = (num_layers, top_k)
+        self.call = _Foretell(
+            num_ahead=num_ahead,
+            wants=self._wants.ctypes.data,
+            told=self.told.ctypes.data,
+            expected=self._expected.ctypes.data,
+            frame=self._frame.ctypes.data,
+        )
+        self._foretold = np.empty((0, 0, 0), np.int32)
+        self._known = np.empty((0, 0), np.uint8)
+        self.chosen = np.empty((0, 0, 0), np.int64)
+
+    def open(self, num_rows: int, known: Mapping[int, Mapping[int, Sequence[int]]], num_known: int) -> None:
+        """Begin a step of so many rows. known: by layer, of the first `num_known`, and row, choices told already."""
+        num_layers, top_k = self._shape
+        if self._foretold.shape[1] != num_rows or len(self._known) != num_known:
+            self._foretold = np.empty((num_layers, num_rows, top_k), np.int32)
+            self._known = np.empty((num_known, num_rows), np.uint8)
+            self.chosen = np.empty((num_known, num_rows, top_k), np.int64)
+            self.call.foretold, self.call.known = self._foretold.ctypes.data, self._known.ctypes.data
+            self.call.chosen, self.call.num_known = self.chosen.ctypes.data, num_known
+        self._foretold.fill(-1)
+        self._known.fill(0)
+        for layer, rows in known.items():
+            for row, choices in rows.items():
+                self._foretold[layer, row] = choices
+                self._known[layer, row] = 1
 
 
 class CopyTable:
@@ -131,14 +184,15 @@ class DecodeStep:
         timeout_s: float,
         copies: CopyTable | None = None,
         activation_rows: float = 0.0,
+        foretelling: Foretelling | None = None,
     ) -> bool:
         """Compute layers until all are done, and work.x holds the rows for the head (True), or until an exchange is
         disturbed: `layer` and `exchange` say how.
 
         worker_of: [L] addresses of each layer's [E] workers. counts: choices by layer and expert, [L, E] of decode rows
         and of prompts' and the times an expert was read: counted up. copies: experts with several homes, among which
-        each layer chooses as `dispatch.choose` does. The exchange is set but for what a layer sets. Lets go of the
-        interpreter's lock. IndexError where a choice is out of range.
+        each layer chooses as `dispatch.choose` does. foretelling: opened for this step. The exchange is set but for
+        what a layer sets. Lets go of the interpreter's lock. IndexError where a choice is out of range.
         """
         call, told = self._call, exchange.call
         told.T, told.num_decode, told.workers = self.num_rows, self.num_rows, None
@@ -147,6 +201,7 @@ class DecodeStep:
         call.decode, call.prefill, call.activations = (one.ctypes.data for one in counts)
         call.timeout_us = int(timeout_s * 1e6)
         call.copies = None
+        call.foretell = None if foretelling is None else ctypes.addressof(foretelling.call)
         if copies is not None and copies.most:
             self._fit(told.W, told.E, copies.most)
             call.copies, call.activation_rows = copies.table.ctypes.data, activation_rows
