@@ -38,6 +38,7 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         series("collegium_link_bytes_total", direction="out"): sum(s.bytes_out for s in both),
         series("collegium_link_bytes_total", direction="back"): sum(s.bytes_back for s in both),
         series("collegium_link_late_replies_total"): sum(s.late_replies for s in both),
+        series("collegium_suspect_answers_total"): calls.totals.suspect_answers,
         series("collegium_prefetch_predicted_total"): calls.totals.hinted,
         series("collegium_prefetch_predicted_right_total"): calls.totals.hinted_right,
         series("collegium_links"): len(calls.worker_ids),

@@ -26,20 +26,18 @@ from collegium.model.native.step import CopyTable, DecodeStep, Foretelling
 from router_svc.load_counts import LoadCounts
 from router_svc.micro_batches import MAX_MICRO_BATCHES
 
-# Of all rows of a call: more than a socket takes at once would go the long way in the middle.
-_MOST_BYTES = 96 * 1024
-
 
 @dataclass(slots=True)
 class Disturbed:
     """What a call left: shares that were answered, those whose answers are to come (with worker, link and number),
-    those to be sent, and those whose link was lost (with why).
+    those to be sent, those whose link was lost (with why), and those whose rows came back as no numbers.
     """
 
     done: list[tuple[WorkerShare, Tensor]] = field(default_factory=list)
     sent: list[tuple[WorkerShare, str, SocketLink, int]] = field(default_factory=list)
     unsent: list[WorkerShare] = field(default_factory=list)
     lost: list[tuple[WorkerShare, str, SocketLink, Exception]] = field(default_factory=list)
+    suspect: list[WorkerShare] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +58,10 @@ class LayerCall:
     num_decode_rows: int
     seq: int
     deadline_s: float
+    patience_s: float  # what a worker that says it is slow has from then on
     epoch: int
     step: int
+    traceparent: str = ""
 
 
 class WholeExchange:
@@ -85,9 +85,7 @@ class WholeExchange:
         ]
         self._exchange = self._parts[0]
         self._top_k, self._loads = top_k, loads
-        self._max_rows = min(
-            min(link.shape.max_rows for link in links), MAX_PAIRS // top_k, _MOST_BYTES // shape.row_bytes
-        )
+        self._max_rows = min(min(link.shape.max_rows for link in links), MAX_PAIRS // top_k)
         self._counted = (loads.decode, loads.prefill, loads.activations)
         self._counted_at = tuple(counts.ctypes.data for counts in self._counted)
         self._layer_bytes = 8 * num_experts
@@ -128,6 +126,7 @@ class WholeExchange:
             if not is_lent:
                 return None
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
+            call.patience_us, call.text, call.text_bytes = int(timeout_s * 1e6), None, 0
             if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling):
                 return True
             self.disturbed = self._look(exchange, int(call.seq))
@@ -251,6 +250,9 @@ class WholeExchange:
             call.decode, call.prefill, call.activations = (at + offset for at in self._counted_at)
         call.seq, call.deadline_us, call.epoch = asked.seq, int(asked.deadline_s * 1e6), asked.epoch
         call.step, call.layer = asked.step & 0xFFFFFFFF, asked.layer
+        call.patience_us = int(asked.patience_s * 1e6)
+        call.text = asked.traceparent.encode()
+        call.text_bytes = len(asked.traceparent)
         return out
 
     @property
@@ -301,6 +303,10 @@ class WholeExchange:
                     if not is_adopted:
                         link.adopt(number, share.num_rows, len(share.experts))
                     found.sent.append((share, worker_id, link, number))
+                case State.SUSPECT:
+                    if is_adopted:
+                        link.answered(number)
+                    found.suspect.append(share)
                 case State.UNSENT:
                     found.unsent.append(share)
                 case State.BROKEN:

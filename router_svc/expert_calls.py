@@ -8,10 +8,11 @@ those that live.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from opentelemetry.trace import Span, StatusCode
 from torch import Tensor
@@ -36,6 +37,7 @@ from router_svc.turns import pause
 OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
 
 _MAX_TRACED_DISPATCHES = 256  # of one step: a sampled request must not fill the exporter's queue
+_MOST_SUSPECT = 3  # rounds in which rows come back that are no numbers
 _PARTS = range(MAX_MICRO_BATCHES)
 
 
@@ -52,6 +54,7 @@ class CallTotals(HintTotals):
     """What all links of this router did since its start, closed ones included."""
 
     retries: int = 0
+    suspect_answers: int = 0  # shares that were planned anew since the rows that came back were no numbers
     needed_bytes: int = 0
     # A layer's exchange with all workers, by what carried it: the native call, or this module from where it had to.
     native_exchanges: int = 0
@@ -259,8 +262,22 @@ class ExpertCalls:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
 
         While the rows are away, the layer's shared experts are computed and other parts of the step have their turns.
-        Blocks until every row is back. Raises ExpertsUnavailableError or ExpertFailedError.
+        Blocks until every row is back. Raises ExpertsUnavailableError or ExpertFailedError. Where the layer is traced,
+        it has a span of its own, and the workers' are under it.
         """
+        if not self._is_traced(layer):
+            return self._compute(layer, x, ids, weights, None)
+        attributes = {"collegium.layer": layer, "collegium.rows": len(ids), "collegium.retries": 0}
+        span = tracing.start_span("router.experts", traceparent=self._traceparent, attributes=attributes)
+        try:
+            return self._compute(layer, x, ids, weights, span)
+        except BaseException:
+            span.set_status(StatusCode.ERROR)
+            raise
+        finally:
+            span.end()
+
+    def _compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, span: Span | None) -> Tensor:
         route = self._route(layer)
         host_x = x if x.device.type == "cpu" else x.cpu()
         host_ids, host_weights = ids.cpu().numpy(), weights.float().cpu().numpy()
@@ -268,11 +285,11 @@ class ExpertCalls:
         if is_counted:
             counts = self.loads.note(layer, host_ids, self._part.num_decode_rows)
             workers = choose_replicas(host_ids, counts, route, len(self._live), self.activation_rows)
-        whole = self._whole_for(layer, host_x, host_ids, host_weights)
+        whole = self._whole_for(host_x, host_ids, host_weights)
         if whole is None:
             shares = plan_dispatch(host_ids, host_weights, route.worker_of, workers).shares
             found = Disturbed(unsent=list(shares))
-            return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted)
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, span=span)
         asked = LayerCall(
             layer=layer,
             x=host_x,
@@ -284,17 +301,20 @@ class ExpertCalls:
             num_decode_rows=self._part.num_decode_rows,
             seq=(self._seq + 1) & 0xFFFFFFFF,
             deadline_s=time.monotonic() + self._timeout_s,
+            patience_s=self._timeout_s,
             epoch=self.epoch,
             step=self._step,
+            traceparent="" if span is None else tracing.traceparent_of(span),
         )
         self._seq = (self._seq + len(self._live)) & 0xFFFFFFFF
         if self._has_other_work(layer):
             away = whole if whole.send(self._part_idx, asked) else None
             found = Disturbed() if away is not None else whole.disturbed
-            return self._go_on(layer, x, host_x, host_ids, host_weights, found, is_counted=True, away=away)
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=True, away=away, span=span)
         y = whole.run(asked)
         if y is None:
-            return self._go_on(layer, x, host_x, host_ids, host_weights, whole.disturbed, is_counted=True)
+            found = whole.disturbed
+            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=True, span=span)
         self._note_whole(whole.waited_s)
         return y.to(x.device)
 
@@ -333,38 +353,8 @@ class ExpertCalls:
             if done:
                 return True
             x = step.work.x
-            step.add(self._go_on(step.layer, x, x, step.ids, step.weights, whole.disturbed, is_counted=True))
+            step.add(self._finish(step.layer, x, x, step.ids, step.weights, whole.disturbed, is_counted=True))
         return False
-
-    def _go_on(
-        self,
-        layer: int,
-        x: Tensor,
-        host_x: Tensor,
-        host_ids: NDArray[np.int64],
-        host_weights: NDArray[np.float32],
-        found: Disturbed,
-        *,
-        is_counted: bool,
-        away: WholeExchange | None = None,
-    ) -> Tensor:
-        """Have a layer computed that has come as far as `found` says, under a span of its own where it is traced.
-
-        away: has sent all of it, and will receive it.
-        """
-        if away is None:
-            self.totals.python_exchanges += 1
-        if not self._is_traced(layer):
-            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, away=away)
-        attributes = {"collegium.layer": layer, "collegium.rows": len(host_ids), "collegium.retries": 0}
-        span = tracing.start_span("router.experts", traceparent=self._traceparent, attributes=attributes)
-        try:
-            return self._finish(layer, x, host_x, host_ids, host_weights, found, is_counted=is_counted, span=span)
-        except BaseException:
-            span.set_status(StatusCode.ERROR)
-            raise
-        finally:
-            span.end()
 
     def _finish(
         self,
@@ -379,14 +369,18 @@ class ExpertCalls:
         away: WholeExchange | None = None,
         span: Span | None = None,
     ) -> Tensor:
+        """Have a layer computed that has come as far as `found` says. away: has sent all of it, and will receive it."""
+        if away is None:
+            self.totals.python_exchanges += 1
         traceparent, num_retries = "" if span is None else tracing.traceparent_of(span), 0
         part, num_tokens = self._part, len(host_ids)
         missed: list[NDArray[np.uint16]] = []
         answers: list[tuple[WorkerShare, Tensor]] = list(found.done)
         pending: tuple[WorkerShare, ...] = tuple(found.unsent)
-        begun, lost = _begun(found), self._lost(found)
+        begun, lost, suspect = _begun(found), self._lost(found), list(found.suspect)
         is_first = True
-        while pending or begun or lost or away is not None:
+        num_suspect = 0
+        while pending or begun or lost or suspect or away is not None:
             deadline_s = time.monotonic() + self._timeout_s
             sent, unsent, refusal = self._send(layer, host_x, pending, deadline_s, traceparent)
             sent, begun = begun + sent, []
@@ -406,11 +400,11 @@ class ExpertCalls:
             except BaseException:  # the step ends here: what was sent must be received, or its credits are lost
                 with contextlib.suppress(ExpertFailedError):
                     if away is None:
-                        self._receive(sent, refusal, deadline_s, missed)
+                        self._receive(host_x, sent, refusal, deadline_s, missed)
                     elif self._receive_whole(away) is None:
                         self.totals.python_exchanges += 1
                         self._lost(away.disturbed)
-                        self._receive(_begun(away.disturbed), refusal, deadline_s, missed)
+                        self._receive(host_x, _begun(away.disturbed), refusal, deadline_s, missed)
                 raise
             if away is not None:
                 y = self._receive_whole(away)
@@ -420,17 +414,23 @@ class ExpertCalls:
                 answers += away.disturbed.done
                 sent += _begun(away.disturbed)
                 lost += self._lost(away.disturbed)
+                suspect += away.disturbed.suspect
                 away = None
-            done, failed = self._receive(sent, refusal, deadline_s, missed)
-            failed += unsent + lost
-            lost = []
+            done, failed, wrong = self._receive(host_x, sent, refusal, deadline_s, missed)
+            suspect += wrong
+            if suspect:
+                num_suspect += 1
+                self._note_suspect(suspect, num_suspect)
+            elsewhere = {share.worker for share in suspect}
+            failed += unsent + lost + suspect
+            lost, suspect = [], []
             if failed:  # what came back lies in buffers that the next round may use again
                 done = [(share, rows.clone()) for share, rows in done]
                 self.totals.retries += len(failed)
                 num_retries += len(failed)
                 if span is not None:
                     span.set_attribute("collegium.retries", num_retries)
-                worker_of = self._route(layer).worker_of
+                worker_of = self._beside(self._route(layer).worker_of, elsewhere)
                 pending = tuple(new for share in failed for new in replan(share, worker_of, num_tokens))
             else:
                 pending = ()
@@ -438,6 +438,22 @@ class ExpertCalls:
         if self.on_layer is not None:
             self.on_layer(layer, host_ids, host_weights, np.concatenate([*missed, NO_EXPERTS]))
         return combine(answers, num_tokens, x.shape[1], x.dtype).to(x.device)
+
+    def _note_suspect(self, suspect: Sequence[WorkerShare], num_rounds: int) -> None:
+        """Count answers whose rows are no numbers; raises ExpertFailedError once that has been so too often."""
+        self.totals.suspect_answers += len(suspect)
+        worker_id = self._live[suspect[0].worker][0] if suspect[0].worker < len(self._live) else "a worker"
+        if num_rounds >= _MOST_SUSPECT:
+            raise ExpertFailedError(f"{worker_id} and others answered rows that are no numbers, to rows that are")
+
+    def _beside(self, worker_of: NDArray[np.int64], workers: Collection[int]) -> NDArray[np.int64]:
+        """Give a layer's workers but for some, whose experts the next ones compute; where there are no others, all."""
+        num_live = len(self._live)
+        if not workers or all(worker in workers for worker in range(num_live)):
+            return worker_of
+        others = [worker for worker in range(num_live) if worker not in workers]
+        stand_in = [worker if worker in others else others[worker % len(others)] for worker in range(num_live)]
+        return np.array(stand_in, np.int64)[worker_of]
 
     def _lost(self, found: Disturbed) -> list[WorkerShare]:
         """Give up the links that a call found broken; returns what is to be planned anew."""
@@ -484,11 +500,9 @@ class ExpertCalls:
         hinting.hand_over(whole.foretelling, step.num_rows)
         return whole.foretelling
 
-    def _whole_for(
-        self, layer: int, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]
-    ) -> WholeExchange | None:
+    def _whole_for(self, x: Tensor, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> WholeExchange | None:
         """Say whether a layer can be exchanged by calls, and by what."""
-        whole = None if self._is_traced(layer) else self._whole(ids.shape[1])
+        whole = self._whole(ids.shape[1])
         return whole if whole is not None and whole.takes(x, ids, weights) else None
 
     def _is_traced(self, layer: int) -> bool:
@@ -560,11 +574,14 @@ class ExpertCalls:
         return sent, failed, ""
 
     def _receive(
-        self, sent: Sequence[_Sent], refusal: str, deadline_s: float, missed: list[NDArray[np.uint16]]
-    ) -> tuple[list[tuple[WorkerShare, Tensor]], list[WorkerShare]]:
-        """Wait for every answer: (answered, to be planned anew); what workers had to load is added to `missed`."""
+        self, x: Tensor, sent: Sequence[_Sent], refusal: str, deadline_s: float, missed: list[NDArray[np.uint16]]
+    ) -> tuple[list[tuple[WorkerShare, Tensor]], list[WorkerShare], list[WorkerShare]]:
+        """Wait for every answer: (answered, to be planned anew, answered by what is no numbers); what workers had to
+        load is added to `missed`.
+        """
         done: list[tuple[WorkerShare, Tensor]] = []
         failed: list[WorkerShare] = []
+        suspect: list[WorkerShare] = []
         began_s = time.monotonic()
         for one in sent:
             try:
@@ -579,6 +596,8 @@ class ExpertCalls:
                 failed.append(one.share)
             elif reply.status != Status.OK or reply.y is None:
                 refusal = f"worker {one.worker_id}: {reply.message or reply.status.name}"
+            elif not _is_plausible(reply.y, x, one.share):
+                suspect.append(one.share)
             else:
                 done.append((one.share, reply.y))
                 if self.on_layer is not None and reply.num_misses:
@@ -586,7 +605,7 @@ class ExpertCalls:
         self._note_back(began_s)
         if refusal:
             raise ExpertFailedError(refusal)
-        return done, failed
+        return done, failed, suspect
 
     def _note_away(self) -> None:
         if not self._num_away:
@@ -632,6 +651,13 @@ class ExpertCalls:
             self.drop_link(worker_id)
             if self._on_lost is not None:
                 self._on_lost(worker_id, str(error))
+
+
+def _is_plausible(y: Tensor, x: Tensor, share: WorkerShare) -> bool:
+    """Whether an answer's rows [R, D] may be summed: finite, or made of rows or weights that are not."""
+    if torch.isfinite(y).all():
+        return True
+    return not (np.isfinite(share.pair_weights).all() and torch.isfinite(rows_for(x, share)).all())
 
 
 def _begun(found: Disturbed) -> list[_Sent]:

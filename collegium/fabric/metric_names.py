@@ -181,6 +181,7 @@ _ROUTER = (
     _counter("router", "exchanges_total", "Exchanges of a layer with its workers, by what carried them", "way"),
     _counter("router", "dispatches_total", "Dispatches sent"),
     _counter("router", "dispatch_retries_total", "Dispatches sent again to another worker"),
+    _counter("router", "suspect_answers_total", "Workers' answers whose rows were no numbers, to rows that were"),
     _counter("router", "link_rows_total", "Rows on links", "direction"),
     _counter("router", "link_pairs_total", "(row, weight) pairs on links", "direction"),
     _counter("router", "link_bytes_total", "Bytes on links, headers included", "direction"),

@@ -22,7 +22,7 @@ int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *
                        int64_t T, int64_t K, int64_t E, int64_t W, int64_t *sizes, int64_t *tokens, uint16_t *experts,
                        uint16_t *counts, uint32_t *pair_rows, float *pair_weights, int64_t *scratch);
 
-enum state { UNSENT, SENT, DONE, BROKEN };
+enum state { UNSENT, SENT, DONE, BROKEN, SUSPECT }; /* SUSPECT: rows came that are no numbers, of rows that are */
 
 struct exchange {
     const int32_t *fds; /* [W] */
@@ -35,10 +35,12 @@ struct exchange {
     uint8_t *out; /* [T, D] */
     int64_t *decode, *prefill, *activations; /* [E], counted up; NULL: counted already */
     uint64_t seq, deadline_us, epoch; /* worker w's dispatch has number seq + w */
+    int64_t patience_us;              /* what a worker that says it is slow has from then on */
     uint32_t step;
     uint16_t layer;
     uint8_t dtype;
-    uint8_t unused[1];
+    uint8_t text_bytes;  /* of a traceparent that goes with every dispatch */
+    const uint8_t *text;
     /* the plan, as collegium_plan writes it */
     int64_t *sizes, *tokens, *scratch;
     uint16_t *experts, *counts;
@@ -54,93 +56,122 @@ struct exchange {
     int64_t began_ns;            /* when its first dispatch was sent */
 };
 
-/* Send all of it; what the socket does not take at once may wait for so long. 0, or -1 where nothing has left, or -2. */
-static int send_all(int fd, struct iovec *parts, int num_parts, int64_t left, int64_t limit_ns)
+/* Leave out of some parts the bytes that have been moved. */
+static void advance(struct msghdr *message, int64_t moved)
+{
+    while (moved > 0 && message->msg_iovlen) {
+        struct iovec *first = message->msg_iov;
+        size_t part = (size_t)moved < first->iov_len ? (size_t)moved : first->iov_len;
+        first->iov_base = (uint8_t *)first->iov_base + part;
+        first->iov_len -= part;
+        moved -= (int64_t)part;
+        if (!first->iov_len) {
+            message->msg_iov++;
+            message->msg_iovlen--;
+        }
+    }
+}
+
+/* Wait until a socket can be read or written, for a moment; 0 once the time is over. */
+static int wait_for(int fd, short event, int64_t until_us)
+{
+    int64_t left = until_us - now_ns() / 1000;
+    if (left <= 0)
+        return 0;
+    struct pollfd wait = {.fd = fd, .events = event};
+    poll(&wait, 1, left < 100000 ? (int)(left / 1000) + 1 : 100);
+    return 1;
+}
+
+/* Send all of it, waiting until then for a peer that does not read. 0, or -1 where nothing has left, or -2. */
+static int send_all(int fd, struct iovec *parts, int num_parts, int64_t left, int64_t until_us)
 {
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)num_parts};
-    int64_t sent = 0, until = 0;
+    int64_t sent = 0;
     while (left > 0) {
         ssize_t taken = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (taken < 0 && errno == EINTR)
             continue;
-        if (taken < 0 && errno != EAGAIN && errno != EWOULDBLOCK)
+        if (taken < 0 && ((errno != EAGAIN && errno != EWOULDBLOCK) || !wait_for(fd, POLLOUT, until_us)))
             return sent ? -2 : -1;
-        if (taken < 0) {
-            if (!sent)
-                return -1; /* the caller has better means to wait */
-            if (!until)
-                until = now_ns() + limit_ns;
-            if (now_ns() > until)
-                return -2;
-            struct pollfd wait = {.fd = fd, .events = POLLOUT};
-            poll(&wait, 1, 10);
+        if (taken < 0)
             continue;
-        }
         sent += taken;
         left -= taken;
-        while (taken > 0 && message.msg_iovlen) {
-            struct iovec *first = message.msg_iov;
-            size_t part = (size_t)taken < first->iov_len ? (size_t)taken : first->iov_len;
-            first->iov_base = (uint8_t *)first->iov_base + part;
-            first->iov_len -= part;
-            taken -= (ssize_t)part;
-            if (!first->iov_len) {
-                message.msg_iov++;
-                message.msg_iovlen--;
-            }
-        }
+        advance(&message, taken);
     }
     return 0;
 }
 
 #define MOST_MISSES 4096
 
-/* Whether the dispatches of a call may still be answered; the socket's own limit of a wait is shorter. */
-static int is_in_time(const struct exchange *e)
+/* Whether all of n numbers are finite. */
+static int are_finite(const void *at, int64_t n, int64_t item_bytes)
 {
-    return now_ns() / 1000 < (int64_t)e->deadline_us;
+    uint32_t wrong = 0; /* of a number whose exponent has all bits set */
+    if (item_bytes == 4)
+        for (int64_t i = 0; i < n; i++)
+            wrong |= (((const uint32_t *)at)[i] & 0x7f800000) == 0x7f800000;
+    else
+        for (int64_t i = 0; i < n; i++)
+            wrong |= (((const uint16_t *)at)[i] & 0x7f80) == 0x7f80;
+    return !wrong;
 }
 
 /* Take a good reply to `rows` rows of `groups` experts off the socket; the bytes of its list of misses, or -1 with nothing
- * taken, or -2 where the connection is of no use. What was missed is passed over: who asks for that goes the long way. */
-static int64_t take_reply(const struct exchange *e, int64_t w, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
+ * taken, or -2 where the connection is of no use. What was missed is passed over: who asks for that goes the long way. A
+ * worker that says it is slow has as long again. */
+static int64_t take_reply(struct exchange *e, int64_t w, uint64_t seq, int64_t rows, int64_t groups, uint8_t *y)
 {
     int fd = e->fds[w];
     uint8_t head[HEADER_BYTES];
     uint16_t missed[MOST_MISSES];
-    for (int spin = 0; spin < SPINS; spin++) {
-        ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK); /* waits as long as the socket's own limit says */
-        if (seen < 0 && (errno == EINTR || ((errno == EAGAIN || errno == EWOULDBLOCK) && is_in_time(e)))) {
-            spin--;
+    for (;;) {
+        ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK | MSG_DONTWAIT);
+        if (seen < 0 && errno == EINTR)
             continue;
-        }
+        if (seen < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) && wait_for(fd, POLLIN, (int64_t)e->deadline_us))
+            continue;
         if (seen <= 0)
             return -1;
-        if (seen < HEADER_BYTES) {
+        if (seen < HEADER_BYTES) { /* the rest of it is here at once, or the caller's to wait for */
+            if (now_ns() / 1000 >= (int64_t)e->deadline_us)
+                return -1;
             sched_yield();
+            continue;
+        }
+        if (get(head + AT_MAGIC, 2) != MAGIC || head[AT_VERSION] != VERSION)
+            return -1;
+        if (head[AT_KIND] == PROGRESS && !get(head + AT_BODY, 4)) {
+            if (recv(fd, head, sizeof head, MSG_DONTWAIT) != HEADER_BYTES)
+                return -2;
+            uint64_t until = (uint64_t)(now_ns() / 1000 + e->patience_us);
+            e->deadline_us = until > e->deadline_us ? until : e->deadline_us;
+            e->totals[6 * w + 5] += HEADER_BYTES;
             continue;
         }
         int64_t num_missed = (int64_t)get(head + AT_MISSES, 4), row_bytes = rows * e->D * e->item_bytes;
-        int64_t body = row_bytes + 2 * num_missed;
-        if (get(head + AT_MAGIC, 2) != MAGIC || head[AT_VERSION] != VERSION || head[AT_KIND] != REPLY ||
-            head[AT_STATUS] != STATUS_OK || head[AT_DTYPE] != e->dtype || get(head + AT_SEQ, 8) != seq ||
-            num_missed > groups || num_missed > MOST_MISSES || get(head + AT_BODY, 4) != (uint64_t)body ||
-            get(head + AT_REPLY_ROWS, 4) != (uint64_t)rows)
+        int64_t body = row_bytes + 2 * num_missed, left = HEADER_BYTES + body;
+        if (head[AT_KIND] != REPLY || head[AT_STATUS] != STATUS_OK || head[AT_DTYPE] != e->dtype ||
+            get(head + AT_SEQ, 8) != seq || num_missed > groups || num_missed > MOST_MISSES ||
+            get(head + AT_BODY, 4) != (uint64_t)body || get(head + AT_REPLY_ROWS, 4) != (uint64_t)rows)
             return -1;
-        int here = 0;
-        if (ioctl(fd, FIONREAD, &here) < 0)
-            return -1;
-        if (here < HEADER_BYTES + body) {
-            sched_yield();
-            continue;
-        }
         struct iovec parts[3] = {{head, HEADER_BYTES}, {y, (size_t)row_bytes}, {missed, 2 * (size_t)num_missed}};
         struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
-        ssize_t taken = recvmsg(fd, &message, MSG_WAITALL);
+        while (left > 0) {
+            ssize_t taken = recvmsg(fd, &message, MSG_DONTWAIT);
+            if (taken < 0 && errno == EINTR)
+                continue;
+            if (taken < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) && wait_for(fd, POLLIN, (int64_t)e->deadline_us))
+                continue;
+            if (taken <= 0)
+                return -2;
+            left -= taken;
+            advance(&message, taken);
+        }
         *e->no_hints[w] = (head[AT_FLAGS] & NO_HINTS) != 0;
-        return taken == HEADER_BYTES + body ? 2 * num_missed : -2;
+        return 2 * num_missed;
     }
-    return -1;
 }
 
 /* Sum the workers' rows into their tokens, workers in their order: in double for float, in float for bfloat16. */
@@ -232,7 +263,7 @@ int collegium_send(struct exchange *e)
         }
         for (int64_t r = 0; r < rows; r++)
             prompts += e->tokens[row + r] >= e->num_decode;
-        int64_t body = 4 * groups + 8 * pairs + rows * row_bytes;
+        int64_t body = 4 * groups + 8 * pairs + rows * row_bytes + e->text_bytes;
         uint8_t head[HEADER_BYTES] = {0};
         put(head + AT_MAGIC, MAGIC, 2);
         head[AT_VERSION] = VERSION;
@@ -240,6 +271,7 @@ int collegium_send(struct exchange *e)
         head[AT_DTYPE] = e->dtype;
         put(head + AT_SEQ, (e->seq + (uint64_t)w) & 0xffffffff, 8);
         put(head + AT_BODY, (uint64_t)body, 4);
+        put(head + AT_TEXT, e->text_bytes, 2);
         put(head + AT_LAYER, e->layer, 2);
         put(head + AT_DEADLINE_US, e->deadline_us, 8);
         put(head + AT_EPOCH, e->epoch, 8);
@@ -249,15 +281,16 @@ int collegium_send(struct exchange *e)
         put(head + AT_GROUPS, (uint64_t)groups, 2);
         put(head + AT_PROMPTS, (uint64_t)prompts, 2);
         put(head + AT_SENT_US, (uint64_t)(now_ns() / 1000), 8);
-        struct iovec parts[6] = {
+        struct iovec parts[7] = {
             {head, HEADER_BYTES},
             {e->experts + group, 2 * (size_t)groups},
             {e->counts + group, 2 * (size_t)groups},
             {e->pair_rows + pair, 4 * (size_t)pairs},
             {e->pair_weights + pair, 4 * (size_t)pairs},
             {(void *)x, (size_t)(rows * row_bytes)},
+            {(void *)e->text, e->text_bytes},
         };
-        int failed = send_all(e->fds[w], parts, 6, HEADER_BYTES + body, 2000000000);
+        int failed = send_all(e->fds[w], parts, 7, HEADER_BYTES + body, (int64_t)e->deadline_us);
         e->states[w] = !failed ? SENT : failed == -1 ? UNSENT : BROKEN;
         if (failed)
             is_whole = 0;
@@ -276,10 +309,23 @@ int collegium_send(struct exchange *e)
     return !is_whole;
 }
 
+/* Whether a worker's rows may be summed: finite, or made of rows or weights that are not. One that are not must not get into a
+ * sequence's cache, where whatever begins alike would meet it again. */
+static int are_plausible(const struct exchange *e, int64_t w, int64_t row, int64_t pair)
+{
+    int64_t rows = e->sizes[3 * w], pairs = e->sizes[3 * w + 2], row_bytes = e->D * e->item_bytes;
+    if (are_finite(e->replies + row * row_bytes, rows * e->D, e->item_bytes))
+        return 1;
+    int is_sound = are_finite(e->pair_weights + pair, pairs, 4);
+    for (int64_t r = 0; r < rows && is_sound; r++)
+        is_sound = are_finite(e->x + e->tokens[row + r] * row_bytes, e->D, e->item_bytes);
+    return !is_sound;
+}
+
 /* Receive what is on its way, from workers whose descriptors are there, and sum. 0: out is written. 1: as above. */
 int collegium_receive(struct exchange *e)
 {
-    int64_t row_bytes = e->D * e->item_bytes, row = 0, waits = now_ns();
+    int64_t row_bytes = e->D * e->item_bytes, row = 0, pair = 0, waits = now_ns();
     int is_whole = 1;
     for (int64_t w = 0; w < e->W; w++) {
         int64_t rows = e->sizes[3 * w];
@@ -290,12 +336,14 @@ int collegium_receive(struct exchange *e)
             if (missed_bytes < 0)
                 is_whole = 0;
             else {
+                e->states[w] = are_plausible(e, w, row, pair) ? DONE : SUSPECT;
                 e->totals[6 * w + 4] += rows;
                 e->totals[6 * w + 5] += HEADER_BYTES + rows * row_bytes + missed_bytes;
             }
         }
         is_whole &= !rows || e->states[w] == DONE;
         row += rows;
+        pair += e->sizes[3 * w + 2];
     }
     int64_t over = now_ns();
     e->blocked_ns = over - waits;
@@ -436,12 +484,15 @@ static void hint(struct foretell *f, const struct exchange *e, int64_t w, int64_
     put(f->frame + AT_LAYER, (uint64_t)layer, 2);
     put(f->frame + AT_GROUPS, (uint64_t)groups, 2);
     put(f->frame + AT_SENT_US, (uint64_t)(now_ns() / 1000), 8);
-    struct iovec part = {f->frame, (size_t)(HEADER_BYTES + 4 * groups)};
-    int failed = send_all(e->fds[w], &part, 1, HEADER_BYTES + 4 * groups, 2000000000);
-    if (failed == -2)
-        shutdown(e->fds[w], SHUT_RDWR); /* half a frame: the reply that does not come tells the caller */
-    if (failed)
+    int64_t size = HEADER_BYTES + 4 * groups;
+    ssize_t taken = send(e->fds[w], f->frame, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    struct iovec rest = {f->frame + taken, (size_t)(size - taken)};
+    if (taken <= 0)
         return;
+    if (taken < size && send_all(e->fds[w], &rest, 1, size - taken, (int64_t)e->deadline_us)) {
+        shutdown(e->fds[w], SHUT_RDWR); /* half a frame: the reply that does not come tells the caller */
+        return;
+    }
     f->told[2 * w]++;
     f->told[2 * w + 1] += HEADER_BYTES + 4 * groups;
 }

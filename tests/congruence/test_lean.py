@@ -12,7 +12,6 @@ import pickletools
 import random
 import shutil
 import statistics
-import time
 import unittest
 from collections import Counter
 from dataclasses import replace
@@ -23,36 +22,21 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.one_process import OneProcess, Request
-from collegium.buffering.policies import ExpertId
 from collegium.model import native
 from collegium.model.architectures import ARCHITECTURES
-from collegium.model.experts import PackedExpert
 from collegium.model.native.step import DecodeStep
-from expert_svc.loading import Source
-from expert_svc.tiers import Tier
 from router_svc.device_model import DeviceModel
 from router_svc.exchange import WholeExchange
 from router_svc.model_loader import load_router_model
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
+from tests.poison import let_go, poisoned
 
 FAMILY = ("mixtral", "olmoe", "qwen3_moe")
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 CPU = torch.device("cpu")
-SLOW_S = 0.03  # longer than a worker that loads is silent
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
-
-
-class Slowly:
-    """A source whose loads can be made to take longer."""
-
-    def __init__(self, source: Source):
-        self._source, self.pause_s = source, 0.0
-
-    def fill(self, expert_id: ExpertId, slot: PackedExpert) -> Tier:
-        time.sleep(self.pause_s)
-        return self._source.fill(expert_id, slot)
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
@@ -97,21 +81,14 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     requests = [Request(prompt_ids=one.prompt_ids, max_tokens=24, num_logprobs=0) for one in references]
     ends: Counter[bool | None] = Counter()
     run_step = WholeExchange.run_step
-    sources: list[Slowly] = []
-
-    def slowly(source: Source) -> Source:
-        sources.append(Slowly(source))
-        return sources[-1]
-
-    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=16, num_micro_batches=1, wrap_source=slowly) as running:
+    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=16, num_micro_batches=1) as running:
+        poisons = [poisoned(loop, buffer, 1) for loop, buffer in zip(running.workers, running.buffers, strict=True)]
 
         def counted(self: WholeExchange, step: DecodeStep, *args: object, **others: object) -> bool | None:
             if is_disturbed and not step.layer and not sum(ends.values()) % 6:
-                for source in sources:
-                    source.pause_s = SLOW_S
-                for buffer in running.buffers:  # a worker that loads for long says so, which the call does not take
-                    kept = {(layer, e) for layer, experts in buffer.residency().items() if layer != 1 for e in experts}
-                    buffer.release_others(kept)
+                poisons[sum(ends.values()) % 2].append(1)  # an answer that is no numbers, which the call does not take
+                for buffer in running.buffers:
+                    let_go(buffer, 1)
             done = run_step(self, step, *args, **others)  # type: ignore[arg-type]
             ends[done] += 1
             return done

@@ -14,6 +14,7 @@ from router_svc.expert_calls import ExpertsUnavailableError
 from router_svc.model_loader import RouterModel, load_router_model
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
+from tests.poison import poisoned
 
 MAX_TOKENS = 16
 NUM_PROMPTS = 6
@@ -183,6 +184,37 @@ def test_rows_of_a_worker_that_dies_are_computed_by_another(arch: str, num_micro
         assert cluster.calls.worker_ids == ["worker-2"]
         assert cluster.calls.totals.retries >= 1
     assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+
+
+@pytest.mark.parametrize(("arch", "num_micro_batches"), [("mixtral", 1), ("mixtral", 4), ("deepseek_v2", 1)])
+def test_rows_of_a_worker_that_answers_no_numbers_are_computed_by_another(
+    arch: str, num_micro_batches: int, oracle: Oracle
+) -> None:
+    checkpoint = oracle.checkpoint(arch)
+    references = oracle.choose_prompts(checkpoint, 4, MAX_TOKENS)
+    requests = [Request(prompt_ids=r.prompt_ids, max_tokens=MAX_TOKENS) for r in references]
+    with OneProcess(checkpoint, num_workers=3, num_micro_batches=num_micro_batches) as cluster:
+        poison = poisoned(cluster.workers[1], cluster.buffers[1], 1)
+        poison.extend([1] * 1_000_000)  # again and again
+        answers = cluster.run(requests)
+        assert cluster.calls.totals.suspect_answers > MAX_TOKENS // 2
+        assert len(cluster.calls.worker_ids) == 3
+        assert not any(choice.failure for (choice,) in answers)
+    assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
+
+
+def test_where_nobody_answers_numbers_the_request_fails_and_what_begins_alike_does_not(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("mixtral")
+    (reference,) = oracle.choose_prompts(checkpoint, 1, MAX_TOKENS, lengths=(70,))
+    request = Request(prompt_ids=reference.prompt_ids, max_tokens=MAX_TOKENS)
+    with OneProcess(checkpoint, num_workers=1) as cluster:
+        poison = poisoned(cluster.workers[0], cluster.buffers[0], 1)
+        poison.extend([1] * 1_000)
+        ((failed,),) = cluster.run([request])
+        poison.clear()
+        ((answer,),) = cluster.run([request])
+    assert "no numbers" in failed.failure
+    assert answer.token_ids == reference.token_ids
 
 
 def test_one_long_request_beside_many_short_ones_changes_nothing(oracle: Oracle) -> None:

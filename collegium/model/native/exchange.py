@@ -6,7 +6,7 @@ T tokens, K top-k, E experts, W workers, D model, P (row, expert) pairs.
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
 
 import numpy as np
@@ -27,6 +27,7 @@ class State(IntEnum):
     SENT = 1
     DONE = 2
     BROKEN = 3  # a part of a frame has gone one way or the other: the connection is of no use
+    SUSPECT = 4  # its rows are not all numbers, though what it was sent is
 
 
 class _Exchange(ctypes.Structure):
@@ -36,10 +37,12 @@ class _Exchange(ctypes.Structure):
         *((name, c_void_p) for name in ("ids", "worker_of", "workers", "weights", "x", "out")),
         *((name, c_void_p) for name in ("decode", "prefill", "activations")),
         *((name, c_uint64) for name in ("seq", "deadline_us", "epoch")),
+        ("patience_us", c_int64),
         ("step", c_uint32),
         ("layer", c_uint16),
         ("dtype", c_uint8),
-        ("unused", c_uint8),
+        ("text_bytes", c_uint8),
+        ("text", c_char_p),
         *((name, c_void_p) for name in ("sizes", "tokens", "scratch")),
         *((name, c_void_p) for name in ("experts", "counts", "pair_rows", "pair_weights")),
         *((name, c_void_p) for name in ("gathered", "replies", "sums", "states", "no_hints", "totals")),
