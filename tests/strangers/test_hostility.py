@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.strangers.rigs import by_callers, by_peers, by_sockets
+from tests.strangers.rigs import by_callers, by_links, by_peers, by_sockets
 from tests.strangers.rigs.attack import Attack
 from tests.strangers.rigs.canary import Visit, median_s, p99_s
 from tests.strangers.rigs.footprint import peak_mb, reset_peak
 from tests.strangers.rigs.target import Keeper, Target
 
-ATTACKS = (*by_callers.ATTACKS, *by_sockets.ATTACKS, *by_peers.ATTACKS)
+ATTACKS = (*by_callers.ATTACKS, *by_sockets.ATTACKS, *by_peers.ATTACKS, *by_links.ATTACKS)
 SHORT = tuple(attack for attack in ATTACKS if not attack.is_long)
 # What a canary may wait on a machine that does much else. The exact bound is held in the long run, on a quiet machine.
 SLOWEST_S, SLOW_S = 10.0, 1.5

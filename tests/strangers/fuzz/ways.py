@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from collegium.fabric.hosts import host_identity
 from collegium.fabric.model_shape import shape_of
 from collegium.link.frame import HEADER_BYTES, LinkShape
+from collegium.link.stream import unix_address
 from collegium.model.manifest import Manifest
 from collegium.v1 import balancer_pb2 as bpb
 from collegium.v1 import expert_pb2, expert_pb2_grpc
@@ -220,9 +221,9 @@ def _link_way(control: grpc.Channel, address: str, known: Knowledge) -> Callable
 
 @contextmanager
 def _connected(address: str) -> Iterator[socket.socket]:
-    kind = socket.AF_UNIX if address.startswith("@") else socket.AF_INET
+    kind = socket.AF_UNIX if address.startswith(("@", "/")) else socket.AF_INET
     with socket.socket(kind, socket.SOCK_STREAM) as one:
         one.settimeout(UNARY_S)
         host, _, number = address.rpartition(":")
-        one.connect("\0" + address[1:] if kind == socket.AF_UNIX else (host, int(number)))
+        one.connect(unix_address(address) if kind == socket.AF_UNIX else (host, int(number)))
         yield one

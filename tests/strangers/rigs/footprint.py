@@ -65,12 +65,12 @@ def listening_ports(pid: int) -> Sequence[int]:
 
 
 def listening_names(pid: int) -> Sequence[str]:
-    """List the abstract unix sockets that a process listens on, each as "@name"."""
+    """List the unix sockets that a process listens on: paths, and abstract ones as "@name"."""
     inodes = _sockets(pid)
     found: list[str] = []
     for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
         fields = line.split()
-        if fields[3] == _UNIX_ACCEPTS and fields[6] in inodes and fields[-1].startswith("@"):
+        if fields[3] == _UNIX_ACCEPTS and fields[6] in inodes and fields[-1].startswith(("@", "/")):
             found.append(fields[-1])
     return sorted(found)
 

@@ -70,7 +70,8 @@ class Target:
         self._canary_pause_s = canary_pause_s
         checkpoint = make_checkpoint(folder / "checkpoint")
         manifest = ensure_manifest(checkpoint, out=folder / "manifest.json")
-        self.shape = shape_of(load_manifest(manifest), "float32")
+        loaded = load_manifest(manifest)
+        self.shape, self.d_model = shape_of(loaded, "float32"), loaded.d_model
         self.lines: list[tuple[str, str]] = []
         self.redis = RedisServer(_made(folder / "redis"))
         health = ("--health-bind", "127.0.0.1:0")
@@ -162,7 +163,7 @@ class Target:
         return [port for port in self.ports if port.kind == kind and process in ("", port.process)]
 
     def data_names(self, process: str) -> Sequence[str]:
-        """List the abstract unix sockets that a worker listens on."""
+        """List the unix sockets that a worker listens on."""
         return listening_names(self.pids[process])
 
     def address(self, process: str) -> str:
