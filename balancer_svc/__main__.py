@@ -54,7 +54,7 @@ async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
         services=("collegium.v1.Balancer",),
         options=rpc.limits(options.max_connections, options.max_streams),
     )
-    balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
+    balancer_pb2_grpc.add_BalancerServicer_to_server(balancer.rpcs, server.grpc)
     metrics.expose(balancer.counters)
     metrics_url = metrics.serve_metrics(
         options.metrics_bind,

@@ -21,7 +21,7 @@ from balancer_svc.messages import to_message, to_shape
 from balancer_svc.planner import Model
 from balancer_svc.redis_records import KEY_TYPES, MAX_KEPT_EPOCH, MAX_WANTED, Command, Reading
 from balancer_svc.roster import Member
-from balancer_svc.store import NO_TOKEN, Memory, StoreError, unless_fenced
+from balancer_svc.store import NO_TOKEN, Remembered, StoreError, unless_fenced
 from collegium.fabric import lifecycle, logs
 from collegium.fabric.errors import FailedPrecondition, Unavailable
 from collegium.fabric.views import to_proto
@@ -133,7 +133,7 @@ class RedisStore:
             await lifecycle.sleep_unless_stopping(pause_s)
             pause_s = min(2 * pause_s, 1.0)
 
-    async def load(self, *, with_windows: bool = True) -> Memory:
+    async def load(self, *, with_windows: bool = True) -> Remembered:
         """Give all that is remembered; the load windows, which are large, only where they are wanted."""
         reading = Reading(self._prefix)
         with _store_errors():
@@ -147,7 +147,7 @@ class RedisStore:
                 answers: list[Any] = await pipeline.execute(raise_on_error=False)
             fields = reading.typed("placement", answers[0], dict[bytes, bytes]())
             placement = self._once("placement", fields, reading.placement)
-            memory = Memory(
+            memory = Remembered(
                 members=members,
                 model=reading.model(fields),
                 placement=placement or NO_PLACEMENT,

@@ -1,6 +1,6 @@
 """What balancers remember and share: members, placement and its history, loads, who leads, the newest epoch.
 
-Owns the interface and its meaning; redis_store.py has it in Redis, memory_store.py in memory. What a leader writes
+Owns the interface and its meaning; redis_store.py has it in Redis. What a leader writes
 carries its fencing token: a balancer that led before, and has not noticed that another one does, is refused.
 """
 
@@ -28,8 +28,8 @@ class FencedError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What was remembered."""
+class Remembered:
+    """All that the memory holds."""
 
     members: tuple[Member, ...] = ()
     model: Model | None = None
@@ -46,7 +46,7 @@ class Memory:
 class Store(Protocol):
     """The balancer's memory. Every call raises StoreError within a second or two where it cannot be reached."""
 
-    async def load(self, *, with_windows: bool = True) -> Memory:
+    async def load(self, *, with_windows: bool = True) -> Remembered:
         """Give all that is remembered; the load windows, which are large, only where they are wanted."""
         ...
 

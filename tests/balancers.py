@@ -48,7 +48,7 @@ async def running_balancer(
     planner = Planner(expected_workers=expected_workers, settle_s=0.0, patience_s=60.0, rules=rules)
     balancer = Balancer(roster, planner, store, window_s=window_s, rebalance_s=rebalance_s, lead_ttl_s=lead_ttl_s)
     server = rpc.Server("balancer", services=("collegium.v1.Balancer",))
-    balancer_pb2_grpc.add_BalancerServicer_to_server(balancer, server.grpc)
+    balancer_pb2_grpc.add_BalancerServicer_to_server(balancer.rpcs, server.grpc)
     address = await server.start(bind)
     await balancer.load()
     loop = asyncio.create_task(balancer.run())

@@ -11,7 +11,6 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from balancer_svc.memory_store import MemoryStore
 from balancer_svc.messages import from_shape
 from balancer_svc.planner import Model
 from balancer_svc.redis_store import RedisStore
@@ -23,6 +22,7 @@ from collegium.model.placement import Placement, Worker, plan_homes
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 from tests.balancers import SHAPE, RunningBalancer, first_view, running_balancer, stay_ready
+from tests.memory_store import MemoryStore
 from tests.redis_server import RedisServer
 
 
@@ -187,7 +187,7 @@ async def test_a_redis_that_comes_back_empty_is_told_what_is_in_force(redis_serv
         redis_server.wipe()
         redis_server.start()
         # Nothing changes in the cluster; the balancer learns of the loss because a call of its own fails.
-        balancer.balancer._store_lost(StoreError("told by the test"))
+        balancer.balancer.memory.lose(StoreError("told by the test"))
         first.set_state(pb.MEMBER_STATE_JOINING)
         assert await store.remembered.get() == before.placement.epoch
         assert (await store.load()).placement.epoch == before.placement.epoch

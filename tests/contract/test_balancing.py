@@ -10,7 +10,6 @@ import grpc
 import pytest
 from grpc import aio
 
-from balancer_svc.memory_store import MemoryStore
 from balancer_svc.rebalancing import Rules
 from balancer_svc.redis_store import RedisStore
 from balancer_svc.store import FencedError
@@ -21,6 +20,7 @@ from collegium.model.placement import Worker, plan_homes
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 from tests.balancers import SHAPE, first_view, running_balancer, stay_ready
+from tests.memory_store import MemoryStore
 from tests.redis_server import RedisServer
 
 SKEWED = (400, 300, 20, 10)
@@ -139,7 +139,7 @@ async def test_of_two_balancers_one_publishes_and_both_hear_members(redis_server
         follower = await stack.enter_async_context(
             running_balancer(await stack.enter_async_context(store_of(redis_server)), expected_workers=2)
         )
-        assert leader.balancer.is_leader and not follower.balancer.is_leader
+        assert leader.balancer.leadership.is_leader and not follower.balancer.leadership.is_leader
         here = await stack.enter_async_context(member(leader.address, "h:1"))
         there = await stack.enter_async_context(member(follower.address, "h:2"))
         ids = {here.member_id, there.member_id}
@@ -159,7 +159,7 @@ async def test_when_the_leader_dies_the_other_goes_on_above_its_epochs_and_the_d
         one = await stack.enter_async_context(member(f"{second.address},{first.address}", "h:1"))
         before = await first_view(one, lambda view: view.placement.epoch > 0)
         model = first.planner.model
-        token = await stores[0].lead(first.balancer._balancer_id, 0.5)
+        token = await stores[0].lead(first.balancer.leadership.balancer_id, 0.5)
         assert model is not None and token > 0
 
         async def stay_silent() -> None:
@@ -169,7 +169,7 @@ async def test_when_the_leader_dies_the_other_goes_on_above_its_epochs_and_the_d
         two = await stack.enter_async_context(member(second.address, "h:2"))
         after = await first_view(two, lambda view: two.member_id in view.placement.worker_ids)
         assert after.placement.epoch > before.placement.epoch
-        assert second.balancer.is_leader
+        assert second.balancer.leadership.is_leader
         stale = plan_homes(model.layers, [Worker(worker_id="stale")], epoch=after.placement.epoch + 10)
         with pytest.raises(FencedError):
             await stores[0].publish(stale, model, token)

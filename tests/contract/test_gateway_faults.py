@@ -11,7 +11,6 @@ import grpc
 import pytest
 from grpc import aio
 
-from balancer_svc.memory_store import MemoryStore
 from collegium.fabric import rpc
 from collegium.fabric.errors import SettingsError
 from collegium.fabric.leases import Membership
@@ -34,6 +33,7 @@ from tests.gateway_rig import (
     token_ids,
     until,
 )
+from tests.memory_store import MemoryStore
 
 HANDED_OVER = router_pb2.Failure(code=14, message="draining", reason="DRAINING")
 UNAVAILABLE = router_pb2.Failure(code=14, message="no worker", reason="NO_EXPERT_WORKER")

@@ -13,12 +13,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from balancer_svc.memory_store import MemoryStore
 from collegium.fabric import rpc
 from collegium.fabric.metrics import METRICS, MetricsRegistry, page, series
 from collegium.v1 import balancer_pb2 as pb
 from collegium.v1 import balancer_pb2_grpc
 from tests.balancers import running_balancer
+from tests.memory_store import MemoryStore
 
 NUM_LAYERS, NUM_WORKERS, NUM_EXPERTS = 61, 64, 16
 LIMIT = 500

@@ -20,7 +20,7 @@ from balancer_svc.messages import from_shape, to_message
 from balancer_svc.redis_records import MAX_KEPT_EPOCH, Reading
 from balancer_svc.redis_store import RedisStore
 from balancer_svc.roster import Member
-from balancer_svc.store import Memory
+from balancer_svc.store import Remembered
 from collegium.fabric.leases import Membership
 from collegium.fabric.views import to_proto
 from collegium.model.placement import Placement
@@ -63,7 +63,7 @@ async def opened(server: RedisServer) -> AsyncIterator[tuple[RedisStore, Any]]:
         await bare.aclose()
 
 
-async def fill(store: RedisStore) -> Memory:
+async def fill(store: RedisStore) -> Remembered:
     token = await store.lead("b", 60.0)
     await store.save_members(MEMBERS, ())
     assert await store.next_epoch(6) == 7
@@ -246,7 +246,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-def parts(memory: Memory) -> dict[str, str]:
+def parts(memory: Remembered) -> dict[str, str]:
     return {
         "members": repr([m.member_id for m in memory.members]),
         "model": repr(memory.model),
@@ -292,7 +292,7 @@ async def test_a_broken_value_costs_its_own_record_is_said_once_and_written_over
         assert num_lost >= len(values) / 2
 
 
-async def fill_again(store: RedisStore, bare: Any) -> Memory:
+async def fill_again(store: RedisStore, bare: Any) -> Remembered:
     """Write everything as a balancer does that knows better."""
     assert 8 < await store.next_epoch(8) < 20
     await bare.set(f"{PREFIX}:epoch", 8)
@@ -406,7 +406,7 @@ async def test_a_running_balancer_goes_on_whatever_is_broken_and_the_memory_is_w
         async with lease as worker, asyncio.timeout(60):
             ready = asyncio.create_task(stay_ready(worker))
             await first_view(worker, lambda view: worker.member_id in view.placement.worker_ids)
-            await until(lambda: running.balancer._backlog.is_empty)  # pyright: ignore[reportPrivateUsage]
+            await until(lambda: running.balancer.memory.backlog.is_empty)
             running.planner.wanted_workers = 3
             await store.save_wanted(3)
             broken = [
@@ -429,8 +429,8 @@ async def test_a_running_balancer_goes_on_whatever_is_broken_and_the_memory_is_w
                             pipeline.delete(f"{PREFIX}:{name}")
                     await pipeline.execute()
                 await make(bare)
-                running.balancer._shared_s = 0.0  # pyright: ignore[reportPrivateUsage]
-                running.balancer._kick.set()  # pyright: ignore[reportPrivateUsage]
+                running.balancer.shared_s = 0.0
+                running.balancer.news.kick.set()
                 began_s = time.monotonic()
                 while True:
                     memory = await store.load()
@@ -439,7 +439,7 @@ async def test_a_running_balancer_goes_on_whatever_is_broken_and_the_memory_is_w
                         and memory.model == MODEL
                         and memory.placement == running.planner.in_force
                         and worker.member_id in {one.member_id for one in memory.members}
-                        and running.balancer.is_leader
+                        and running.balancer.leadership.is_leader
                     )
                     if is_whole:
                         break
@@ -478,7 +478,7 @@ async def test_a_remembered_placement_of_another_shape_is_planned_anew(server: R
         async with running_balancer(store) as running, asyncio.timeout(60):
             member = running.roster.get("worker-1")
             assert member is not None
-            running.roster.renew("worker-1", running.balancer._clock())  # pyright: ignore[reportPrivateUsage]
+            running.roster.renew("worker-1", time.monotonic())
             await until(lambda: running.planner.planned is not None)
             assert running.planner.planned is not None
             assert running.planner.planned.has_shape(MODEL.layers)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from balancer_svc.memory_store import MemoryStore
 from collegium.fabric.errors import CollegiumError, FailedPrecondition
 from collegium.fabric.model_shape import shape_of
 from collegium.model import identity
@@ -30,6 +29,7 @@ from tests.balancers import running_balancer
 from tests.checkpoints import Variant
 from tests.fake_router import FakeRouter
 from tests.gateway_rig import rig, until
+from tests.memory_store import MemoryStore
 from tests.oracle import Oracle
 
 
@@ -160,7 +160,7 @@ async def refusal_at_open_link(worker: Manifest, router: Manifest) -> str:
 
 async def refusal_at_join(known: balancer_pb2.ModelShape, joining: balancer_pb2.ModelShape, role: int) -> str:
     async with running_balancer(MemoryStore()) as running:
-        join = running.balancer.Join
+        join = running.balancer.rpcs.Join
         worker = balancer_pb2.JoinRequest(role=balancer_pb2.ROLE_WORKER, address="h:1", model=known)
         await join(worker, cast(Any, None))
         again = balancer_pb2.JoinRequest(role=cast(Any, role), address="h:2", model=known)

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer_svc.memory_store import MemoryStore
-from balancer_svc.store import Memory
+from balancer_svc.store import Remembered
 from collegium.fabric import logs, rpc
 from collegium.fabric.faults import Faults
 from collegium.fabric.leases import Membership
@@ -26,6 +25,7 @@ from router_svc.links import LinkKeeper
 from tests.balancers import SHAPE, running_balancer
 from tests.fake_router import FakeRouter
 from tests.gateway_rig import rig, until
+from tests.memory_store import MemoryStore
 
 LAYER = pb.LayerPlacement(offsets=[0, 1, 2], worker_idx=[0, 1])
 
@@ -237,7 +237,7 @@ class FaultyStore(MemoryStore):
 
     num_left = 0
 
-    async def load(self, *, with_windows: bool = True) -> Memory:
+    async def load(self, *, with_windows: bool = True) -> Remembered:
         if FaultyStore.num_left:
             FaultyStore.num_left -= 1
             raise OverflowError("value too large to convert")

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from balancer_svc import validation
 from balancer_svc.costs import Costs
 from balancer_svc.load_windows import MAX_IN_WINDOW, LoadWindows
-from balancer_svc.memory_store import MemoryStore
 from balancer_svc.planner import Planner
 from balancer_svc.rebalancing import Candidate, Rules, lacking, propose
 from balancer_svc.roster import Member, Roster
@@ -26,6 +25,7 @@ from collegium.model.placement import LayerSize, Worker, plan_homes
 from collegium.v1 import balancer_pb2 as pb
 from gateway.cluster import ClusterView
 from tests.balancers import SHAPE, running_balancer
+from tests.memory_store import MemoryStore
 
 MESSAGES: dict[str, Any] = dict(pb.DESCRIPTOR.message_types_by_name)
 RPCS = ("Join", "Renew", "Leave", "WatchPlacement", "ReportLoad", "Scale")
@@ -58,7 +58,7 @@ class Rig:
         self.balancer.end()
 
     async def call(self, rpc: str, request: Message) -> Any:
-        answer = getattr(self.balancer, rpc)(request, None)
+        answer = getattr(self.balancer.rpcs, rpc)(request, None)
         return await anext(answer) if rpc == "WatchPlacement" else await answer
 
     async def refusal(self, rpc: str, request: Message) -> CollegiumError:
@@ -74,7 +74,7 @@ class Rig:
             repr(self.planner.model),
             self.planner.newest_epoch,
             self.planner.wanted_workers,
-            repr(self.balancer._backlog),  # pyright: ignore[reportPrivateUsage]
+            repr(self.balancer.memory.backlog),
         )
 
     def valid(self, rpc: str) -> Any:
@@ -190,7 +190,7 @@ async def test_no_request_makes_the_balancer_fail_otherwise_than_by_a_status(dat
                 assert isinstance(error, InvalidArgument | NotFound | FailedPrecondition), error
             await rig.balancer.tick()
             assert rig.balancer.num_faults == 0
-            rig.balancer.GetPlacement(pb.GetPlacementRequest(), None).close()  # pyright: ignore
+            rig.balancer.rpcs.GetPlacement(pb.GetPlacementRequest(), None).close()  # pyright: ignore
 
 
 async def test_an_epoch_beyond_what_redis_counts_is_refused_and_the_next_plan_is_made() -> None:

@@ -18,7 +18,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer_svc.memory_store import MemoryStore
 from collegium.fabric import interceptors, probes, rpc
 from collegium.fabric.errors import (
     CollegiumError,
@@ -38,6 +37,7 @@ from gateway.auth import KeyInterceptor, KeyRing
 from tests.balancers import running_balancer
 from tests.fake_router import FakeRouter
 from tests.gateway_rig import rig
+from tests.memory_store import MemoryStore
 
 SERVICES = ("Inference", "Router", "Expert", "Balancer")
 GARBAGE = b"\xff\xff\xff\xff"  # a field number of 2^29 - 1, cut off

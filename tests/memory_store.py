@@ -1,4 +1,4 @@
-"""A store in memory, for tests of what needs no Redis; can be told to fail."""
+"""A balancer's store in memory, for tests of what needs no Redis; can be told to fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from balancer_svc.load_windows import Counts, Window
 from balancer_svc.messages import from_message, to_message
 from balancer_svc.planner import Model
 from balancer_svc.roster import Member
-from balancer_svc.store import NO_TOKEN, Memory, StoreError, unless_fenced
+from balancer_svc.store import NO_TOKEN, Remembered, StoreError, unless_fenced
 from collegium.model.placement import NO_PLACEMENT, Placement
 from collegium.v1 import balancer_pb2 as pb
 
@@ -31,12 +31,12 @@ class MemoryStore:
     leader: str = ""
     token: int = NO_TOKEN
 
-    async def load(self, *, with_windows: bool = True) -> Memory:
+    async def load(self, *, with_windows: bool = True) -> Remembered:
         """Give all that is remembered."""
         self._reach()
         members = tuple(from_message(pb.Member.FromString(value)) for _, value in sorted(self.members.items()))
         newest = max(self.epoch, self.placement.epoch)
-        return Memory(
+        return Remembered(
             members=members,
             model=self.model,
             placement=self.placement,
