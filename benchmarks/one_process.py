@@ -26,11 +26,13 @@ from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
 from expert_svc.memory import make_buffer, make_source
 from expert_svc.tiers import Source
-from router_svc.engine import Engine, Load, News
+from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.model_loader import RouterModel, load_router_model
+from router_svc.model_loader import load_router_model
+from router_svc.news import Load, News
+from router_svc.router_model import RouterModel
 from router_svc.sequence import Sequence, StopRules
 from router_svc.token_memory import TokenMemory
 from router_svc.unsafe_routing import UnsafeRouting
@@ -98,7 +100,9 @@ class OneProcess:
         self.manifest = manifest
         self.model = model or load_router_model(model_dir, dtype, torch.device("cpu"))
         num_layers, num_experts = len(manifest.layers), self.model.num_experts
-        foresight = unsafe_routing or Foresight(self.model)
+        foresight = unsafe_routing or Foresight(
+            self.model.moe_blocks(), top_k=self.model.top_k, device=self.model.device
+        )
         self.calls = ExpertCalls(
             num_layers=num_layers,
             num_experts=num_experts,
@@ -167,7 +171,7 @@ class OneProcess:
             unsafe_routing=unsafe_routing,
             num_micro_batches=num_micro_batches,
         )
-        self.engine.attach(_OWNER)
+        self.engine.commands.attach(_OWNER)
         self.engine.start()
         self._num_requests = 0
 
@@ -233,7 +237,7 @@ class OneProcess:
                     leader=sequences[0] if sequences else None,
                 )
             )
-        self.engine.submit(sequences)
+        self.engine.commands.submit(sequences)
         return request_id
 
     def _deliver(self, owner: int, news: list[News], load: Load, step: int) -> None:

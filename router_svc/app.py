@@ -1,7 +1,7 @@
 """Compose a router: load the model without experts, join, follow the cluster, serve, drain."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,7 +20,7 @@ from router_svc.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from router_svc.links import LinkKeeper
 from router_svc.load_counts import LoadCounts
 from router_svc.loading import load
-from router_svc.model_loader import RouterModel
+from router_svc.router_model import RouterModel
 from router_svc.service import Outboxes, RouterService
 from router_svc.settings import Settings
 from router_svc.token_memory import TokenMemory
@@ -130,7 +130,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         timeout_s=config.expert_timeout_s,
         on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
         num_ahead=config.prefetch_layers,
-        foresight=Foresight(model) if can_foretell else None,
+        foresight=Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device) if can_foretell else None,
         memory=TokenMemory(num_layers=min(config.prefetch_layers, len(model.moe_layers))) if can_foretell else None,
     )
     num_threads = config.threads or torch.get_num_threads()
@@ -150,6 +150,11 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         max_queued_tokens=config.max_queued_tokens,
         shared_step_s=config.shared_step_ms / 1e3,
     )
+    commands = engine.commands
+
+    def read() -> Mapping[str, float]:
+        return read_counters(engine.scheduler, engine.totals, commands, calls)
+
     membership = Membership(
         config.balancer,
         balancer_pb2.ROLE_ROUTER,
@@ -157,16 +162,17 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         metrics_url,
         num_threads,
         model=shape_of(manifest, str(model.dtype).removeprefix("torch.")),
-        counters=lambda: read_counters(engine, calls),
+        counters=read,
         join_limit_s=config.balancer_wait_s,
     )
     lifecycle.freeze()
     async with membership:
         service.router_id = membership.member_id
-        service.open(engine, describe(config, model, manifest, max_model_len), expert_bytes(manifest, model))
+        description = describe(config, model, manifest, max_model_len)
+        service.open(commands, engine.listeners, description, expert_bytes(manifest, model))
 
         def on_change() -> None:
-            is_serving = bool(calls.worker_ids) and calls.epoch > 0 and engine.is_alive and not service.is_draining
+            is_serving = bool(calls.worker_ids) and calls.epoch > 0 and commands.is_served and not service.is_draining
             server.set_serving(is_serving)
             if not service.is_draining:
                 membership.set_state(
@@ -175,7 +181,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
 
         keeper = LinkKeeper(
             calls,
-            model,
+            dtype=model.dtype,
             digest=manifest.digest,
             parts=manifest.parts,
             max_rows=config.max_batch_tokens,
@@ -185,7 +191,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             on_change=on_change,
         )
         keeper.router_id = membership.member_id
-        metrics.expose(lambda: read_counters(engine, calls))
+        metrics.expose(read)
         engine.start()
         _log.info("loaded", model=str(config.model), kv_blocks=num_blocks, max_model_len=max_model_len, address=bound)
         follower = asyncio.create_task(_follow(membership, keeper, service, on_change), name="follow")
@@ -196,11 +202,11 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
             await stop.wait()
             service.is_draining = True
             service.end_traces()
-            if not engine.is_alive:
+            if not commands.is_served:
                 outboxes.end_all()
             on_change()
             membership.set_state(balancer_pb2.MEMBER_STATE_DRAINING)
-            await asyncio.to_thread(engine.wait_idle, config.drain_s)
+            await asyncio.to_thread(commands.wait_idle, config.drain_s)
         finally:
             follower.cancel()
             reporter.cancel()

@@ -2,27 +2,31 @@
 
 from collegium.fabric.metrics import series
 from collegium.link.base import LinkStats
-from router_svc.engine import Engine
+from router_svc.commands import Commands
 from router_svc.expert_calls import ExpertCalls
+from router_svc.scheduler import Scheduler
+from router_svc.totals import EngineTotals
 
 
-def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
+def read_counters(
+    scheduler: Scheduler, totals: EngineTotals, commands: Commands, calls: ExpertCalls
+) -> dict[str, float]:
     """Collect everything that a router counts."""
-    load, totals, stats = engine.load(), engine.totals, calls.link_stats()
+    load, stats = scheduler.load(), calls.link_stats()
     both = list(stats.values())
     counters: dict[str, float] = {
         series("collegium_num_requests_running"): load.num_running,
         series("collegium_num_requests_waiting"): load.num_waiting,
         series("collegium_kv_cache_usage_perc"): 1.0 - load.free_blocks / load.total_blocks,
-        series("collegium_num_preemptions_total"): engine.num_preemptions,
+        series("collegium_num_preemptions_total"): scheduler.num_preemptions,
         series("collegium_prefix_cache_queries_total"): totals.prompt_tokens,
-        series("collegium_prefix_cache_hits_total"): engine.num_cached_tokens,
+        series("collegium_prefix_cache_hits_total"): scheduler.num_cached_tokens,
         series("collegium_prefilled_tokens_total"): totals.prefilled_tokens,
         series("collegium_sampled_tokens_total"): totals.generated_tokens,
         series("collegium_step_seconds_total"): totals.step_seconds,
         series("collegium_forward_seconds_total"): totals.forward_seconds,
         series("collegium_micro_batches_total"): totals.micro_batches,
-        series("collegium_steps_shortened_total"): engine.num_shortened,
+        series("collegium_steps_shortened_total"): scheduler.num_shortened,
         series("collegium_rows_away_seconds_total"): calls.totals.away_s,
         series("collegium_rows_blocked_seconds_total"): calls.totals.blocked_s,
         series("collegium_overlap_ratio"): 1.0 - calls.totals.blocked_s / max(calls.totals.away_s, 1e-9)
@@ -47,12 +51,12 @@ def read_counters(engine: Engine, calls: ExpertCalls) -> dict[str, float]:
         "needed_bytes": calls.totals.needed_bytes,
         "free_kv_blocks": load.free_blocks,
         "total_kv_blocks": load.total_blocks,
-        "sequences": engine.num_sequences,
+        "sequences": load.num_running + load.num_waiting,
     }
     counters |= {series("collegium_steps_total", kind=kind): count for kind, count in totals.steps.items()}
     counters |= {
         series("collegium_submissions_refused_total", reason=reason): count
-        for reason, count in list(totals.refused.items())
+        for reason, count in list(commands.refused.items())
     }
     for worker_id, link in stats.items():
         counters |= {} if not worker_id else _by_worker(worker_id, link)

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from collegium.fabric import logs
 from collegium.model.native.attention import AttentionWeights, HeadNorms
 from router_svc import family
+from router_svc.cache_shapes import CacheShape
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.paged_attention import CacheShape, PagedCache, StepIndex, attention
+from router_svc.paged_attention import PagedCache, StepIndex, attention
 
 _log = logs.get("model")
 
@@ -56,6 +57,9 @@ class DeviceModel:
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # kept once: queries, keys and values in one matrix
                 setattr(layer.self_attn, name, None)
         self._sets: OrderedDict[tuple[int, int, int], list[DecodeGraphs]] = OrderedDict()  # idle ones, oldest use first
+
+    def set_step_call(self, call: object) -> None:
+        """Take no notice: on a device, experts are computed layer by layer."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
         """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V]."""

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from collegium.model.native.attention import AttentionWeights, HeadNorms
-from router_svc.paged_attention import CacheShape, window_of
+from router_svc.cache_shapes import CacheShape, window_of
 
 # Decoder layers whose arithmetic this is, and how they norm queries and keys.
 _FAMILY = {

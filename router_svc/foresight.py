@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collegium.fabric import logs
-from router_svc.model_loader import RemoteExperts, RouterModel
 
 _log = logs.get("foresight")
 
@@ -73,14 +72,10 @@ class Foresight:
 
     asks_gates = True
 
-    def __init__(self, model: RouterModel):
-        """Find the gates; what cannot be used is said in the log, once."""
-        self._device = model.device
-        found: dict[int, Gate | str] = {}
-        modules: Mapping[str, nn.Module] = dict(model.model.named_modules())
-        for name, module in modules.items():
-            if isinstance(module, RemoteExperts):
-                found[module.layer] = _gate_beside(modules[name.rpartition(".")[0]], model.top_k)
+    def __init__(self, blocks: Mapping[int, nn.Module], *, top_k: int, device: torch.device):
+        """Find the gates in the blocks that hold them, by MoE layer; what cannot be used is said in the log, once."""
+        self._device = device
+        found = {layer: _gate_beside(block, top_k) for layer, block in blocks.items()}
         self._gates = {layer: _simplest(gate) for layer, gate in found.items() if isinstance(gate, Gate)}
         missing = {layer: why for layer, why in found.items() if isinstance(why, str)}
         if missing:

@@ -8,7 +8,6 @@ the family runs on the modelling classes as before.
 T rows, D model, H query heads, G key-value heads, W head width, K top-k, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,14 +20,14 @@ from collegium.model.kernels import Kernel, kernel_for
 from collegium.model.native.attention import AttentionBlock, Workspace, norm
 from collegium.model.native.step import DecodeStep, StepWeights
 from router_svc import family
+from router_svc.cache_shapes import CacheShape
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.paged_attention import CacheShape, PagedCache, StepIndex
+from router_svc.paged_attention import PagedCache, StepIndex
+from router_svc.remote_experts import StepCall
 
 _WIDTH_STEP = 16  # head widths are a multiple of the widest vector
 _FEWEST_ROTATIONS, _MOST_ROTATIONS = 2048, 65_536  # positions of the table of rotations; beyond, steps go by layer
 _MOST_STEPS = 32
-
-StepCall = Callable[[DecodeStep], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +70,10 @@ class LeanModel:
         self._most_rotations = 0 if rope.get("rope_type") == "longrope" else _MOST_ROTATIONS
         # Computes decode steps, experts included, as far as it can: ExpertCalls.compute_step; None: layer by layer.
         self.compute_step: StepCall | None = None
+
+    def set_step_call(self, call: StepCall | None) -> None:
+        """Say who computes all layers of a decode step in one call; None: nobody."""
+        self.compute_step = call
 
     def forward(self, input_ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
         """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V]."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import grpc
+import torch
 
 from collegium.fabric import logs, rpc
 from collegium.fabric.errors import CollegiumError, from_rpc_error
@@ -18,7 +19,6 @@ from collegium.link.frame import LinkError
 from collegium.model.placement import Placement
 from collegium.v1 import balancer_pb2, expert_pb2, expert_pb2_grpc
 from router_svc.expert_calls import ExpertCalls
-from router_svc.model_loader import RouterModel
 
 _log = logs.get("links")
 _OPEN_S = 5.0
@@ -32,8 +32,8 @@ class LinkKeeper:
     def __init__(
         self,
         calls: ExpertCalls,
-        model: RouterModel,
         *,
+        dtype: torch.dtype,
         digest: str,
         parts: Mapping[str, str],
         max_rows: int,
@@ -42,11 +42,11 @@ class LinkKeeper:
         num_experts: Sequence[int],
         on_change: Callable[[], None],
     ):
-        """`digest`, `parts`: the manifest's; `num_experts`: by MoE layer.
+        """`dtype`: of rows; `digest`, `parts`: the manifest's; `num_experts`: by MoE layer.
 
         `on_change` is called on the event loop whenever a link came or went.
         """
-        self._calls, self._model = calls, model
+        self._calls, self._dtype = calls, dtype
         self._parts = parts
         self._digest, self._max_rows, self._d_model = digest, max_rows, d_model
         self._transports = ["unix", "tcp"] if transport == "auto" else [transport]
@@ -144,7 +144,7 @@ class LinkKeeper:
         request = expert_pb2.OpenLinkRequest(
             router_id=self.router_id,
             model_digest=self._digest,
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=str(self._dtype).removeprefix("torch."),
             transports=self._transports,
             max_rows=self._max_rows,
             host=host_identity(),
@@ -161,7 +161,7 @@ class LinkKeeper:
             answer.address,
             link_id=answer.link_id,
             secret=answer.secret,
-            dtype=self._model.dtype,
+            dtype=self._dtype,
             d_model=self._d_model,
             deadline_s=time.monotonic() + _OPEN_S,
         )

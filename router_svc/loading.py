@@ -15,7 +15,8 @@ from collegium.model.devices import DeviceError, find_device
 from collegium.model.kernels import KernelUnavailableError
 from collegium.model.manifest import Manifest, ManifestPathError, check_folder, ensure_manifest, load_manifest
 from collegium.model.served_dtype import tell_dtype
-from router_svc.model_loader import DeviceFailedError, RouterModel, load_router_model
+from router_svc.model_loader import DeviceFailedError, load_router_model
+from router_svc.router_model import RouterModel
 from router_svc.settings import Settings
 
 _log = logs.get("router")

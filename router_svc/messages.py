@@ -9,8 +9,8 @@ import grpc
 
 from collegium.fabric.errors import CollegiumError
 from collegium.v1 import inference_pb2, router_pb2
+from router_svc.choices import StepChoices
 from router_svc.news import Load, News
-from router_svc.recorder import StepChoices
 from router_svc.sequence import Finish, Sequence, StopRules
 from router_svc.submissions import MAX_CHOICES, check_submission
 

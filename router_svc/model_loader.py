@@ -1,22 +1,18 @@
 """Load a checkpoint's attention and gates through transformers, with nothing in the place of the experts.
 
-Owns RemoteExperts, the stand-in, and all contact with transformers' internals (pinned to 5.23; TRANSFORMERS.md of the
-design notes says what was tried). Expert tensors are never read: the stand-in has no parameters, so their keys are left
-on the disk.
-T tokens, K top-k, D model.
+Owns all contact with transformers' internals (pinned to 5.23; TRANSFORMERS.md of the design notes says what was tried).
+Expert tensors are never read: the stand-in (remote_experts.py) has no parameters, so their keys are left on the disk.
 """
 
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
@@ -28,90 +24,18 @@ from collegium.model.checkpoint_survey import survey_checkpoint
 from collegium.model.config_fields import check_generation_config, model_fields
 from collegium.model.kernels import pack_linears
 from router_svc import family, lean, shared_experts
+from router_svc.cache_shapes import CacheShape
 from router_svc.device_model import DeviceModel
-from router_svc.lean import LeanModel, StepCall
+from router_svc.lean import LeanModel
 from router_svc.lengths import served_positions
-from router_svc.paged_attention import ATTENTION_NAME, CacheShape, PagedCache, ProbeCache, attend_packed
-from router_svc.shared_experts import SharedExperts
+from router_svc.paged_attention import ATTENTION_NAME, ProbeCache, attend_packed
+from router_svc.remote_experts import RemoteExperts
+from router_svc.router_model import OwnPass, RouterModel
 
 _log = logs.get("model")
 
-ExpertCall = Callable[
-    [int, Tensor, Tensor, Tensor], Tensor
-]  # (MoE layer, x [T, D], ids [T, K], weights [T, K]) -> [T, D]
-
 # Every experts class of the supported architectures, and no stand-in.
 _EXPERTS_CLASS = r"^(?!Remote)\w+Experts$"
-
-
-class RemoteExperts(nn.Module):
-    """Stands where a model had its experts; hands rows, ids and weights to whoever computes them."""
-
-    def __init__(self, config: PreTrainedConfig, *_: object, **__: object):
-        super().__init__()
-        self.config = config
-        self.layer = -1  # index among MoE layers
-        self.call: ExpertCall | None = None
-        # The layer's shared experts. Not a submodule: the block holds them, under their own name.
-        self.shared: list[SharedExperts] = []
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the experts' weighted sums for [..., D] rows; ids and weights are [T, K]."""
-        assert self.call is not None
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y = self.call(self.layer, x, top_k_index, top_k_weights)
-        for shared in self.shared:
-            shared.settle(x)
-        return y.view(hidden_states.shape)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterModel:
-    """A model without experts, ready for packed steps."""
-
-    model: PreTrainedModel
-    model_type: str
-    dtype: torch.dtype
-    device: torch.device
-    vocab_size: int
-    max_positions: int
-    num_experts: int
-    top_k: int
-    eos_ids: tuple[int, ...]
-    cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
-    moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
-    lean: LeanModel | DeviceModel | None = None  # computes the forward pass where it can
-
-    def set_expert_call(self, call: ExpertCall, compute_step: StepCall | None = None) -> None:
-        """Say who computes the experts, layer by layer, or of all layers of a step where that can be done."""
-        if isinstance(self.lean, LeanModel):
-            self.lean.compute_step = compute_step
-        for module in self.model.modules():
-            if isinstance(module, RemoteExperts):
-                module.call = call
-
-    def shared_experts(self) -> dict[int, SharedExperts]:
-        """The shared experts by MoE layer, to be computed while rows are away."""
-        remotes = [m for m in self.model.modules() if isinstance(m, RemoteExperts)]
-        return {remote.layer: shared for remote in remotes for shared in remote.shared}
-
-    def cache_bytes_per_token(self) -> int:
-        """Bytes that one position takes over all layers."""
-        return sum(shape.num_bytes(self.dtype) for shape in self.cache_shapes.values())
-
-    def forward(self, input_ids: Tensor, positions: Tensor, cache: object, keep: Tensor) -> Tensor:
-        """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V] of the rows in `keep`."""
-        if self.lean is not None and isinstance(cache, PagedCache):
-            return self.lean.forward(input_ids, positions, cache, keep)
-        out = self.model(
-            input_ids=input_ids,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            paged=cache,
-            logits_to_keep=keep,
-        )
-        return out.logits[0]
 
 
 class DeviceFailedError(RuntimeError):
@@ -226,7 +150,7 @@ def _move(model: PreTrainedModel, device: torch.device) -> None:
         raise DeviceFailedError(f"the model cannot be put on {device}: {first_line(error)}") from error
 
 
-def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[LeanModel | DeviceModel | None, str]:
+def _own_pass(model: PreTrainedModel, modelling: str) -> tuple[OwnPass | None, str]:
     """Make what computes the forward pass in the place of the modelling classes; where nothing can, say why."""
     if modelling == "transformers":
         return None, "asked for"

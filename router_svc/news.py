@@ -9,18 +9,10 @@ from dataclasses import dataclass, field
 
 from collegium.fabric import logs
 from collegium.model.sampling import TokenLogprobs
+from router_svc.failures import Failure
 from router_svc.sequence import Sequence
 
 _log = logs.get("engine")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """Why a sequence could not go on: a canonical status name, a reason and a message."""
-
-    code: str
-    reason: str
-    message: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +43,8 @@ class NewsBoard:
     """The news of the step at hand, by owner."""
 
     def __init__(self, deliver: Deliver) -> None:
-        self._deliver = deliver
+        """deliver: called from the engine's thread, once per owner and step."""
+        self.deliver = deliver
         self._owners: set[int] = set()
         self._news: dict[int, dict[Sequence, News]] = {}
 
@@ -61,7 +54,7 @@ class NewsBoard:
     def open(self, owner: int, load: Load) -> None:
         """Begin to report to an owner, with a first report that is empty but for the load."""
         self._owners.add(owner)
-        self._deliver(owner, [], load, 0)
+        self.deliver(owner, [], load, 0)
 
     def close(self, owner: int) -> None:
         """Report to an owner no more."""
@@ -85,7 +78,7 @@ class NewsBoard:
             if owner not in self._owners:
                 continue
             try:
-                self._deliver(owner, list(items.values()), now, step)
+                self.deliver(owner, list(items.values()), now, step)
             except Exception as error:
                 _log.exception("news could not be delivered", owner=owner, num_sequences=len(items))
                 lost += self._deliver_each(owner, list(items.values()), now, step, error)
@@ -102,7 +95,7 @@ class NewsBoard:
                 if attempt is told:
                     lost.append(item.sequence)
                 try:
-                    self._deliver(owner, attempt, load, step)
+                    self.deliver(owner, attempt, load, step)
                 except Exception as again:  # the first one's traceback is in the log
                     _log.debug("news could not be delivered", request_id=item.sequence.request_id, why=repr(again))
                 else:

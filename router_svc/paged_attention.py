@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from collegium.model.native.attention import DecodeTables
+from router_svc.cache_shapes import CacheShape, window_of
 from router_svc.kv_blocks import BLOCK_TOKENS
-from router_svc.scheduler import Step
 
 # The name must not contain "sdpa" or "flash": transformers checks capabilities by such names.
 ATTENTION_NAME = "collegium_paged"
@@ -30,17 +31,15 @@ ATTENTION_NAME = "collegium_paged"
 _SHORT_TOKENS = 64  # below this, padding costs less than another call
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheShape:
-    """What one position of one layer's cache holds, as the model hands it over."""
+class Cached(Protocol):
+    """A run of a sequence's positions that a step computes: those from `begin` to `end`, stored in `blocks`."""
 
-    key: tuple[int, int]  # (heads, width)
-    value: tuple[int, int]
-    is_latent: bool = False  # MLA's pair of latent and rotary key, which the model expands itself
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes a position takes in this layer."""
-        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * dtype.itemsize
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def blocks(self) -> Seq[int]: ...
 
 
 class ProbeCache:
@@ -98,48 +97,49 @@ def group_lengths(lengths: Seq[int]) -> list[list[int]]:
 class StepIndex:
     """Where a step's rows go and what they attend to; built once per step, used by every layer."""
 
-    def __init__(self, step: Step, device: torch.device):
+    def __init__(self, decodes: Seq[Cached], chunks: Seq[Cached], device: torch.device):
+        """Lay out a step: runs of one position each that decode, then chunks of prompts."""
         positions: list[int] = []
         slots: list[int] = []
-        for row in step.rows:
-            blocks = row.sequence.blocks
+        for row in (*decodes, *chunks):
+            blocks = row.blocks
             positions += range(row.begin, row.end)
             slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(row.begin, row.end)]
         self.device = device
         self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
         self.slots = torch.tensor(slots, device=device)  # [T]
-        self.num_decodes = len(step.decodes)
-        self._step = step
-        self.chunks = [(row.num_rows, row.end) for row in step.chunks]
-        self.chunk_slots = [self._slots_of([row.sequence.blocks], row.end)[0, : row.end] for row in step.chunks]
+        self.num_decodes = len(decodes)
+        self._decodes = decodes
+        self.chunks = [(row.end - row.begin, row.end) for row in chunks]  # rows, and the position after the last
+        self.chunk_slots = [self._slots_of([row.blocks], row.end)[0, : row.end] for row in chunks]
         self._masks: dict[tuple[str, int, int | None], Tensor] = {}
         self._flat_slots: Tensor | None = None
 
     @functools.cached_property
     def decode_groups(self) -> list[DecodeGroup]:
         """The decode rows by length, with the slots that each looks at."""
-        return [self._group(self._step, members) for members in group_lengths([r.end for r in self._step.decodes])]
+        return [self._group(members) for members in group_lengths([row.end for row in self._decodes])]
 
     @functools.cached_property
     def decode_tables(self) -> DecodeTables:
         """The blocks that each decode row looks at."""
-        tables = [row.sequence.blocks for row in self._step.decodes]
+        tables = [row.blocks for row in self._decodes]
         sizes = [len(table) for table in tables]
         return DecodeTables(
             blocks=np.fromiter(itertools.chain.from_iterable(tables), np.int64, sum(sizes)),
             first_block=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
-            lengths=np.array([row.end for row in self._step.decodes], dtype=np.int64),
+            lengths=np.array([row.end for row in self._decodes], dtype=np.int64),
         )
 
-    def _group(self, step: Step, members: list[int]) -> DecodeGroup:
-        rows = [step.decodes[i] for i in members]
+    def _group(self, members: list[int]) -> DecodeGroup:
+        rows = [self._decodes[i] for i in members]
         longest = max(row.end for row in rows)
-        slots = self._slots_of([row.sequence.blocks for row in rows], longest)[:, :longest]
+        slots = self._slots_of([row.blocks for row in rows], longest)[:, :longest]
         lengths = torch.tensor([row.end for row in rows], device=self.device)[:, None]
         # Filled up with the row's own first position: what is masked must still be a number of its own sequence.
         slots = torch.where(torch.arange(longest, device=self.device) < lengths, slots, slots[:, :1])
         return DecodeGroup(
-            rows=None if len(members) == len(step.decodes) else torch.tensor(members, device=self.device),
+            rows=None if len(members) == len(self._decodes) else torch.tensor(members, device=self.device),
             slots=slots.contiguous(),
             lengths=lengths,
         )
@@ -332,20 +332,6 @@ def attention(
             scores = torch.cat([scores, sink.reshape(batch, groups, share * rows, 1)], -1)
         out = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
     return out.reshape(batch, heads, rows, -1)
-
-
-def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """Say how far back a layer looks, as the masks of transformers 5.23 do; None: everywhere.
-
-    Some models pass a window to attention that their mask does not apply, others apply one that they do not pass.
-    """
-    match config.model_type:
-        case "mixtral" | "qwen3_moe" | "phimoe":
-            return config.sliding_window
-        case "qwen2_moe" | "gpt_oss":
-            return config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        case _:
-            return None
 
 
 def attend_packed(

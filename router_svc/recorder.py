@@ -1,73 +1,34 @@
 """Record which experts the gates chose for running sequences, for whoever listens.
 
 Owns a step's choices until the step is committed: one that is computed again is told once, and so is a position that a
-preempted sequence computes anew. Belongs to the engine's thread; listeners come and go from one other thread. Without a
-listener nothing is kept. Knows nothing of files or of gRPC.
+preempted sequence computes anew. Belongs to the engine's thread. Without a listener nothing is kept.
 T rows, K top-k.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from collegium.fabric import logs
+from router_svc.choices import LayerChoices, Listeners, StepChoices
 from router_svc.expert_calls import OnLayer
-from router_svc.scheduler import Step
+from router_svc.step import Step
 
 _log = logs.get("recorder")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerChoices:
-    """One MoE layer's share of StepChoices."""
-
-    layer: int
-    ids: NDArray[np.int64]  # [T, K], the heaviest first
-    weights: NDArray[np.float32]  # [T, K]
-    missed: NDArray[np.uint16]  # [M], experts that workers had to load for the step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepChoices:
-    """What one step chose: rows of decoding sequences first, then those of prompts."""
-
-    step: int
-    sequences: list[int]  # [T] numbers
-    positions: list[int]  # [T] in their sequences
-    num_decode_rows: int
-    layers: list[LayerChoices]
-
-    @property
-    def num_choices(self) -> int:
-        """Choices of experts, over all layers."""
-        return sum(layer.ids.size for layer in self.layers)
-
-
-Listener = Callable[[StepChoices], None]  # called from the engine's thread
 
 
 class Recorder:
     """Hands committed steps' choices to listeners."""
 
-    def __init__(self) -> None:
-        self._listeners: tuple[Listener, ...] = ()
+    def __init__(self, listeners: Listeners) -> None:
+        """Tell these, who come and go meanwhile."""
+        self._listeners = listeners
         self._rows: list[int] | None = None  # rows of the step at hand that nobody was told of; None: nobody listens
         self._layers: list[LayerChoices] = []
-
-    def add(self, listener: Listener) -> None:
-        """Tell a listener of every step that begins from now on."""
-        self._listeners = (*self._listeners, listener)
-
-    def remove(self, listener: Listener) -> None:
-        """Tell it no more."""
-        self._listeners = tuple(one for one in self._listeners if one != listener)
 
     def begin(self, step: Step) -> OnLayer | None:
         """Forget what was not committed and say who takes each layer of this step; None where nobody listens."""
         self._rows, self._layers = None, []
-        if not self._listeners:
+        if not len(self._listeners):
             return None
         self._rows = []
         at = 0
@@ -78,7 +39,7 @@ class Recorder:
         return self._note
 
     def commit(self, step: Step, num_step: int) -> None:
-        """Tell the listeners of a step that is now in the cache. One that raises is told no more."""
+        """Tell the listeners of a step that is now in the cache."""
         if not self._rows:
             return
         try:
@@ -88,12 +49,7 @@ class Recorder:
             return
         finally:
             self._rows, self._layers = None, []
-        for listener in self._listeners:
-            try:
-                listener(choices)
-            except Exception:
-                _log.exception("a listener failed and is told no more")
-                self.remove(listener)
+        self._listeners.tell(choices)
 
     def _choices_of(self, step: Step, num_step: int) -> StepChoices:
         sequences: list[int] = []

@@ -8,84 +8,16 @@ waiting; a quarter of it is the oldest prompt's, so that a long one is computed 
 """
 
 import heapq
-import itertools
 from collections import Counter
-from dataclasses import dataclass
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
+from router_svc.news import Load
 from router_svc.pace import LEAST_ROWS
 from router_svc.sequence import Sequence
+from router_svc.step import Row, Step
 from router_svc.waiting import Waiting
 
 _OLDEST_SHARE = 4  # of the rows for prompts, one in so many is the oldest prompt's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A sequence's part of a step: compute `num_rows` tokens from `begin` on."""
-
-    sequence: Sequence
-    begin: int
-    num_rows: int
-
-    @property
-    def end(self) -> int:
-        """Position after the last row."""
-        return self.begin + self.num_rows
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether the next token can be drawn after this step."""
-        return self.end == self.sequence.num_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One forward pass: decode rows first, then chunks."""
-
-    decodes: tuple[Row, ...]
-    chunks: tuple[Row, ...]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """All parts in the order of the packed batch."""
-        return self.decodes + self.chunks
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the packed batch."""
-        return len(self.decodes) + sum(row.num_rows for row in self.chunks)
-
-    @property
-    def kind(self) -> str:
-        """What it holds: "decode", "prefill" or "mixed"."""
-        return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
-
-    def halves(self) -> "tuple[Step, Step]":
-        """Part the sequences into two steps of about as many each. Needs two sequences or more."""
-        middle, num_decodes = len(self.rows) // 2, len(self.decodes)
-        return (
-            Step(decodes=self.decodes[:middle], chunks=self.chunks[: max(0, middle - num_decodes)]),
-            Step(decodes=self.decodes[middle:], chunks=self.chunks[max(0, middle - num_decodes) :]),
-        )
-
-    def split(self, num_parts: int) -> "list[Step]":
-        """Part the packed batch into steps of as many rows each as can be, in its order; a chunk may be parted.
-
-        Needs at least as many rows as parts. A later part of a chunk attends to what an earlier one stores.
-        """
-        bounds = [self.num_rows * part // num_parts for part in range(num_parts + 1)]
-        decodes: list[list[Row]] = [[] for _ in range(num_parts)]
-        chunks: list[list[Row]] = [[] for _ in range(num_parts)]
-        at = 0
-        for idx, row in enumerate(self.rows):
-            for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
-                first, last = max(begin, at), min(end, at + row.num_rows)
-                if first < last:
-                    piece = Row(sequence=row.sequence, begin=row.begin + first - at, num_rows=last - first)
-                    (decodes if idx < len(self.decodes) else chunks)[part].append(piece)
-            at += row.num_rows
-        return [Step(decodes=tuple(d), chunks=tuple(c)) for d, c in zip(decodes, chunks, strict=True)]
 
 
 class Scheduler:
@@ -116,6 +48,16 @@ class Scheduler:
         """Rows that waiting and partly computed prompts still need."""
         running = list(self._running)  # a page may ask from another thread
         return self._waiting.num_tokens + sum(s.num_remaining for s in running if not s.is_decoding)
+
+    def load(self) -> Load:
+        """Say how busy the router is; exact from the engine's thread, approximate from others."""
+        return Load(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            waiting_tokens=self.num_waiting_tokens,
+            free_blocks=self.pool.num_free,
+            total_blocks=self.pool.num_blocks,
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind those of its request."""

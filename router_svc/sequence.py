@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from collegium.model.sampling import SamplingParams
+from collegium.model.sampling import SamplingParams, TokenCounts
 from router_svc.kv_blocks import BLOCK_TOKENS, ROOT, block_hash, num_blocks_for
 from router_svc.sequence_life import SequenceLife
 
@@ -71,6 +71,7 @@ class Sequence:
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker
     life: SequenceLife | None = None  # what is told of it when it ends
+    counts: TokenCounts | None = None  # of its tokens, for penalties; None: not needed so far
     _names: list[bytes] = field(default_factory=list)
 
     @property

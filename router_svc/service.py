@@ -16,7 +16,8 @@ import grpc
 from collegium.fabric import logs
 from collegium.fabric.errors import CollegiumError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
-from router_svc.engine import Engine, Ref
+from router_svc.choices import Listeners, StepChoices
+from router_svc.commands import Commands, Ref
 from router_svc.messages import (
     FRAME_NEWS,
     frame_between,
@@ -28,7 +29,6 @@ from router_svc.messages import (
     trace_messages,
 )
 from router_svc.news import Load, News
-from router_svc.recorder import StepChoices
 from router_svc.submissions import MAX_REQUEST_ID_CHARS, can_name, check_frame
 
 _log = logs.get("router")
@@ -111,17 +111,23 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def __init__(self, outboxes: Outboxes, *, max_gateways: int = 1024, max_traces: int = 16):
         """`max_gateways`, `max_traces`: streams of either kind at once; more are refused."""
         self._outboxes, self._max_gateways, self._max_traces = outboxes, max_gateways, max_traces
-        self._engine: Engine | None = None  # until the model is loaded
+        self._commands: Commands | None = None  # to the engine; None until the model is loaded
+        self._listeners = Listeners()
         self._model = inference_pb2.Model()
         self._expert_bytes: Seq[int] = ()
         self._traces: set[asyncio.Queue[StepChoices | CollegiumError]] = set()
         self.router_id = ""
         self.is_draining = False
 
-    def open(self, engine: Engine, model: inference_pb2.Model, expert_bytes: Seq[int]) -> None:
-        """Begin to serve a loaded model; `expert_bytes`: of one expert, by MoE layer."""
-        self._engine, self._model, self._expert_bytes = engine, model, expert_bytes
-        self._outboxes.on_cut = engine.detach
+    def open(
+        self, commands: Commands, listeners: Listeners, model: inference_pb2.Model, expert_bytes: Seq[int]
+    ) -> None:
+        """Begin to serve a loaded model by an engine's commands and listeners; `expert_bytes`: of one expert, by MoE
+        layer.
+        """
+        self._commands, self._listeners = commands, listeners
+        self._model, self._expert_bytes = model, expert_bytes
+        self._outboxes.on_cut = commands.detach
 
     def end_traces(self) -> None:
         """End every trace."""
@@ -138,11 +144,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request_iterator: AsyncIterator[router_pb2.AttachRequest], context: Context
     ) -> AsyncIterator[Frame]:
         """Serve one gateway until its stream ends; its sequences end with it."""
-        engine = self._ready()
-        self._check_room(engine, "gateways", len(self._outboxes), self._max_gateways)
+        commands = self._ready()
+        self._check_room(commands, "gateways", len(self._outboxes), self._max_gateways)
         owner, attached = self._outboxes.open()
-        engine.attach(owner)
-        reader = asyncio.create_task(self._read(engine, owner, attached, request_iterator), name=f"attach-{owner}")
+        commands.attach(owner)
+        reader = asyncio.create_task(self._read(commands, owner, attached, request_iterator), name=f"attach-{owner}")
         try:
             while True:
                 frame = await attached.outbox.get()
@@ -155,7 +161,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-            engine.detach(owner)
+            commands.detach(owner)
             self._outboxes.close(owner)
             _log.info("gateway detached", gateway_id=attached.gateway_id)
 
@@ -163,8 +169,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self, request: router_pb2.TraceRequest, context: Context
     ) -> AsyncIterator[router_pb2.TraceResponse]:
         """Stream what the gates choose."""
-        engine, loop = self._ready(), asyncio.get_running_loop()
-        self._check_room(engine, "traces", len(self._traces), self._max_traces)
+        commands, loop = self._ready(), asyncio.get_running_loop()
+        self._check_room(commands, "traces", len(self._traces), self._max_traces)
         steps: asyncio.Queue[StepChoices | CollegiumError] = asyncio.Queue(_TRACED_STEPS + 1)
         num_choices, is_slow = 0, False  # choices of experts that wait; whether the end stands in the queue
 
@@ -184,7 +190,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             loop.call_soon_threadsafe(put, choices)
 
         self._traces.add(steps)
-        engine.recorder.add(listen)
+        self._listeners.add(listen)
         try:
             yield trace_header(self._model, self._expert_bytes)
             num_tokens = 0
@@ -197,11 +203,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
                     yield message
                 num_tokens += len(choices.sequences)
         finally:
-            engine.recorder.remove(listen)
+            self._listeners.remove(listen)
             self._traces.discard(steps)
 
     async def _read(
-        self, engine: Engine, owner: int, attached: _Attached, frames: AsyncIterator[router_pb2.AttachRequest]
+        self, commands: Commands, owner: int, attached: _Attached, frames: AsyncIterator[router_pb2.AttachRequest]
     ) -> None:
         try:
             async for frame in frames:
@@ -210,31 +216,31 @@ class RouterService(router_pb2_grpc.RouterServicer):
                     if frame.gateway_id and not attached.gateway_id:
                         attached.gateway_id = frame.gateway_id
                         _log.info("gateway attached", gateway_id=frame.gateway_id)
-                    self._take(engine, owner, frame)
+                    self._take(commands, owner, frame)
                 except InvalidArgument as error:
-                    engine.totals.refused[error.reason] += 1
+                    commands.refused[error.reason] += 1
                     attached.error = error
                     return
-                if engine.num_commands > _MAX_COMMANDS:  # its step takes long, or the gateway asks too much of it
-                    await _taken(engine)
+                if len(commands) > _MAX_COMMANDS:  # its step takes long, or the gateway asks too much of it
+                    await _taken(commands)
         finally:
             self._outboxes.put(owner, None)
 
-    def _check_room(self, engine: Engine, what: str, count: int, limit: int) -> None:
+    def _check_room(self, commands: Commands, what: str, count: int, limit: int) -> None:
         if count >= limit:
             reason = f"TOO_MANY_{what.upper()}"
-            engine.totals.refused[reason] += 1
+            commands.refused[reason] += 1
             message = f"the router serves {count} {what}; the maximum is {limit} (--max-{what})"
             raise ResourceExhausted(message, reason=reason, remedy="try again later", retry_after_s=1.0)
 
-    def _ready(self) -> Engine:
-        if self._engine is None:
+    def _ready(self) -> Commands:
+        if self._commands is None:
             raise Unavailable("the router is loading its model", reason="LOADING", retry_after_s=1.0)
-        if self.is_draining or not self._engine.is_alive:
+        if self.is_draining or not self._commands.is_served:
             raise _draining()
-        return self._engine
+        return self._commands
 
-    def _take(self, engine: Engine, owner: int, frame: router_pb2.AttachRequest) -> None:
+    def _take(self, commands: Commands, owner: int, frame: router_pb2.AttachRequest) -> None:
         refused: list[router_pb2.SequenceNews] = []
         for submission in frame.submissions:
             if self._outboxes.is_cut(owner):
@@ -242,20 +248,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if self.is_draining:
                 refused += hand_over(submission)
             else:
-                refused += self._submit(engine, owner, submission)
+                refused += self._submit(commands, owner, submission)
             if len(refused) >= FRAME_NEWS:
                 self._outboxes.put(owner, frame_between(refused))
                 refused = []
         if refused:
             self._outboxes.put(owner, frame_between(refused))
-        engine.cancel_all(owner, _named(frame.cancellations))
-        engine.pause_all(owner, _named(frame.pauses), is_paused=True)
-        engine.pause_all(owner, _named(frame.unpauses), is_paused=False)
+        commands.cancel(owner, _named(frame.cancellations))
+        commands.pause(owner, _named(frame.pauses))
+        commands.pause(owner, _named(frame.unpauses), is_paused=False)
 
-    def _submit(self, engine: Engine, owner: int, submission: router_pb2.Submission) -> list[router_pb2.SequenceNews]:
+    def _submit(
+        self, commands: Commands, owner: int, submission: router_pb2.Submission
+    ) -> list[router_pb2.SequenceNews]:
         """Hand a submission to the engine; returns the news that refuse it, if it is wrong."""
         try:
-            engine.submit(sequences_of(submission, owner, self._model))
+            commands.submit(sequences_of(submission, owner, self._model))
             return []
         except InvalidArgument as wrong:
             error: CollegiumError = wrong
@@ -263,14 +271,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
             _log.exception("a submission could not be read", request_id=submission.request_id[:MAX_REQUEST_ID_CHARS])
             message = f"the router could not read the submission ({type(fault).__name__}); its log has the details"
             error = Internal(message, reason="SUBMISSION_FAILED")
-        engine.totals.refused[error.reason] += 1
+        commands.refused[error.reason] += 1
         return refusal(submission, error)
 
 
-async def _taken(engine: Engine) -> None:
+async def _taken(commands: Commands) -> None:
     """Wait until the engine has taken what was asked of it so far."""
     loop, is_taken = asyncio.get_running_loop(), asyncio.Event()
-    engine.call(lambda: loop.call_soon_threadsafe(is_taken.set))
+    commands.call(lambda: loop.call_soon_threadsafe(is_taken.set))
     await is_taken.wait()
 
 

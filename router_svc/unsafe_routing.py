@@ -16,8 +16,9 @@ from torch import Tensor
 
 from collegium.buffering.traces import Trace, TraceError, read_trace
 from router_svc.foresight import Choices
-from router_svc.model_loader import ExpertCall
-from router_svc.scheduler import Row, Step
+from router_svc.remote_experts import ExpertCall
+
+Run = tuple[str, int, int]  # positions of a sequence in a step: its request's id, the first, the one after the last
 
 
 class UnsafeRoutingError(ValueError):
@@ -39,9 +40,9 @@ class UnsafeRouting:
         self._draw = np.random.default_rng(seed)
         self._tokens = torch.zeros(0, dtype=torch.long)  # [T] of the step at hand
 
-    def begin(self, step: Step) -> None:
+    def begin(self, rows: Sequence[Run]) -> None:
         """Take the rows of the step that is computed next."""
-        self._tokens = torch.tensor(tokens_of(step.rows, self._table.shape[1]))
+        self._tokens = torch.tensor(tokens_of(rows, self._table.shape[1]))
 
     def played(self, call: ExpertCall) -> ExpertCall:
         """Wrap an expert call so that it gets the played ids instead of the gate's."""
@@ -96,12 +97,12 @@ def table_of(trace: Trace, top_k: int) -> NDArray[np.int64]:
     return table[:, whole]
 
 
-def tokens_of(rows: Sequence[Row], num_tokens: int) -> list[int]:
+def tokens_of(rows: Sequence[Run], num_tokens: int) -> list[int]:
     """Say which of a trace's tokens each row of a step plays: [T]."""
     tokens: list[int] = []
-    for row in rows:
-        start = zlib.crc32(row.sequence.request_id.encode())
-        tokens += [(start + position) % num_tokens for position in range(row.begin, row.end)]
+    for request_id, begin, end in rows:
+        start = zlib.crc32(request_id.encode())
+        tokens += [(start + position) % num_tokens for position in range(begin, end)]
     return tokens
 
 

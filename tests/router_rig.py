@@ -81,17 +81,18 @@ class RouterRig:
     def is_idle(self) -> bool:
         """Whether nothing is left of any request."""
         engine = self.engine
-        waited = engine.wait_idle(PATIENCE_S)
-        scheduler = engine._scheduler
-        left = [engine._by_key, engine._requests, engine._counts, scheduler._running, scheduler._waiting._lines]
-        is_free = engine._pool.num_free == engine._pool.num_blocks
-        return waited and engine.is_alive and not any(left) and is_free and engine._num_tokens == 0
+        waited = engine.commands.wait_idle(PATIENCE_S)
+        scheduler = engine.scheduler
+        requests = engine._requests
+        left = [requests._by_key, requests._requests, scheduler._running, scheduler._waiting._lines]
+        is_free = scheduler.pool.num_free == scheduler.pool.num_blocks
+        return waited and engine.commands.is_served and not any(left) and is_free and requests.num_tokens == 0
 
     async def _talk(self, frames: Sequence[pb.AttachRequest], wants: Iterable[tuple[str, int]] | None) -> Outcomes:
         outboxes = Outboxes(asyncio.get_running_loop())
         service = RouterService(outboxes)
-        service.open(self.engine, self.model, [1])
-        self.engine._deliver = outboxes.deliver
+        service.open(self.engine.commands, self.engine.listeners, self.model, [1])
+        self.engine._news.deliver = outboxes.deliver
         is_over = asyncio.Event()
 
         async def requests() -> AsyncIterator[pb.AttachRequest]:
@@ -119,7 +120,7 @@ class RouterRig:
             is_over.set()
             await stream.aclose()
             # What was asked of the engine is done before this loop, to which it reports, ends.
-            await asyncio.to_thread(self.engine.wait_idle, PATIENCE_S)
+            await asyncio.to_thread(self.engine.commands.wait_idle, PATIENCE_S)
         return outcomes
 
 

@@ -19,7 +19,8 @@ from expert_svc.budget import plan_memory
 from expert_svc.buffer import BufferTotals, ExpertBuffer, Visit
 from expert_svc.memory import bytes_of
 from expert_svc.tiers import Source, Tier
-from router_svc.model_loader import RouterModel, load_router_model
+from router_svc.model_loader import load_router_model
+from router_svc.router_model import RouterModel
 from tests.checkpoints import MAX_LENGTH
 from tests.oracle import Oracle
 

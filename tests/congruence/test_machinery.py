@@ -19,7 +19,7 @@ from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.client import AsyncClient, Client
 from collegium.model.manifest import ensure_manifest
 from collegium.model.sampling import SamplingParams
-from router_svc.engine import Load, News
+from router_svc.news import Load, News
 from router_svc.sequence import Finish, Sequence, StopRules
 from tests.oracle import Oracle
 
@@ -183,14 +183,14 @@ def test_a_cancelled_sequence_gives_its_blocks_back_within_one_step(oracle: Orac
                 ended = item.sequence.finish is Finish.CANCELLED
                 seen.append((step, ended, load))
                 if len(seen) == 3:
-                    engine.cancel(7, "doomed")
+                    engine.commands.cancel(7, [("doomed", None)])
                 if ended:
                     done.set()
 
-        engine._deliver = deliver  # the engine's thread has nothing to report yet
-        engine.attach(7)
+        engine._news.deliver = deliver  # the engine's thread has nothing to report yet
+        engine.commands.attach(7)
         sampling, rules = SamplingParams(), StopRules(max_tokens=LONG)
-        engine.submit(
+        engine.commands.submit(
             [Sequence(owner=7, request_id="doomed", choice_index=0, prompt_ids=[9, 10], sampling=sampling, rules=rules)]
         )
         assert done.wait(PATIENCE_S)
@@ -214,18 +214,18 @@ def test_a_router_is_idle_only_when_the_end_of_every_sequence_was_delivered(orac
 
         def deliver(owner: int, news: list[News], load: Load, step: int) -> None:
             if news:
-                idle.append(engine.wait_idle(0.0))
+                idle.append(engine.commands.wait_idle(0.0))
                 if news[0].sequence.has_ended:
                     done.set()
 
-        engine._deliver = deliver  # the engine's thread has nothing to report yet
-        engine.attach(7)
-        assert engine.wait_idle(PATIENCE_S)
+        engine._news.deliver = deliver  # the engine's thread has nothing to report yet
+        engine.commands.attach(7)
+        assert engine.commands.wait_idle(PATIENCE_S)
         rules = StopRules(max_tokens=3)
-        engine.submit(
+        engine.commands.submit(
             [Sequence(owner=7, request_id="r", choice_index=0, prompt_ids=[9], sampling=SamplingParams(), rules=rules)]
         )
-        assert not engine.wait_idle(0.0) or done.is_set()  # what waits to be taken counts as well
+        assert not engine.commands.wait_idle(0.0) or done.is_set()  # what waits to be taken counts as well
         assert done.wait(PATIENCE_S)
-        assert engine.wait_idle(PATIENCE_S)
+        assert engine.commands.wait_idle(PATIENCE_S)
     assert idle == [False] * 3

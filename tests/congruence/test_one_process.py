@@ -11,7 +11,8 @@ from benchmarks.one_process import OneProcess, Request
 from collegium.model.architectures import ARCHITECTURES
 from collegium.model.sampling import SamplingParams
 from router_svc.expert_calls import ExpertsUnavailableError
-from router_svc.model_loader import RouterModel, load_router_model
+from router_svc.model_loader import load_router_model
+from router_svc.router_model import RouterModel
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
 from tests.poison import poisoned
@@ -46,8 +47,8 @@ def test_tokens_and_logprobs_equal_transformers_under_preemption_and_staggered_a
     model = loaded(checkpoint)
     with OneProcess(checkpoint, num_workers=num_workers, kv_tokens=128, max_batch_tokens=24, model=model) as cluster:
         answers = cluster.run(requests)
-        num_preemptions, steps = cluster.engine.num_preemptions, cluster.engine.totals.steps
-        load = cluster.engine.load()
+        num_preemptions, steps = cluster.engine.scheduler.num_preemptions, cluster.engine.totals.steps
+        load = cluster.engine.scheduler.load()
     for reference, choices in zip(references, answers, strict=True):
         for answer in choices:
             assert answer.failure == ""

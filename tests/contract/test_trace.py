@@ -24,7 +24,7 @@ from collegium.cli.main import main
 from collegium.fabric import rpc
 from collegium.fabric.errors import ResourceExhausted, Unavailable
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
-from router_svc.recorder import LayerChoices, StepChoices
+from router_svc.choices import LayerChoices, StepChoices
 from router_svc.service import Outboxes, RouterService
 from tests.gateway_rig import error_of, gather, until
 from tests.oracle import Oracle
@@ -48,7 +48,7 @@ class Served:
     @property
     def listeners(self) -> tuple[Any, ...]:
         """Whom the engine tells."""
-        return self.cluster.engine.recorder._listeners
+        return self.cluster.engine.listeners._members
 
     async def run(self) -> None:
         """Serve the requests to their ends."""
@@ -65,7 +65,7 @@ async def serve(oracle: Oracle, **options: Any) -> AsyncIterator[Served]:
     router_pb2_grpc.add_RouterServicer_to_server(service, server.grpc)
     with OneProcess(oracle.checkpoint("mixtral"), **({"num_workers": 2} | options)) as cluster:
         model = inference_pb2.Model(name="tiny", architecture="mixtral", num_moe_layers=3, num_experts=8, top_k=2)
-        service.open(cluster.engine, model, [EXPERT_BYTES] * 3)
+        service.open(cluster.engine.commands, cluster.engine.listeners, model, [EXPERT_BYTES] * 3)
         address = await server.start("127.0.0.1:0")
         try:
             async with aio.insecure_channel(address) as channel:
@@ -87,7 +87,7 @@ async def test_every_position_of_every_sequence_is_told_once_even_where_it_is_co
         header = (await first(call)).header
         assert (header.model.name, list(header.expert_bytes)) == ("tiny", [EXPERT_BYTES] * 3)
         _, messages = await asyncio.gather(served.run(), gather(call))
-        assert served.cluster.engine.num_preemptions > 0
+        assert served.cluster.engine.scheduler.num_preemptions > 0
         assert served.listeners == ()
     for step in (message.step for message in messages):
         for layer in step.layers:
@@ -151,7 +151,7 @@ async def test_a_router_that_drains_ends_its_traces_and_one_that_loads_has_none(
         served.service.is_draining = True
         served.service.end_traces()
         error, again = await error_of(call), await error_of(served.stub.Trace(router_pb2.TraceRequest()))
-        served.service._engine = None
+        served.service._commands = None
         loading = await error_of(served.stub.Trace(router_pb2.TraceRequest()))
     assert [(type(one), one.reason) for one in (error, again, loading)] == [
         (Unavailable, "DRAINING"),

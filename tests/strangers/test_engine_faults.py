@@ -16,15 +16,14 @@ from collegium.fabric.errors import ResourceExhausted
 from collegium.model.sampling import SamplingParams
 from collegium.v1 import inference_pb2 as ipb
 from collegium.v1 import router_pb2 as pb
-from router_svc import engine as engine_module
-from router_svc import messages
+from router_svc import live_sequences, messages, sampler
+from router_svc.choices import LayerChoices, StepChoices
 from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertFailedError, ExpertsUnavailableError
-from router_svc.recorder import LayerChoices, StepChoices
-from router_svc.scheduler import Step
 from router_svc.sequence import Sequence, StopRules
 from router_svc.sequence_life import SequenceLife
 from router_svc.service import Outboxes, RouterService
+from router_svc.step import Step
 from tests.oracle import Oracle
 from tests.router_rig import Outcomes, RouterRig, router_rig
 
@@ -86,16 +85,16 @@ def spoil_forward(
 ) -> list[int]:
     """Let forward passes fail after they have written the cache; returns the sizes of the steps that were tried."""
     tried: list[int] = []
-    real = engine._forward
+    real = engine._forward.run
 
-    def forward(step: Step, parts: list[Step], keep: list[int]) -> Any:
+    def run(step: Step, *args: Any) -> Any:
         tried.append(len(step.rows))
-        logits = real(step, parts, keep)
+        logits = real(step, *args)
         if when(step):
             raise error or RuntimeError("injected")
         return logits
 
-    monkeypatch.setattr(engine, "_forward", forward)
+    monkeypatch.setattr(engine._forward, "run", run)
     return tried
 
 
@@ -182,8 +181,8 @@ def test_a_spoilt_step_of_several_micro_batches_costs_the_others_nothing(
     rig: RouterRig, answers: Outcomes, monkeypatch: pytest.MonkeyPatch, num_parts: int
 ) -> None:
     engine = rig.engine
-    monkeypatch.setattr(engine._micro_batching, "_fixed", num_parts)
-    compute, calls = engine._calls.compute, Counter[int]()
+    monkeypatch.setattr(engine._forward._micro_batching, "_fixed", num_parts)
+    compute, calls = rig.cluster.calls.compute, Counter[int]()
 
     def failing(layer: int, *args: Any) -> Any:  # in the middle of a layer, with other parts amid theirs
         calls[layer] += 1
@@ -191,11 +190,11 @@ def test_a_spoilt_step_of_several_micro_batches_costs_the_others_nothing(
             raise RuntimeError("injected")
         return compute(layer, *args)
 
-    engine._model.set_expert_call(failing)
+    rig.cluster.model.set_expert_call(failing)
     try:
         outcomes = rig.ask(*crowd(rig))
     finally:
-        engine._model.set_expert_call(compute, engine._calls.compute_step)
+        rig.cluster.model.set_expert_call(compute, rig.cluster.calls.compute_step)
     assert calls[1] > 5
     served = {key: outcome for key, outcome in outcomes.items() if outcome.failure is None}
     assert len(served) >= 5
@@ -205,21 +204,23 @@ def test_a_spoilt_step_of_several_micro_batches_costs_the_others_nothing(
 
 SEQUENCE_FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Engine], None]] = {
     "sampling": lambda patch, engine: patch.setattr(
-        engine, "_sample_row", raising(engine._sample_row, lambda sequence: is_bad(sequence))
+        engine._sampler, "_sample_row", raising(engine._sampler._sample_row, lambda sequence: is_bad(sequence))
     ),
     "the sampler": lambda patch, engine: patch.setattr(
-        engine_module,
+        sampler,
         "sample",
-        raising(engine_module.sample, lambda logits, rows: any(row.num_logprobs == 7 for row in rows)),
+        raising(sampler.sample, lambda logits, rows: any(row.num_logprobs == 7 for row in rows)),
     ),
     "its counts": lambda patch, engine: patch.setattr(
-        engine_module, "TokenCounts", raising(engine_module.TokenCounts, lambda prompt, *_, **__: prompt == [50, 51])
+        sampler, "TokenCounts", raising(sampler.TokenCounts, lambda prompt, *_, **__: prompt == [50, 51])
     ),
     "taking a token": lambda patch, engine: patch.setattr(
-        engine, "_take", raising(engine._take, lambda sequence, *_: is_bad(sequence) and len(sequence.output_ids) == 3)
+        engine._sampler,
+        "_take",
+        raising(engine._sampler._take, lambda sequence, *_: is_bad(sequence) and len(sequence.output_ids) == 3),
     ),
     "committing": lambda patch, engine: patch.setattr(
-        engine._scheduler, "commit_row", raising(engine._scheduler.commit_row, lambda row: is_bad(row.sequence))
+        engine.scheduler, "commit_row", raising(engine.scheduler.commit_row, lambda row: is_bad(row.sequence))
     ),
     "naming blocks": lambda patch, engine: patch.setattr(
         Sequence, "block_names", raising(Sequence.block_names, lambda self, _: is_bad(self) and self.num_computed > 0)
@@ -243,7 +244,7 @@ def test_what_fails_for_one_sequence_of_a_step_ends_it_alone(
 
 
 def test_a_score_that_fails_ends_alone(rig: RouterRig, answers: Outcomes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "token_logprobs", raising(engine_module.token_logprobs, lambda *_: True))
+    monkeypatch.setattr(sampler, "token_logprobs", raising(sampler.token_logprobs, lambda *_: True))
     outcomes = rig.ask(*crowd(rig, is_score=True))
     check_canaries(outcomes, answers)
     check_failed(outcomes, "STEP_FAILED")
@@ -252,10 +253,10 @@ def test_a_score_that_fails_ends_alone(rig: RouterRig, answers: Outcomes, monkey
 
 COMMAND_FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Engine], None]] = {
     "its times": lambda patch, engine: patch.setattr(
-        engine_module, "SequenceLife", raising(SequenceLife, lambda _, request_id, *__, **___: request_id == "bad")
+        live_sequences, "SequenceLife", raising(SequenceLife, lambda _, request_id, *__, **___: request_id == "bad")
     ),
     "queueing it": lambda patch, engine: patch.setattr(
-        engine._scheduler, "add", raising(engine._scheduler.add, lambda one: is_bad(one) and one.choice_index == 1)
+        engine.scheduler, "add", raising(engine.scheduler.add, lambda one: is_bad(one) and one.choice_index == 1)
     ),
 }
 
@@ -280,10 +281,10 @@ def test_a_submission_that_fails_half_way_ends_alone_and_gives_everything_back(
 def test_a_command_that_fails_ends_the_request_that_it_names_alone(
     rig: RouterRig, answers: Outcomes, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    scheduler, end = rig.engine._scheduler, rig.engine._end
+    scheduler, live = rig.engine.scheduler, rig.engine._live
     monkeypatch.setattr(scheduler, "pause", raising(scheduler.pause, lambda one, **_: is_bad(one)))
     # A cancellation ends with a finish, giving up with a failure.
-    monkeypatch.setattr(rig.engine, "_end", raising(end, lambda one, finish, *_: is_bad(one) and finish is not None))
+    monkeypatch.setattr(live, "end", raising(live.end, lambda one, finish, *_: is_bad(one) and finish is not None))
     refs = [pb.SequenceRef(request_id="bad")]
     frame = pb.AttachRequest(submissions=crowd(rig, stopping=ipb.Stopping(max_tokens=300, ignore_eos=True)))
     field = {"cancel": frame.cancellations, "pause": frame.pauses, "unpause": frame.unpauses}[name]
@@ -312,17 +313,17 @@ def test_an_owner_that_cannot_be_reached_loses_its_sequences_and_nobody_elses(
     rig: RouterRig, answers: Outcomes
 ) -> None:
     engine = rig.engine
-    lost, deliver = 1_000_001, engine._deliver
-    engine._deliver = raising(deliver, lambda owner, *_: owner == lost)  # from the first time on
-    engine.attach(lost)
-    engine.submit([_sequence(lost)])
-    assert engine.wait_idle(30)
-    engine._deliver = deliver
-    engine.attach(lost)
-    engine._deliver = raising(lambda *_: None, lambda owner, news, *_: bool(news))
-    engine.submit([_sequence(lost)])
-    assert engine.wait_idle(30)
-    engine.detach(lost)
+    lost, deliver = 1_000_001, engine._news.deliver
+    engine._news.deliver = raising(deliver, lambda owner, *_: owner == lost)  # from the first time on
+    engine.commands.attach(lost)
+    engine.commands.submit([_sequence(lost)])
+    assert engine.commands.wait_idle(30)
+    engine._news.deliver = deliver
+    engine.commands.attach(lost)
+    engine._news.deliver = raising(lambda *_: None, lambda owner, news, *_: bool(news))
+    engine.commands.submit([_sequence(lost)])
+    assert engine.commands.wait_idle(30)
+    engine.commands.detach(lost)
     check_canaries(rig.ask(*crowd(rig)), answers)
     assert rig.is_idle()
 
@@ -346,13 +347,13 @@ def test_a_listener_that_fails_is_told_no_more_and_the_step_is_taken(rig: Router
         raise RuntimeError("injected")
 
     heard: list[StepChoices] = []
-    rig.engine.recorder.add(fail)
-    rig.engine.recorder.add(heard.append)
+    rig.engine.listeners.add(fail)
+    rig.engine.listeners.add(heard.append)
     try:
         check_canaries(rig.ask(*crowd(rig)), answers)
-        assert rig.engine.recorder._listeners == (heard.append,)
+        assert rig.engine.listeners._members == (heard.append,)
     finally:
-        rig.engine.recorder.remove(heard.append)
+        rig.engine.listeners.remove(heard.append)
     assert len(told) == 1 and len(heard) >= 6
     assert rig.is_idle()
 
@@ -375,10 +376,10 @@ def test_a_deadline_passes_for_one_and_each_later_one_is_still_seen(rig: RouterR
 def test_what_a_router_holds_for_gateways_is_bounded_and_told(
     rig: RouterRig, answers: Outcomes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = rig.engine.totals.refused["QUEUE_FULL"]
+    refused = rig.engine.commands.refused["QUEUE_FULL"]
     for limit in ("_max_queued_seqs", "_max_queued_tokens"):
         with monkeypatch.context() as patch:
-            patch.setattr(rig.engine, limit, 40)
+            patch.setattr(rig.engine._requests, limit, 40)
             many = pb.ChoiceStart(choice_index=0, output_ids=[5] * 30)
             choices = [many] if limit.endswith("tokens") else [pb.ChoiceStart(choice_index=i) for i in range(40)]
             stopping = ipb.Stopping(max_tokens=40, ignore_eos=True)
@@ -387,15 +388,15 @@ def test_what_a_router_holds_for_gateways_is_bounded_and_told(
         check_failed(outcomes, "QUEUE_FULL", code=RESOURCE_EXHAUSTED)
         failure = outcomes["bad", 0].failure
         assert failure is not None and f"-{limit[1:]}".replace("_", "-") in failure.message
-    assert rig.engine.totals.refused["QUEUE_FULL"] == refused + 2
+    assert rig.engine.commands.refused["QUEUE_FULL"] == refused + 2
     assert rig.is_idle()
 
 
 async def test_streams_and_traces_beyond_a_limit_are_refused(rig: RouterRig) -> None:
     outboxes = Outboxes(asyncio.get_running_loop())
     service = RouterService(outboxes, max_gateways=2, max_traces=2)
-    service.open(rig.engine, rig.model, [1])
-    rig.engine._deliver = outboxes.deliver
+    service.open(rig.engine.commands, rig.engine.listeners, rig.model, [1])
+    rig.engine._news.deliver = outboxes.deliver
 
     async def silence() -> Any:
         await asyncio.Event().wait()
@@ -415,16 +416,16 @@ async def test_streams_and_traces_beyond_a_limit_are_refused(rig: RouterRig) -> 
         await anext(again := open_one())  # there is room again
         for stream in (*streams, again):
             await stream.aclose()
-    assert rig.engine.recorder._listeners == ()
+    assert rig.engine.listeners._members == ()
     assert len(outboxes) == 0
 
 
 async def test_a_trace_that_is_not_read_keeps_a_bounded_number_of_choices(rig: RouterRig) -> None:
     service = RouterService(Outboxes(asyncio.get_running_loop()))
-    service.open(rig.engine, rig.model, [1])
+    service.open(rig.engine.commands, rig.engine.listeners, rig.model, [1])
     trace: Any = service.Trace(pb.TraceRequest(), None)  # type: ignore[arg-type]
     await anext(trace)
-    (listener,) = rig.engine.recorder._listeners
+    (listener,) = rig.engine.listeners._members
     shape, missed = (100_000, 8), np.zeros(0, np.uint16)
     layer = LayerChoices(layer=0, ids=np.zeros(shape, np.int64), weights=np.zeros(shape, np.float32), missed=missed)
     step = StepChoices(step=1, sequences=[1], positions=[0], num_decode_rows=0, layers=[layer])

@@ -32,6 +32,7 @@ from router_svc import model_loader
 from router_svc.lengths import served_positions
 from router_svc.model_loader import load_router_model
 from router_svc.paged_attention import ATTENTION_NAME, attend_packed
+from router_svc.remote_experts import RemoteExperts
 from tests.oracle import Oracle
 
 REFUSALS = (CheckpointError, UnsupportedModelError)
@@ -487,7 +488,7 @@ def test_what_is_not_refused_before_anything_starts_is_built(
     module = sys.modules[AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[arch]].__module__]
     with pytest.MonkeyPatch.context() as patched:  # as a router does, which looks through every module at each load
         for name in [name for name in vars(module) if re.match(model_loader._EXPERTS_CLASS, name)]:
-            patched.setattr(module, name, model_loader.RemoteExperts)
+            patched.setattr(module, name, RemoteExperts)
         for one in random.Random(1).sample([*accepted.values()], min(num_built, len(accepted))):
             path.write_text(json.dumps(one))
             try:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -316,10 +317,9 @@ async def test_a_placement_of_another_shape_reaches_neither_rows_nor_weights() -
             self.epoch = placement.epoch
 
     calls: Any = Calls()
-    nothing: Any = None
     keeper = LinkKeeper(
         calls,
-        nothing,
+        dtype=torch.float32,
         digest="",
         parts={},
         max_rows=1,
@@ -334,6 +334,7 @@ async def test_a_placement_of_another_shape_reaches_neither_rows_nor_weights() -
     keeper.take(view(7))
     assert calls.epoch == 7
 
+    nothing: Any = None
     homes = HomeKeeper(nothing, nothing, lambda: None, num_experts=[2, 2])
     membership: Any = type("Membership", (), {"member_id": "a"})()
     homes._membership = membership  # pyright: ignore[reportPrivateUsage]

@@ -240,14 +240,14 @@ def test_many_wrong_submissions_in_one_frame_are_refused_in_few_frames(rig: Rout
 async def test_refusals_that_nobody_reads_end_the_stream_before_they_are_all_made(rig: RouterRig) -> None:
     outboxes = Outboxes(asyncio.get_running_loop())
     service = RouterService(outboxes)
-    service.open(rig.engine, rig.model, [1])
-    rig.engine._deliver = outboxes.deliver
+    service.open(rig.engine.commands, rig.engine.listeners, rig.model, [1])
+    rig.engine._news.deliver = outboxes.deliver
     owner, attached = outboxes.open()
     wrong = rig.submission("r" * 250, prompt_ids=[], choices=starts(*range(64)))
-    before = rig.engine.totals.refused["INVALID_SUBMISSION"]
-    service._take(rig.engine, owner, pb.AttachRequest(submissions=[wrong] * 10_000))
+    before = rig.engine.commands.refused["INVALID_SUBMISSION"]
+    service._take(rig.engine.commands, owner, pb.AttachRequest(submissions=[wrong] * 10_000))
     assert attached.is_cut
-    assert rig.engine.totals.refused["INVALID_SUBMISSION"] - before < 5000
+    assert rig.engine.commands.refused["INVALID_SUBMISSION"] - before < 5000
     assert attached.outbox.qsize() == 1
 
 

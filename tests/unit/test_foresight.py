@@ -1,7 +1,6 @@
 """What a gate foretells: the next layer's choices on every architecture, and how it is told to workers."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +13,8 @@ from collegium.link.frame import Dispatch, Hint, LinkClosed, Reply
 from collegium.model.architectures import ARCHITECTURES
 from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
-from router_svc.model_loader import RemoteExperts, RouterModel, load_router_model
+from router_svc.model_loader import load_router_model
+from router_svc.remote_experts import RemoteExperts
 from router_svc.token_memory import TokenMemory
 from tests.checkpoints import Variant
 from tests.oracle import Oracle
@@ -48,7 +48,7 @@ def test_where_the_next_block_sees_the_same_rows_its_choices_are_foretold_exactl
     arch: str, variant: Variant, oracle: Oracle
 ) -> None:
     model = load_router_model(oracle.checkpoint(arch, variant), torch.float32, torch.device("cpu"))
-    foresight = Foresight(model)
+    foresight = Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device)
     num_layers = len(model.moe_layers)
     assert foresight.layers == tuple(range(num_layers))
     blocks = [m for m in model.model.modules() if isinstance(getattr(m, "experts", None), RemoteExperts)]
@@ -90,18 +90,18 @@ class Demanding(nn.Module):
         return rows * temperature
 
 
-def model_of(gate: nn.Module | None) -> RouterModel:
-    return cast(RouterModel, SimpleNamespace(model=nn.ModuleList([Block(gate)]), top_k=2, device=torch.device("cpu")))
+def foresight_of(gate: nn.Module | None) -> Foresight:
+    return Foresight({0: Block(gate)}, top_k=2, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("gate", [None, Demanding()])
 def test_a_layer_without_a_gate_that_can_be_asked_is_not_foretold(gate: nn.Module | None) -> None:
-    assert Foresight(model_of(gate)).layers == ()
+    assert foresight_of(gate).layers == ()
 
 
 def test_a_gate_that_fails_is_not_asked_again() -> None:
     gate = Broken()
-    foresight = Foresight(model_of(gate))
+    foresight = foresight_of(gate)
     assert foresight.predict(0, torch.zeros(1, 4)) is None
     assert foresight.predict(0, torch.zeros(1, 4)) is None
     assert gate.num_calls == 1

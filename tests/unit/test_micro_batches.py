@@ -12,9 +12,9 @@ from torch import nn
 
 from collegium.model.sampling import SamplingParams
 from router_svc.micro_batches import MicroBatching
-from router_svc.scheduler import Row, Step
 from router_svc.sequence import Sequence, StopRules
 from router_svc.shared_experts import wrap
+from router_svc.step import Row, Step
 from router_svc.turns import by_turns, pause
 
 

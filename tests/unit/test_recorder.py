@@ -3,9 +3,10 @@
 import numpy as np
 
 from collegium.model.sampling import SamplingParams
-from router_svc.recorder import Recorder, StepChoices
-from router_svc.scheduler import Row, Step
+from router_svc.choices import Listeners, StepChoices
+from router_svc.recorder import Recorder
 from router_svc.sequence import Sequence, StopRules
+from router_svc.step import Row, Step
 
 
 def grown(number: int) -> Sequence:
@@ -40,9 +41,9 @@ def visit(recorder: Recorder, step: Step, *, layers: int = 2) -> None:
 
 def listening() -> tuple[Recorder, list[StepChoices]]:
     told: list[StepChoices] = []
-    recorder = Recorder()
-    recorder.add(told.append)
-    return recorder, told
+    listeners = Listeners()
+    listeners.add(told.append)
+    return Recorder(listeners), told
 
 
 def test_a_step_is_told_with_its_sequences_positions_and_ranked_choices() -> None:
@@ -87,15 +88,16 @@ def test_positions_that_a_preempted_sequence_computes_anew_are_not_told_again() 
 
 
 def test_without_a_listener_nothing_is_asked_for_and_one_that_comes_late_hears_whole_steps_only() -> None:
-    recorder, told = Recorder(), list[StepChoices]()
+    listeners, told = Listeners(), list[StepChoices]()
+    recorder = Recorder(listeners)
     step = step_of([], [(grown(1), 0, 2)])
     assert recorder.begin(step) is None
-    recorder.add(told.append)
+    listeners.add(told.append)
     recorder.commit(step, 1)
     assert told == []
     visit(recorder, step)
     recorder.commit(step, 2)
-    recorder.remove(told.append)
+    listeners.remove(told.append)
     assert recorder.begin(step) is None
     recorder.commit(step, 3)
     assert [choices.step for choices in told] == [2]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from collegium.model.sampling import SamplingParams
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, block_hash, num_blocks_for
-from router_svc.scheduler import Scheduler, Step
+from router_svc.scheduler import Scheduler
 from router_svc.sequence import Finish, Sequence, StopRules
+from router_svc.step import Step
 
 
 def sequence(name: int, prompt: int, max_tokens: int = 4, *, common: bool = False, **fields: object) -> Sequence:

@@ -16,11 +16,11 @@ from collegium.buffering.traces import TraceWriter, read_trace
 from collegium.fabric.errors import FailedPrecondition
 from collegium.model.sampling import SamplingParams
 from router_svc.app import read_unsafe_routing
-from router_svc.recorder import StepChoices
-from router_svc.scheduler import Row, Step
+from router_svc.choices import StepChoices
 from router_svc.sequence import Sequence as Grown
 from router_svc.sequence import StopRules
 from router_svc.settings import Settings
+from router_svc.step import Row, Step
 from router_svc.unsafe_routing import UnsafeRouting, UnsafeRoutingError, load_unsafe_routing, table_of, tokens_of
 from tests.oracle import Oracle
 
@@ -71,7 +71,7 @@ def play(routing: UnsafeRouting, step: Step, layer: int, weights: Tensor) -> Ten
         seen.append(ids)
         return x
 
-    routing.begin(step)
+    routing.begin([(row.sequence.request_id, row.begin, row.end) for row in step.rows])
     routing.played(call)(layer, torch.zeros(step.num_rows, 4), torch.full(weights.shape, 7), weights)
     return seen[0]
 
@@ -178,11 +178,11 @@ def test_requests_wake_the_experts_of_the_file_and_a_perfect_foresight_names_eac
     with OneProcess(
         oracle.checkpoint("mixtral"), num_workers=2, unsafe_routing=routing, expert_memory="60%"
     ) as cluster:
-        cluster.engine.recorder.add(told.append)
+        cluster.engine.listeners.add(told.append)
         ((answer,),) = cluster.run([Request(prompt_ids=[9, 10, 11], max_tokens=6)])
         totals = cluster.calls.totals
     assert answer.failure == ""
-    (start,) = tokens_of([Row(sequence=grown("request-1"), begin=0, num_rows=1)], 11)
+    (start,) = tokens_of([("request-1", 0, 1)], 11)
     for choices in told:
         for layer in choices.layers:
             played = [sorted(table[layer.layer % 2, (start + p) % 11].tolist()) for p in choices.positions]

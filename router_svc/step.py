@@ -1,0 +1,101 @@
+"""One forward pass: which sequences compute how many rows of it.
+
+Owns nothing: a step is a value that the scheduler forms and everybody else reads. Its rows are packed in one batch,
+those of decoding sequences first, then chunks of prompts.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from router_svc.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A sequence's part of a step: compute `num_rows` tokens from `begin` on."""
+
+    sequence: Sequence
+    begin: int
+    num_rows: int
+
+    @property
+    def end(self) -> int:
+        """Position after the last row."""
+        return self.begin + self.num_rows
+
+    @property
+    def blocks(self) -> list[int]:
+        """KV blocks of the sequence."""
+        return self.sequence.blocks
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the next token can be drawn after this step."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One forward pass: decode rows first, then chunks."""
+
+    decodes: tuple[Row, ...]
+    chunks: tuple[Row, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All parts in the order of the packed batch."""
+        return self.decodes + self.chunks
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the packed batch."""
+        return len(self.decodes) + sum(row.num_rows for row in self.chunks)
+
+    @property
+    def kind(self) -> str:
+        """What it holds: "decode", "prefill" or "mixed"."""
+        return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
+
+    def halves(self) -> "tuple[Step, Step]":
+        """Part the sequences into two steps of about as many each. Needs two sequences or more."""
+        middle, num_decodes = len(self.rows) // 2, len(self.decodes)
+        return (
+            Step(decodes=self.decodes[:middle], chunks=self.chunks[: max(0, middle - num_decodes)]),
+            Step(decodes=self.decodes[middle:], chunks=self.chunks[max(0, middle - num_decodes) :]),
+        )
+
+    def split(self, num_parts: int) -> "list[Step]":
+        """Part the packed batch into steps of as many rows each as can be, in its order; a chunk may be parted.
+
+        Needs at least as many rows as parts. A later part of a chunk attends to what an earlier one stores.
+        """
+        bounds = [self.num_rows * part // num_parts for part in range(num_parts + 1)]
+        decodes: list[list[Row]] = [[] for _ in range(num_parts)]
+        chunks: list[list[Row]] = [[] for _ in range(num_parts)]
+        at = 0
+        for idx, row in enumerate(self.rows):
+            for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                first, last = max(begin, at), min(end, at + row.num_rows)
+                if first < last:
+                    piece = Row(sequence=row.sequence, begin=row.begin + first - at, num_rows=last - first)
+                    (decodes if idx < len(self.decodes) else chunks)[part].append(piece)
+            at += row.num_rows
+        return [Step(decodes=tuple(d), chunks=tuple(c)) for d, c in zip(decodes, chunks, strict=True)]
+
+    def kept_rows(self) -> tuple[list[int], dict[Sequence, tuple[int, int]]]:
+        """List the rows of the packed batch that need logits, and where each sequence's lie among these.
+
+        Returns the rows, and begin and end by sequence.
+        """
+        keep: list[int] = []
+        spans: dict[Sequence, tuple[int, int]] = {}
+        at = 0
+        for row in self.rows:
+            begin = len(keep)
+            if row.sequence.is_score:
+                keep += range(at, at + row.num_rows - int(row.reaches_end))
+            elif row.reaches_end:
+                keep.append(at + row.num_rows - 1)
+            spans[row.sequence] = (begin, len(keep))
+            at += row.num_rows
+        return keep, spans
