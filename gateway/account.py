@@ -14,9 +14,9 @@ from opentelemetry import trace
 from collegium.fabric import logs, metrics
 from collegium.fabric.errors import CollegiumError, DeadlineExceeded, Internal
 from gateway.counts import Counts
+from gateway.fields import is_plain_id
 from gateway.generation import Generation
 from gateway.relay import Arrival
-from gateway.validation import is_plain_id
 
 PROVIDER = "collegium"
 SCORE = "score"

@@ -14,7 +14,7 @@ from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import router_pb2
 from gateway.attachment import Seat
 from gateway.choice import Choice, total_tokens
-from gateway.validation import Accepted
+from gateway.requests import Accepted
 
 # Ids that may wait for a caller who does not read before its sequences are held at the router.
 MAX_PENDING_TOKENS = 256

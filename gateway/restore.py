@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
-from gateway.validation import Accepted, Progress
+from gateway.requests import Accepted, Progress
 
 _SLICE_TOKENS = 256  # a few milliseconds of work
 

@@ -21,7 +21,7 @@ from grpc import aio
 from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
-from gateway import validation
+from gateway import fields, requests
 from gateway.account import SCORE, Account, Accounts
 from gateway.admission import Admission, Ticket
 from gateway.auth import caller_of
@@ -31,12 +31,12 @@ from gateway.counts import Counts
 from gateway.generation import Generation
 from gateway.pool import RouterPool
 from gateway.relay import Relay, Write
+from gateway.requests import Accepted, Progress
 from gateway.restore import restore
 from gateway.scoring import Scoring
 from gateway.stops import StopStrings
 from gateway.texts import Texts
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Accepted, Progress
 
 Context = aio.ServicerContext[Any, Any]
 _NOTHING: Mapping[int, Progress] = MappingProxyType({})
@@ -98,7 +98,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """End a running request: its stream ends well, with FINISH_REASON_CANCELLED."""
-        if not validation.check_request_id(request.request_id):
+        if not fields.check_request_id(request.request_id):
             raise InvalidArgument("no request is named", field="request_id", remedy="give the id of a request")
         running = self.running(request.request_id)
         for generation in running:
@@ -109,10 +109,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Score a text in one answer."""
         async with self._account(SCORE, context) as account:
             model = self._pool.model
-            prompt = validation.check_score(request, model=model, tokenizer=self._tokenizer)
+            prompt = requests.check_score(request, model=model, tokenizer=self._tokenizer)
             with self._admission.admitted() as ticket:
                 token_ids = await self._texts.ids_of(prompt, max_tokens=model.max_model_len)
-                token_ids = validation.check_scored(token_ids, prompt.field, model)
+                token_ids = requests.check_scored(token_ids, prompt.field, model)
                 self._queue(ticket, token_ids)
                 response = await self._relay.score(Scoring(token_ids), token_ids, account.arrival)
             self._counts.successes[SCORE] += 1
@@ -124,7 +124,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Describe the model."""
-        validation.check_model(request.model, self._pool.model)
+        fields.check_model(request.model, self._pool.model)
         return pb.GetModelResponse(model=self._described())
 
     async def GetCluster(self, request: pb.GetClusterRequest, context: Context) -> pb.GetClusterResponse:
@@ -150,7 +150,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], write: Write, account: Account
     ) -> None:
         model = self._pool.model
-        asked = validation.check_generate(
+        asked = requests.check_generate(
             request,
             model=model,
             tokenizer=self._tokenizer,
@@ -161,7 +161,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             num_sequences=asked.num_choices, num_output_tokens=asked.num_output_tokens
         ) as ticket:
             accepted = asked.accept(await self._texts.ids_of(asked.prompt, max_tokens=model.max_model_len))
-            given = validation.check_progress(progress, accepted, model)
+            given = requests.check_progress(progress, accepted, model)
             choices = await self._choices(accepted, given, model)
             generation = Generation(accepted, choices, model=model.name)
             if not generation.is_finished:  # a resumed stream may have only its end left

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gateway.requests import Prompt
 from gateway.text_process import TextProcess
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Prompt
 
 _SMALL_CHARS = 4096
 # Longer jobs have a process of their own, so that a conversation never waits behind a book.

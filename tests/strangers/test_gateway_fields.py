@@ -14,18 +14,11 @@ from collegium.fabric.errors import InvalidArgument, NotFound
 from collegium.v1 import balancer_pb2, inference_pb2
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
+from gateway.fields import check_model, check_request_id
+from gateway.requests import Prompt, check_generate, check_progress, check_score, check_scored
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.validation import (
-    Prompt,
-    check_generate,
-    check_model,
-    check_progress,
-    check_request_id,
-    check_score,
-    check_scored,
-)
 
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 MODEL = pb.Model(name="lm", vocab_size=4096, max_model_len=16, eos_ids=[0])

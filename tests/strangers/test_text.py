@@ -23,10 +23,10 @@ from gateway.cleanup import Cleanup, clean_up
 from gateway.decoding import Decoding
 from gateway.detokenizer import Detokenizer, Fate
 from gateway.generation import Generation
+from gateway.requests import Accepted, Progress
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Accepted, Progress
 from tests.tokenizer_kinds import KINDS, SPECIAL, inner_of, mixed_ids, odd_ids, tokenizer_of
 
 

@@ -18,9 +18,9 @@ from collegium.v1 import router_pb2
 from gateway.attachment import Seat
 from gateway.choice import Choice
 from gateway.generation import MAX_MESSAGE_CHARS, Generation
+from gateway.requests import Accepted
 from gateway.stops import StopMatcher, StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Accepted
 
 DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
 TOKENIZER = Tokenizer.load(DEMO)

@@ -10,10 +10,10 @@ import pytest
 from collegium.fabric.errors import InvalidArgument, NotFound
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
+from gateway.requests import Accepted, Prompt, check_generate, check_progress, check_score, check_scored
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
-from gateway.validation import Accepted, Prompt, check_generate, check_progress, check_score, check_scored
 
 DEMO = Path(__file__).parent.parent.parent / "models" / "demo-lm"
 TOKENIZER = Tokenizer.load(DEMO)
