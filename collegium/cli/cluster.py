@@ -25,12 +25,11 @@ from collegium.cli.child import Child, ChildFailed, Command
 from collegium.cli.embedded import find_server, private_directory, server_argv, server_url
 from collegium.cli.scaling import plan_scale
 from collegium.cli.spec import ClusterSpec, Member, members_of, service_env, worker_of
-from collegium.cli.up import up
 from collegium.fabric.channels import Option, TlsTrust, blocking_channel
 from collegium.fabric.errors import Cancelled, CollegiumError, DeadlineExceeded
 from collegium.v1 import balancer_pb2, balancer_pb2_grpc
 
-__all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr", "up"]
+__all__ = ["ChildFailed", "Cluster", "ClusterSpec", "Member", "relay_to_stderr"]
 
 REDIS = "redis"
 _POLL_S = 0.05

@@ -25,7 +25,7 @@ from collegium.fabric.errors import CollegiumError, SettingsError
 
 # Commands that need more than the base package: where they are.
 _LAZY: Mapping[str, str] = {
-    "up": "collegium.cli.cluster",
+    "up": "collegium.cli.up",
     "manifest": "collegium.cli.manifest",
     "plan": "collegium.cli.plan",
     "replay": "collegium.cli.replay",

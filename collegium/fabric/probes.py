@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.fabric.errors import NotFound, shown
 from collegium.fabric.health import Health
+from collegium.fabric.ports import listen, plain_server
 
 LIVE = "live"
 _current: ContextVar[Probes | None] = ContextVar("probes", default=None)
@@ -58,12 +59,10 @@ async def listening(bind: str) -> AsyncGenerator[str]:
     if not bind:
         yield ""
         return
-    from collegium.fabric import rpc  # which knows this module
-
     probes = Probes()
-    server = rpc.plain_server()
+    server = plain_server()
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)
-    bound = rpc.listen(server, bind, "--health-bind")
+    bound = listen(server, bind, "--health-bind")
     await server.start()
     token = _current.set(probes)
     try:

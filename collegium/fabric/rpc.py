@@ -1,12 +1,10 @@
 """gRPC servers and channels as every service has them: limits, keepalive, TLS, health, reflection, statuses.
 
-Owns the transport options. Knows no service by name; reflection and health are told the names.
+Owns how these are put together. Knows no service by name; reflection and health are told the names.
 """
 
 from __future__ import annotations
 
-import os
-import resource
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from grpc_reflection.v1alpha import reflection
 from collegium.fabric import probes
 from collegium.fabric.channels import (
     MAX_MESSAGE_BYTES,
-    MESSAGE_LIMITS,
     Option,
     TlsTrust,
     channel,
@@ -32,10 +29,10 @@ from collegium.fabric.channels import (
     split_address,
     wait_until_serving,
 )
-from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.health import SERVICE_NAME, Health
 from collegium.fabric.hosts import bracketed
 from collegium.fabric.interceptors import StatusInterceptor
+from collegium.fabric.ports import SERVER_OPTIONS, limits, listen, plain_server
 from collegium.fabric.secret_files import warn_if_open
 
 __all__ = [
@@ -56,22 +53,7 @@ __all__ = [
 ]
 
 S = TypeVar("S")
-_HANDSHAKE_MS = 5_000  # from a connection's acceptance to its first frame; TLS included
-_IDLE_MS = 600_000  # without a call: a client connects again by itself
 _MAX_STREAMS = 4096
-_PROBE_CONNECTIONS = 64
-_PROBE_STREAMS = 64
-_SERVER_OPTIONS: tuple[Option, ...] = (
-    *MESSAGE_LIMITS,
-    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-    ("grpc.max_connection_idle_ms", _IDLE_MS),
-    ("grpc.max_metadata_size", 8 * 1024),
-    ("grpc.absolute_max_metadata_size", 16 * 1024),
-    ("grpc.so_reuseport", 0),  # else a port in use is shared in silence
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +62,6 @@ class TlsFiles:
 
     cert: Path
     key: Path
-
-
-def limits(max_connections: int, max_streams: int) -> tuple[Option, ...]:
-    """Give the options that bound a server's connections and the calls of each; as the settings of these names.
-
-    max_connections 0: half of the descriptors that this process may open. gRPC closes a connection beyond the bound at
-    once, and one that sends no valid first frame after 5 s; it counts neither: process_open_fds of the metrics page
-    shows how many descriptors are open.
-    """
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max_connections or (2**20 if descriptors == resource.RLIM_INFINITY else max(64, descriptors // 2))
-    return (("grpc.max_allowed_incoming_connections", most), ("grpc.max_concurrent_streams", max_streams))
 
 
 class Server:
@@ -113,7 +83,7 @@ class Server:
         self._names = tuple(services)
         self._tls = tls
         self.health = Health(self._names)
-        merged = dict(_SERVER_OPTIONS) | dict(limits(0, _MAX_STREAMS)) | dict(options)
+        merged = dict(SERVER_OPTIONS) | dict(limits(0, _MAX_STREAMS)) | dict(options)
         self.grpc = aio.server(
             interceptors=[StatusInterceptor(self._names), *interceptors], options=tuple(merged.items())
         )
@@ -154,35 +124,6 @@ class _Late:
         """Nothing to add."""
 
 
-def plain_server() -> aio.Server:
-    """Make a bare gRPC server that maps our errors to statuses, with few connections: for what is no service."""
-    options = (*_SERVER_OPTIONS, *limits(_PROBE_CONNECTIONS, _PROBE_STREAMS))
-    return aio.server(interceptors=[StatusInterceptor(())], options=options)
-
-
-def listen(server: aio.Server, bind: str, setting: str, credentials: grpc.ServerCredentials | None = None) -> str:
-    """Give a server its port before it starts; returns the bound HOST:PORT.
-
-    Raises FailedPrecondition, naming the setting and the address, where it cannot be listened on.
-    """
-    host, port = split_address(bind, setting)
-    why_not = _why_not(host, port)
-    bound = 0
-    if not why_not:
-        try:
-            bound = server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
-        except RuntimeError:
-            bound = 0
-    if bound == 0:
-        raise FailedPrecondition(
-            f"{setting}={bind} cannot be listened on: {why_not or 'gRPC refused it'}",
-            reason="ADDRESS_IN_USE",
-            field=setting,
-            remedy="choose another port, or 0 for any free one",
-        )
-    return f"{host}:{bound}"
-
-
 def advertised(bound: str, advertise: str, setting: str = "--advertise") -> str:
     """Choose the address that others are told: the given one, else the bound one with a host that can be reached.
 
@@ -201,14 +142,3 @@ def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     warn_if_open(tls.key, "--tls-key")
     pair = (read_key(tls.key, "--tls-key"), read_file(tls.cert, "--tls-cert"))
     return grpc.ssl_server_credentials([pair])
-
-
-def _why_not(host: str, port: int) -> str:
-    # gRPC keeps the reason to itself, and writes lines of its own: try with a plain socket first.
-    try:
-        with socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return ""
-    except socket.gaierror as error:
-        return error.strerror or str(error)
-    except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
