@@ -1,8 +1,8 @@
 """When to plan and when to publish: the life of a placement from plan to force.
 
 Owns the placement in force, the planned one, the epochs, and how many workers are wanted. Pure: told the time, the
-workers, the load and the epoch to use; how homes are chosen is rebalancing's where there is a load to go by, and else
-collegium.model.placement's.
+workers, the load and the epoch to use; how homes are chosen is rebalancing's if there is a load to go by. Until one has
+been seen, collegium.model.placement shares experts out by count.
 
 A plan names every live worker. It comes into force when each of them says that its homes are resident, so there is
 never a moment in which an expert has lost its old home and not yet got a new one.
@@ -138,7 +138,7 @@ class Planner:
         """
         assert self.model is not None, "a plan needs a model"
         base = self._base or self.planned or self.in_force
-        if base.worker_ids and not lacking(load.windows, self.model.layers):
+        if not lacking(load.windows, self.model.layers):
             # Homes of those that are gone must be given to others whatever it costs: the budget is for the rest.
             proposal = propose(self.model.layers, candidates, base, load.windows, load.costs, self.rules, epoch=epoch)
             return proposal.placement or replace(base, epoch=epoch)

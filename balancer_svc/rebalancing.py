@@ -17,6 +17,7 @@ from balancer_svc.load_windows import Window
 from collegium.balancing.fleet import EMPTY, Fleet, Floats, Ints, max_over_mean
 from collegium.balancing.forecast import HALF_LIFE_WINDOWS, forecast
 from collegium.balancing.moves import Terms, rebalance
+from collegium.balancing.replicated import replicate
 from collegium.model.placement import LayerSize, Placement, Worker, fair_shares
 
 _LEAST_CHOICES = 8.0  # of each expert in the mean, over the windows that are kept: fewer say too little
@@ -97,6 +98,7 @@ def propose(
     """Move from the base to a placement over the candidates that is even by load, as far as the rules let it.
 
     Candidates may differ from the base's workers: homes of those that are gone are given to others whatever it costs.
+    If none of the base's workers is a candidate, everything has to be loaded anyway, and the plan starts from nothing.
     """
     ids = tuple(candidate.worker.worker_id for candidate in candidates)
     loads = forecast(work_of(windows, costs))
@@ -107,6 +109,8 @@ def propose(
     )
     expert_bytes = np.array([layer.expert_bytes for layer in layers], np.int64)
     before = to_experts(base, ids, layers)
+    if (before == EMPTY).all():
+        return _from_nothing(layers, ids, loads, fleet, epoch)
     terms = Terms(
         expert_bytes=expert_bytes,
         # Any budget allows one swap: else experts that are larger than it would never move.
@@ -131,6 +135,22 @@ def propose(
         num_moves=outcome.num_moves,
         num_bytes=outcome.num_bytes,
         reasons=tuple(outcome.reasons),
+    )
+
+
+def _from_nothing(
+    layers: Sequence[LayerSize], ids: tuple[str, ...], loads: Floats, fleet: Fleet, epoch: int
+) -> Proposal:
+    """Plan as `collegium plan` does by default, where nobody has anything yet."""
+    experts = replicate(loads, fleet).experts
+    worst = float(max_over_mean(experts, loads, fleet.speeds).mean())
+    return Proposal(
+        placement=Placement(epoch=epoch, worker_ids=ids, homes=to_homes(experts, layers[0].num_experts)),
+        decision=f"planned from nothing: busiest worker {worst:.3f} of the mean over layers",
+        num_moves=int((experts != EMPTY).sum()),
+        num_bytes=sum(
+            int((row != EMPTY).sum()) * layer.expert_bytes for row, layer in zip(experts, layers, strict=True)
+        ),
     )
 
 

@@ -8,8 +8,10 @@ import pytest
 from balancer_svc.costs import CostModel, Costs
 from balancer_svc.load_windows import LoadWindows, Window, from_message, read_layers, to_message
 from balancer_svc.planner import Load, Model, Planner, Wish
-from balancer_svc.rebalancing import Candidate, Rules, lacking, propose, slots_of, to_experts, to_homes
+from balancer_svc.rebalancing import Candidate, Rules, lacking, propose, slots_of, to_experts, to_homes, work_of
 from balancer_svc.roster import Member, Roster
+from collegium.balancing.fleet import Fleet
+from collegium.balancing.policies import POLICIES
 from collegium.cli.scaling import ScalePlan, plan_scale
 from collegium.fabric.metrics import series
 from collegium.model.placement import NO_PLACEMENT, LayerSize, Placement, Worker, plan_homes
@@ -191,6 +193,30 @@ def test_a_plan_for_those_who_are_left_keeps_what_they_have() -> None:
         for expert, (w,) in enumerate(row):
             if base.worker_ids[w] != "b":
                 assert base.worker_ids[w] in placement.workers_of(layer, expert)
+
+
+def test_where_no_worker_is_left_the_plan_from_nothing_is_the_one_that_is_measured() -> None:
+    hot = [window(*SKEWED)]
+    proposal = propose(LAYERS, candidates("c", "d"), in_force("a", "b"), hot, Costs(), Rules(byte_budget=1), epoch=4)
+    assert proposal.placement is not None and proposal.placement.worker_ids == ("c", "d")
+    workers = [one.worker for one in candidates("c", "d")]
+    fleet = Fleet(
+        num_slots=slots_of(LAYERS, workers, Rules().spare_share), speeds=np.ones(2), domains=np.zeros(2, np.int64)
+    )
+    history = work_of(hot, Costs())
+    measured = to_homes(POLICIES["replicated"](history, fleet), LAYERS[0].num_experts)
+    assert proposal.placement.homes == measured
+    assert proposal.num_bytes == 100 * proposal.num_moves and proposal.num_moves >= 8 * len(LAYERS)
+    assert "from nothing" in proposal.decision
+
+
+def test_a_load_that_is_remembered_shapes_the_first_plan_even_without_a_placement() -> None:
+    plan = Planner(expected_workers=0, settle_s=0.0, patience_s=1.0)
+    plan.restore(Model(digest="d", layers=LAYERS), NO_PLACEMENT)
+    workers = [member("a"), member("b")]
+    load = Load(windows=(window(*[n * 100 for n in SKEWED]),))
+    first, counted = plan.plan(workers, 1, load), plan_homes(LAYERS, [Worker(worker_id=name) for name in "ab"])
+    assert first.has_shape(LAYERS) and first.homes != counted.homes
 
 
 def member(name: str, state: pb.MemberState = pb.MEMBER_STATE_SERVING) -> Member:
