@@ -10,14 +10,12 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from balancer_svc.load_windows import Counts, Window
+from balancer_svc.load_windows import NUM_WINDOWS, Counts, Window
 from balancer_svc.planner import Planner
 from balancer_svc.roster import Roster
 from balancer_svc.store import NO_TOKEN, Store, StoreError
 
 T = TypeVar("T")
-
-NUM_WINDOWS = 12  # of load, that are remembered
 
 
 @dataclass(slots=True)

@@ -12,11 +12,11 @@ import numpy as np
 
 from balancer_svc.costs import Costs
 from balancer_svc.load_windows import Window
-from balancer_svc.planner import Planner
+from balancer_svc.model import Model
 from balancer_svc.rebalancing import has_even_layers, to_experts
 from collegium.balancing.fleet import Floats, max_over_mean
 from collegium.fabric.metrics import series
-from collegium.model.placement import Placement
+from collegium.model.placement import LayerSize, Placement
 from collegium.v1 import balancer_pb2 as pb
 
 _NUM_HOTTEST = 8
@@ -39,14 +39,13 @@ class Account:
         """Note what a look at the load came to."""
         self.decision = decision
 
-    def plan(self, plan: Placement, planner: Planner) -> None:
+    def plan(self, plan: Placement, in_force: Placement, layers: Sequence[LayerSize]) -> None:
         """Note what a plan will move, against what is in force."""
-        assert planner.model is not None
-        if not planner.in_force.epoch:
+        if not in_force.epoch:
             return  # the first homes are no moves
         before = {
-            (layer, expert, planner.in_force.worker_ids[w])
-            for layer, row in enumerate(planner.in_force.homes)
+            (layer, expert, in_force.worker_ids[w])
+            for layer, row in enumerate(in_force.homes)
             for expert, homes in enumerate(row)
             for w in homes
         }
@@ -55,7 +54,7 @@ class Account:
             for expert, homes in enumerate(row):
                 new = sum((layer, expert, plan.worker_ids[w]) not in before for w in homes)
                 moves += new
-                num_bytes += new * planner.model.layers[layer].expert_bytes
+                num_bytes += new * layers[layer].expert_bytes
         self._pending = (plan.epoch, moves, num_bytes)
 
     def publish(self, placement: Placement, now_s: float) -> None:
@@ -66,10 +65,9 @@ class Account:
             self._num_bytes += num_bytes
             self._moved_s = now_s
 
-    def measure(self, planner: Planner, windows: Sequence[Window]) -> None:
+    def measure(self, model: Model | None, placement: Placement, windows: Sequence[Window]) -> None:
         """Work out how even the newest window is under the placement in force."""
         self._evenness, self._hottest = {}, []
-        model, placement = planner.model, planner.in_force
         if not windows or model is None or not placement.worker_ids or not has_even_layers(model.layers):
             return
         window = windows[-1]

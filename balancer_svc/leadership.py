@@ -7,8 +7,8 @@ noticed that another one does, is refused. What a leader does is in leading.py.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 
-from balancer_svc.backlog import Backlog
 from balancer_svc.store import NO_TOKEN, Store, StoreError
 from collegium.fabric import logs
 
@@ -18,12 +18,14 @@ _log = logs.get("balancer")
 class Leadership:
     """Owned by the balancer's event loop."""
 
-    def __init__(self, store: Store, backlog: Backlog, *, ttl_s: float) -> None:
-        """ttl_s: how long another balancer waits for this one to come back before it leads."""
+    def __init__(self, store: Store, *, ttl_s: float, on_step_down: Callable[[], None]) -> None:
+        """ttl_s: how long another balancer waits for this one to come back before it leads. on_step_down: drops what
+        only a leader writes.
+        """
         self.balancer_id = secrets.token_hex(5)
         self.ttl_s = ttl_s
         self.token = NO_TOKEN
-        self._store, self._backlog = store, backlog
+        self._store, self._on_step_down = store, on_step_down
         self._begins_s = 0.0
 
     @property
@@ -53,7 +55,7 @@ class Leadership:
         if self.is_leader:
             _log.warning("no longer leads", why=why)
         self.token = NO_TOKEN
-        self._backlog.drop_leaders()
+        self._on_step_down()
 
     async def resign(self) -> None:
         """Give the lock back, so that another balancer need not wait for it."""

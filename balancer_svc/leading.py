@@ -136,7 +136,8 @@ class Leader:
         self._planner.adopt(plan, self._state.clock())
         self._num_plans += 1
         self._memory.backlog.planned = True
-        self._state.account.plan(plan, self._planner)
+        assert self._planner.model is not None, "a plan needs a model"
+        self._state.account.plan(plan, self._planner.in_force, self._planner.model.layers)
         self._news.show()
 
     def _roll(self, workers: Sequence[Member], now_s: float) -> None:

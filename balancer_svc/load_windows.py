@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from collegium.v1 import balancer_pb2 as pb
 
 Counts = NDArray[np.int64]
+NUM_WINDOWS = 12  # that are kept, and remembered
 # Choices of one expert in one window, of all routers together; what is above is not counted. The sum over a dozen
 # windows, both kinds of rows and 4,096 experts is below 2^62.
 MAX_IN_WINDOW = 2**44

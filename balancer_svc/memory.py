@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from balancer_svc.backlog import Backlog
 from balancer_svc.leadership import Leadership
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.state import ClusterState
 from balancer_svc.store import NO_TOKEN, FencedError, Remembered, Store, StoreError
 from collegium.fabric import logs

@@ -5,7 +5,8 @@ Owns nothing but the correspondence of fields.
 
 from __future__ import annotations
 
-from balancer_svc.planner import Model, Planner
+from balancer_svc.model import Model
+from balancer_svc.planner import Planner
 from balancer_svc.roster import Member, Roster
 from collegium.fabric.channels import MAX_MESSAGE_BYTES
 from collegium.fabric.views import to_proto

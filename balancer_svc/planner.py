@@ -16,19 +16,11 @@ from dataclasses import dataclass, field, replace
 
 from balancer_svc.costs import Costs
 from balancer_svc.load_windows import Window
+from balancer_svc.model import Model
 from balancer_svc.rebalancing import Candidate, Proposal, Rules, lacking, propose
 from balancer_svc.roster import Member
-from collegium.model.placement import NO_PLACEMENT, LayerSize, Placement, Worker, plan_homes
+from collegium.model.placement import NO_PLACEMENT, Placement, Worker, plan_homes
 from collegium.v1 import balancer_pb2 as pb
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What placement needs to know of the model; equal digests mean equal checkpoints, and parts name what differs."""
-
-    digest: str
-    layers: tuple[LayerSize, ...]
-    parts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

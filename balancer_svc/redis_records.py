@@ -17,7 +17,7 @@ from balancer_svc import validation
 from balancer_svc.load_windows import MAX_IN_WINDOW, Counts, Window, read_layers
 from balancer_svc.load_windows import from_message as window_from_message
 from balancer_svc.messages import from_message, from_shape
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.roster import Member
 from collegium.fabric import bounds, logs
 from collegium.fabric.views import from_proto

@@ -18,7 +18,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from balancer_svc.load_windows import Counts, Window, write_layers
 from balancer_svc.load_windows import to_message as window_to_message
 from balancer_svc.messages import to_message, to_shape
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.redis_records import KEY_TYPES, MAX_KEPT_EPOCH, MAX_WANTED, Command, Reading
 from balancer_svc.roster import Member
 from balancer_svc.store import NO_TOKEN, Remembered, StoreError, unless_fenced

@@ -56,7 +56,7 @@ class Balancer:
         """
         backlog = Backlog()
         self._state = ClusterState(roster, planner, window_s=window_s, clock=clock)
-        self.leadership = Leadership(store, backlog, ttl_s=lead_ttl_s)
+        self.leadership = Leadership(store, ttl_s=lead_ttl_s, on_step_down=backlog.drop_leaders)
         self.memory = Memory(store, self._state, self.leadership, backlog, max_workers=max_workers)
         self.news = News(self._state, self.leadership, self.memory)
         self.rpcs = BalancerRpcs(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from balancer_svc.backlog import NUM_WINDOWS
 from balancer_svc.balance import Account
 from balancer_svc.costs import CostModel
-from balancer_svc.load_windows import LoadWindows, Window
-from balancer_svc.planner import NO_LOAD, Load, Model, Planner
+from balancer_svc.load_windows import NUM_WINDOWS, LoadWindows, Window
+from balancer_svc.model import Model
+from balancer_svc.planner import NO_LOAD, Load, Planner
 from balancer_svc.rebalancing import has_even_layers
 from balancer_svc.roster import Member, Roster
 from balancer_svc.validation import MAX_TOLD_EPOCH
@@ -80,7 +80,7 @@ class ClusterState:
 
     def measure(self) -> None:
         """Work out how even the newest load window is under the placement in force."""
-        self.account.measure(self.planner, self.windows.windows)
+        self.account.measure(self.planner.model, self.planner.in_force, self.windows.windows)
 
     def to_balance(self, *, is_leader: bool, has_memory: bool) -> pb.Balance:
         """Write the account of the load and of what was done about it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from balancer_svc.load_windows import Counts, Window
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.roster import Member
 from collegium.model.placement import NO_PLACEMENT, Placement
 from collegium.v1 import balancer_pb2 as pb

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from google.protobuf.message import Message
 
 from balancer_svc.load_windows import Counts, read_layers
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from collegium.fabric import bounds
 from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from collegium.v1 import balancer_pb2 as pb

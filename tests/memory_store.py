@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from balancer_svc.load_windows import Counts, Window
 from balancer_svc.messages import from_message, to_message
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.roster import Member
 from balancer_svc.store import NO_TOKEN, Remembered, StoreError, unless_fenced
 from collegium.model.placement import NO_PLACEMENT, Placement

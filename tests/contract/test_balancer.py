@@ -12,7 +12,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from balancer_svc.messages import from_shape
-from balancer_svc.planner import Model
+from balancer_svc.model import Model
 from balancer_svc.redis_store import RedisStore
 from balancer_svc.store import NO_TOKEN, StoreError
 from collegium.fabric import rpc

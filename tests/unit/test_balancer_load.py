@@ -7,7 +7,8 @@ import pytest
 
 from balancer_svc.costs import CostModel, Costs
 from balancer_svc.load_windows import LoadWindows, Window, from_message, read_layers, to_message
-from balancer_svc.planner import Load, Model, Planner, Wish
+from balancer_svc.model import Model
+from balancer_svc.planner import Load, Planner, Wish
 from balancer_svc.rebalancing import Candidate, Rules, lacking, propose, slots_of, to_experts, to_homes, work_of
 from balancer_svc.roster import Member, Roster
 from collegium.balancing.fleet import Fleet

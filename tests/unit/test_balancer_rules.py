@@ -6,7 +6,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.strategies import data, integers
 
-from balancer_svc.planner import Model, Planner, Wish
+from balancer_svc.model import Model
+from balancer_svc.planner import Planner, Wish
 from balancer_svc.roster import Member, Roster
 from collegium.model.placement import LayerSize
 from collegium.v1 import balancer_pb2 as pb
