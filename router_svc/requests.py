@@ -3,7 +3,6 @@
 Owns the names, the bound on how much is held at once, and the nearest deadline. Pure; knows neither blocks nor steps.
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -32,9 +31,6 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self._by_key)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._by_key.values())
 
     @property
     def num_tokens(self) -> int:
