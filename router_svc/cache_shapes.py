@@ -3,10 +3,17 @@
 Owns the reading of an attention window from a config of transformers (5.23).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from router_svc.family_config import FamilyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +29,7 @@ class CacheShape:
         return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * dtype.itemsize
 
 
-def window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
+def window_of(config: PreTrainedConfig | FamilyConfig, layer_idx: int) -> int | None:
     """Say how far back a layer looks, as the masks of transformers 5.23 do; None: everywhere.
 
     Some models pass a window to attention that their mask does not apply, others apply one that they do not pass.

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from collegium.fabric import logs
 from collegium.model.native.attention import AttentionWeights, HeadNorms
@@ -38,7 +37,7 @@ _MOST_SETS = 16
 class DeviceModel:
     """Computes a model's packed steps from its weights."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module):
         """Take the attention of a model for which `family.why_not` found nothing; its own layers are emptied of it."""
         inner: Any = model.model
         # It compiles for every length that it meets, which takes tens of milliseconds (seen on an H200).

@@ -1,30 +1,30 @@
 """The commonest family of models, whose forward pass is computed here without the modelling classes, and how to tell.
 
-Owns the reading of a layer's parameters out of transformers' model (5.23).
+Owns the reading of a layer's parameters out of a model's modules: our own (family_loading) or transformers' (5.23).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from collegium.model.native.attention import AttentionWeights, HeadNorms
 from router_svc.cache_shapes import CacheShape, window_of
 
-# Decoder layers whose arithmetic this is, and how they norm queries and keys.
+# Model types whose layers have this arithmetic, and how they norm queries and keys.
 _FAMILY = {
-    "MixtralDecoderLayer": HeadNorms.NONE,
-    "OlmoeDecoderLayer": HeadNorms.TOGETHER,
-    "Qwen3MoeDecoderLayer": HeadNorms.PER_HEAD,
+    "mixtral": HeadNorms.NONE,
+    "olmoe": HeadNorms.TOGETHER,
+    "qwen3_moe": HeadNorms.PER_HEAD,
 }
 
 
-def why_not(model: PreTrainedModel) -> str:
+def why_not(model: nn.Module) -> str:
     """Say why a model is not of the family; empty where it is."""
-    inner: Any = getattr(model, "model", None)
-    layers = list(getattr(inner, "layers", ()))
-    if not layers or {type(layer).__name__ for layer in layers} - set(_FAMILY):
+    if cast(Any, model).config.model_type not in _FAMILY:
         return "its layers are of another family"
+    inner: Any = model.model
+    layers = list(inner.layers)
     if any(not hasattr(layer.mlp, "gate") for layer in layers):
         return "some of its layers have no experts"
     weight = inner.norm.weight
@@ -51,7 +51,7 @@ def weights_of(layer: Any) -> AttentionWeights:
         output_norm=layer.post_attention_layernorm.weight.detach(),
         query_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-        head_norms=_FAMILY[type(layer).__name__],
+        head_norms=_FAMILY[attention.config.model_type],
         num_heads=attention.q_proj.out_features // width,
         num_kv_heads=attention.k_proj.out_features // width,
         head_width=width,

@@ -2,9 +2,8 @@
 
 Owns LeanModel. Profiled at one row of 12 layers, modelling classes took two thirds of a router's time, nearly all of it
 interpreter and torch's calls on small tensors; here a layer is three calls of the C kernels, and a decode step that
-nothing disturbs is one for all layers, experts included. Weights, embedding, rotary
-tables and the head are taken from the model of transformers, which is asked for everything else; a model that is not of
-the family runs on the modelling classes as before.
+nothing disturbs is one for all layers, experts included. Weights, embedding, rotation and head are taken from a model's
+modules, our own (family_loading) or transformers'; a model that is not of the family runs on the modelling classes.
 T rows, D model, H query heads, G key-value heads, W head width, K top-k, V vocabulary.
 """
 
@@ -13,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from collegium.model import native
 from collegium.model.kernels import Kernel, kernel_for
@@ -39,7 +37,7 @@ class _Layer:
 class LeanModel:
     """Computes a model's packed steps from its weights."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: nn.Module):
         """Pack the attention of a model for which `why_not` found nothing; its own layers are emptied of it."""
         inner: Any = model.model
         self._embed, self._rotary, self._head = inner.embed_tokens, inner.rotary_emb, cast(Any, model)
@@ -146,15 +144,18 @@ class LeanModel:
             at += num_rows
 
 
-def why_not(model: PreTrainedModel) -> str:
+def why_not(model: nn.Module) -> str:
     """Say why a model cannot be computed leanly; empty where it can."""
     if reason := family.why_not(model):
         return reason
     inner: Any = model.model
-    weight = inner.norm.weight
-    if weight.device.type != "cpu" or native.library() is None or kernel_for(weight.dtype) is not Kernel.NATIVE:
+    return why_not_here(inner.norm.weight.dtype, inner.layers[0].self_attn.head_dim)
+
+
+def why_not_here(dtype: torch.dtype, head_width: int) -> str:
+    """Say why a model of the family cannot be computed leanly on this machine; empty where it can."""
+    if native.library() is None or kernel_for(dtype) is not Kernel.NATIVE:
         return "the native kernels are not in use"
-    width = inner.layers[0].self_attn.head_dim
-    if width % _WIDTH_STEP:
-        return f"its heads are {width} wide, no multiple of {_WIDTH_STEP}"
+    if head_width % _WIDTH_STEP:
+        return f"its heads are {head_width} wide, no multiple of {_WIDTH_STEP}"
     return ""

@@ -5,28 +5,33 @@ configs among them). Model cards tell users to add a `rope_scaling` beside the o
 length is then the scaled one, as vLLM has it.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from router_svc.family_config import FamilyConfig
 
 _DEFAULT_POSITIONS = 2048
 
 
-def rope_parameters(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+def rope_parameters(config: PreTrainedConfig | FamilyConfig) -> list[Mapping[str, Any]]:
     """List the rope parameters: one for the whole model, or one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or [rope]
 
 
-def served_positions(config: PreTrainedConfig) -> int:
+def served_positions(config: PreTrainedConfig | FamilyConfig) -> int:
     """Return the longest sequence that the model is made for, in tokens: the shortest of its kinds of layer."""
     told = int(getattr(config, "max_position_embeddings", None) or _DEFAULT_POSITIONS)
     return min(_scaled(config, rope, told) for rope in rope_parameters(config))
 
 
-def _scaled(config: PreTrainedConfig, rope: Mapping[str, Any], told: int) -> int:
+def _scaled(config: PreTrainedConfig | FamilyConfig, rope: Mapping[str, Any], told: int) -> int:
     """Return the length by one kind of layer; `told` is max_position_embeddings.
 
     yarn and linear interpolate up to factor times the trained length. What that length is, the rope parameters say;

@@ -9,21 +9,25 @@ Latent caches (DeepSeek's MLA) keep one narrow latent per position: the model ex
 gathers.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from collegium.model.native.attention import DecodeTables
 from router_svc.cache_shapes import CacheShape, window_of
 from router_svc.kv_blocks import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # The name must not contain "sdpa" or "flash": transformers checks capabilities by such names.
 ATTENTION_NAME = "collegium_paged"
@@ -349,14 +353,14 @@ def attend_packed(
     cache = kwargs["paged"]
     assert isinstance(cache, PagedCache | ProbeCache)
     layer_idx = module.layer_idx
-    assert isinstance(layer_idx, int) and isinstance(module.config, PreTrainedConfig)
+    assert isinstance(layer_idx, int)
     out = cache.attend(
         layer_idx,
         query,
         key,
         value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=window_of(module.config, layer_idx),
+        window=window_of(cast("PreTrainedConfig", module.config), layer_idx),
         sinks=s_aux,
         softcap=softcap,
     )

@@ -1,13 +1,13 @@
 """What stands where a model had its experts, and the calls through which they are computed elsewhere.
 
-Owns RemoteExperts. It has no parameters, so the experts' tensors are left on the disk.
+Owns RemoteExperts. It has no parameters, so the experts' tensors are left on the disk. Imports nothing of the model
+library.
 T tokens, K top-k, D model.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from collegium.model.native.step import DecodeStep
 from router_svc.shared_experts import SharedExperts
@@ -22,9 +22,9 @@ StepCall = Callable[[DecodeStep], bool]
 class RemoteExperts(nn.Module):
     """Stands where a model had its experts; hands rows, ids and weights to whoever computes them."""
 
-    def __init__(self, config: PreTrainedConfig, *_: object, **__: object):
+    def __init__(self, config: object = None, *_: object, **__: object):
         super().__init__()
-        self.config = config
+        self.config = config  # some modelling classes read it
         self.layer = -1  # index among MoE layers
         self.call: ExpertCall | None = None
         # The layer's shared experts. Not a submodule: the block holds them, under their own name.

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from router_svc.cache_shapes import CacheShape
 from router_svc.paged_attention import PagedCache
@@ -34,7 +33,7 @@ class OwnPass(Protocol):
 class RouterModel:
     """A model without experts, ready for packed steps."""
 
-    model: PreTrainedModel
+    model: nn.Module
     model_type: str
     dtype: torch.dtype
     device: torch.device

@@ -128,10 +128,10 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def pack_linears(module: nn.Module) -> int:
-    """Replace every plain nn.Linear inside `module` by a PackedLinear. Returns how many were replaced."""
+    """Replace by a PackedLinear whatever inside `module` computes as nn.Linear does. Returns how many were replaced."""
     count = 0
     for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:
+        if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
             bias: Tensor | None = getattr(child, "bias", None)  # typed as always there, and it is not
             setattr(module, name, PackedLinear(child.weight.detach(), None if bias is None else bias.detach()))
             count += 1

@@ -28,11 +28,10 @@ from collegium.model.checkpoint_survey import survey_checkpoint
 from collegium.model.config_fields import check_config, model_fields
 from collegium.model.manifest import ensure_manifest, load_manifest
 from collegium.model.safetensors_files import HEADER_BYTES
-from router_svc import model_loader
+from router_svc import library_model
 from router_svc.lengths import served_positions
 from router_svc.model_loader import load_router_model
 from router_svc.paged_attention import ATTENTION_NAME, attend_packed
-from router_svc.remote_experts import RemoteExperts
 from tests.oracle import Oracle
 
 REFUSALS = (CheckpointError, UnsupportedModelError)
@@ -451,14 +450,14 @@ def mutated(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def build(folder: Path) -> None:
     """Build transformers' model of a config, whatever the weights, and compute a token with it."""
-    config = model_loader.config_of(read_config(folder))
+    config = library_model.config_of(read_config(folder))
     meta = torch.device("meta")  # no numbers
     with meta:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
-    model_loader._number_layers(model)
+    library_model.number_layers(model)
     model.set_attn_implementation(ATTENTION_NAME)
     model.eval().requires_grad_(False)
-    model_loader._probe(model, meta)
+    library_model.probe_cache(model, meta)
     assert served_positions(config) > 0
 
 
@@ -487,8 +486,8 @@ def test_what_is_not_refused_before_anything_starts_is_built(
     late: list[str] = []
     module = sys.modules[AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[arch]].__module__]
     with pytest.MonkeyPatch.context() as patched:  # as a router does, which looks through every module at each load
-        for name in [name for name in vars(module) if re.match(model_loader._EXPERTS_CLASS, name)]:
-            patched.setattr(module, name, RemoteExperts)
+        for name in [name for name in vars(module) if re.match(library_model._EXPERTS_CLASS, name)]:
+            patched.setattr(module, name, library_model.RemoteExperts)
         for one in random.Random(1).sample([*accepted.values()], min(num_built, len(accepted))):
             path.write_text(json.dumps(one))
             try:
@@ -512,8 +511,8 @@ def test_a_load_that_failed_leaves_the_model_library_as_it_was(folder: Path, mon
     with monkeypatch.context() as patched:
         patched.setattr(AutoModelForCausalLM, "from_pretrained", fail)
         with pytest.raises(CheckpointError, match=r"cannot be loaded as its config.json says: TypeError: no model"):
-            load_router_model(folder, torch.float32, torch.device("cpu"))
-    load_router_model(folder, torch.float32, torch.device("cpu"))
+            load_router_model(folder, torch.float32, torch.device("cpu"), "transformers")
+    load_router_model(folder, torch.float32, torch.device("cpu"), "transformers")
 
 
 ANYTHING = st.recursive(

@@ -14,7 +14,7 @@ from collegium.model.allocation import is_out_of_memory
 from collegium.model.manifest import ManifestPathError
 from expert_svc import app as worker_app
 from expert_svc.settings import Settings as WorkerSettings
-from router_svc import loading, model_loader
+from router_svc import library_model, loading, model_loader
 from router_svc.settings import Settings
 from tests.oracle import Oracle
 
@@ -52,11 +52,23 @@ def test_a_torch_without_cuda_is_told_with_its_version(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("where", "error", "reason", "field", "words"),
     [
-        ("_probe", TypeError("unsupported operand"), "UNUSABLE_CHECKPOINT", "--model", "cannot compute a token with"),
-        ("_number_layers", KeyError("x"), "UNUSABLE_CHECKPOINT", "--model", "cannot compute a token with"),
-        ("_probe", ZeroDivisionError("division by zero"), "UNUSABLE_CHECKPOINT", "--model", "ZeroDivisionError"),
-        ("_probe", RuntimeError("shape '[1]' is invalid"), "UNUSABLE_CHECKPOINT", "--model", "shape '[1]' is invalid"),
-        ("_probe", MemoryError(), "OUT_OF_MEMORY", "--model", "attention, gates and embeddings of"),
+        (
+            "probe_cache",
+            TypeError("unsupported operand"),
+            "UNUSABLE_CHECKPOINT",
+            "--model",
+            "cannot compute a token with",
+        ),
+        ("number_layers", KeyError("x"), "UNUSABLE_CHECKPOINT", "--model", "cannot compute a token with"),
+        ("probe_cache", ZeroDivisionError("division by zero"), "UNUSABLE_CHECKPOINT", "--model", "ZeroDivisionError"),
+        (
+            "probe_cache",
+            RuntimeError("shape '[1]' is invalid"),
+            "UNUSABLE_CHECKPOINT",
+            "--model",
+            "shape '[1]' is invalid",
+        ),
+        ("probe_cache", MemoryError(), "OUT_OF_MEMORY", "--model", "attention, gates and embeddings of"),
         ("_move", torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY", "--model", "not enough memory on cpu"),
         ("_move", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "OUT_OF_MEMORY", "--model", "in float32"),
         ("_move", model_loader.DeviceFailedError("no kernel image"), "UNUSABLE_DEVICE", "--device", "no kernel image"),
@@ -72,7 +84,7 @@ def test_what_fails_while_a_model_loads_is_told_as_what_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = oracle.checkpoint("qwen2_moe")  # computed by transformers' own classes
-    monkeypatch.setattr(model_loader, where, failing(error))
+    monkeypatch.setattr(model_loader if where == "_move" else library_model, where, failing(error))
     with pytest.raises(FailedPrecondition) as caught:
         loading.load(Settings(model=checkpoint, threads=1))
     told = caught.value

@@ -16,7 +16,7 @@ from collegium.model.architectures import ARCHITECTURES
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.config_fields import NOT_USED, USED, check_config
 from router_svc.lengths import served_positions
-from router_svc.model_loader import config_of
+from router_svc.library_model import config_of
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published" / "configs.json").read_text())
 POSITIONS = {

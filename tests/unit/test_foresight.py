@@ -47,11 +47,12 @@ GATES += [(arch, Variant.OTHER) for arch in ("deepseek_v2", "glm4_moe")]
 def test_where_the_next_block_sees_the_same_rows_its_choices_are_foretold_exactly(
     arch: str, variant: Variant, oracle: Oracle
 ) -> None:
-    model = load_router_model(oracle.checkpoint(arch, variant), torch.float32, torch.device("cpu"))
+    checkpoint, cpu = oracle.checkpoint(arch, variant), torch.device("cpu")
+    model, theirs = (load_router_model(checkpoint, torch.float32, cpu, by) for by in ("auto", "transformers"))
     foresight = Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device)
     num_layers = len(model.moe_layers)
     assert foresight.layers == tuple(range(num_layers))
-    blocks = [m for m in model.model.modules() if isinstance(getattr(m, "experts", None), RemoteExperts)]
+    blocks = [m for m in theirs.model.modules() if isinstance(getattr(m, "experts", None), RemoteExperts)]
     x = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         for layer in range(1, num_layers):
