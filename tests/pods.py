@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from collegium.cli.child import Child, Command
 from collegium.cli.spec import ClusterSpec, Member, free_address, members_of
 from collegium.fabric.channels import channel_options
-from collegium.fabric.lifecycle import SUPERVISED_ENV
+from collegium.fabric.signals import SUPERVISED_ENV
 
 LIMIT_S = 100.0  # longer than any step takes; a test that waits this long has failed
 _POLL_S = 0.02

@@ -49,12 +49,6 @@ def test_imports_point_down_and_no_service_imports_another() -> None:
     run(BIN / "lint-imports", "--no-cache")
 
 
-def test_the_sdk_and_the_command_line_start_without_torch_redis_or_transformers() -> None:
-    heavy = {"numpy", "redis", "torch", "transformers"}
-    script = f"import sys, collegium.client, collegium.cli.main; print(*{heavy!r} & sys.modules.keys())"
-    assert run(sys.executable, "-c", script).split() == []
-
-
 def package_sources(package: str) -> list[Path]:
     return [path for path in repository_files() if path.suffix == ".py" and path.is_relative_to(ROOT / package)]
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from collegium.fabric.lifecycle import SUPERVISED_ENV
+from collegium.fabric.signals import SUPERVISED_ENV
 from collegium.launch import absolute_entries
 from collegium.model.cache_root import cache_file, cache_notice
 

@@ -20,9 +20,8 @@ import uvloop
 
 from collegium.fabric import logs, metrics, probes, streams, telemetry
 from collegium.fabric.errors import Cancelled, CollegiumError, SettingsError
-from collegium.fabric.signals import heeded
+from collegium.fabric.signals import heeded, is_supervised
 
-SUPERVISED_ENV = "COLLEGIUM_SUPERVISED"
 _LAG_PERIOD_S = 0.25
 
 _log = logs.get("lifecycle")
@@ -70,11 +69,6 @@ def freeze() -> None:
         gc.freeze()
         gc.enable()
         _log.debug("frozen", objects=gc.get_freeze_count())
-
-
-def is_supervised() -> bool:
-    """Say whether this process was started by `collegium up`, which alone decides when it ends."""
-    return os.environ.get(SUPERVISED_ENV) == "1"
 
 
 def run(main: Callable[[Stop], Awaitable[None]], *, name: str, health_bind: str = "") -> int:
