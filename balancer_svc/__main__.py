@@ -24,6 +24,7 @@ _log = logs.get("balancer")
 
 async def serve(options: BalancerSettings, stop: lifecycle.Stop) -> None:
     """Serve until asked to stop."""
+    lifecycle.keep_imports()
     check_redis_url(options.redis_url)
     planner = Planner(
         expected_workers=options.expected_workers,

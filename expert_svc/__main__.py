@@ -16,6 +16,7 @@ async def serve(config: Settings, stop: lifecycle.Stop) -> None:
         await asyncio.to_thread(run_idle, lambda: importlib.import_module("expert_svc.app"), "import")
     from expert_svc.app import main
 
+    lifecycle.keep_imports()
     await main(config, stop)
 
 

@@ -12,6 +12,7 @@ from gateway.settings import GatewaySettings
 
 async def serve(options: GatewaySettings, stop: lifecycle.Stop) -> None:
     """Serve until asked to stop, then let running requests end."""
+    lifecycle.keep_imports()
     url = metrics.serve_metrics(
         options.metrics_bind,
         advertise=options.advertise,

@@ -10,6 +10,7 @@ async def serve(config: Settings, stop: lifecycle.Stop) -> None:
     """Import what computes, and serve until stopped."""
     from router_svc.app import main
 
+    lifecycle.keep_imports()
     await main(config, stop)
 
 

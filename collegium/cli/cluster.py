@@ -69,6 +69,7 @@ class Cluster:
         self._roles: dict[str, str] = {}
         self._members: dict[str, Member] = {}
         self._channels: dict[str, grpc.Channel] = {}
+        self._health_stubs: dict[str, Any] = {}  # asked twenty times a second while a cluster starts
         self._has_served = False
         self._scaled_s = 0.0
         self._ended: set[str] = set()  # workers that were told to end, and are not to be started again
@@ -183,9 +184,10 @@ class Cluster:
         child = self._children[name]
         if not child.is_running:
             return False
-        stub: Any = health_pb2_grpc.HealthStub(self._channel(self._members[name]))
+        if name not in self._health_stubs:
+            self._health_stubs[name] = health_pb2_grpc.HealthStub(self._channel(self._members[name]))
         try:
-            response: health_pb2.HealthCheckResponse = stub.Check(
+            response: health_pb2.HealthCheckResponse = self._health_stubs[name].Check(
                 health_pb2.HealthCheckRequest(service=service), timeout=_CHECK_S
             )
         except grpc.RpcError:
@@ -229,6 +231,7 @@ class Cluster:
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
+        self._health_stubs.clear()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> Cluster:
@@ -316,6 +319,7 @@ class Cluster:
         child.close()
         self._say(f"{child.name} has ended")
         member = self._members.pop(child.name)
+        self._health_stubs.pop(member.name, None)
         channel = self._channels.pop(member.name, None)
         if channel is not None:
             channel.close()

@@ -93,3 +93,24 @@ def test_a_fault_shows_its_traceback() -> None:
     assert status == 1
     assert "Traceback" in err
     assert "ZeroDivisionError: oh" in err
+
+
+def test_garbage_is_looked_for_once_among_what_was_made_since_the_imports() -> None:
+    body = """
+await stop.wait()
+import gc, weakref
+class Node: pass
+def cycle():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+imported = cycle()
+lifecycle.keep_imports()
+made = cycle()
+print(gc.isenabled(), imported() is None, made() is None, flush=True)
+lifecycle.freeze()
+print(gc.isenabled(), imported() is None, made() is None, gc.get_freeze_count() > 10_000, flush=True)
+"""
+    process = start(body)
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (0, "False False False\nTrue False True True\n", "")
