@@ -197,6 +197,7 @@ class Engine:
         """Note that a step's rows are in the cache; a sequence for which that fails ends alone."""
         for row in step.rows:
             try:
+                self._forward.check(row)
                 self.scheduler.commit_row(row)
                 row.sequence.stalled_since_s = None
                 if row.sequence.life is not None:

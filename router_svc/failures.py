@@ -12,6 +12,10 @@ class Failure:
     message: str
 
 
+class UnusableRowsError(ValueError):
+    """A step has stored keys or values that are no finite numbers."""
+
+
 UNUSABLE_LOGITS = Failure(
     code="INTERNAL", reason="UNUSABLE_LOGITS", message="the model gave no usable scores (NaN or infinite)"
 )
@@ -25,6 +29,8 @@ def command_failed(name: str, error: Exception) -> Failure:
 
 def step_failed(error: Exception) -> Failure:
     """Say that a step failed."""
+    if isinstance(error, UnusableRowsError):
+        return UNUSABLE_LOGITS
     message = f"the router failed in a step ({type(error).__name__}); its log has the details"
     return Failure(code="INTERNAL", reason="STEP_FAILED", message=message)
 

@@ -18,7 +18,7 @@ from router_svc.expert_calls import ExpertCalls, OnLayer
 from router_svc.micro_batches import MicroBatching
 from router_svc.paged_attention import PagedCache, StepIndex
 from router_svc.router_model import RouterModel
-from router_svc.step import Step
+from router_svc.step import Row, Step
 from router_svc.step_logits import StepLogits
 from router_svc.totals import EngineTotals
 from router_svc.turns import by_turns
@@ -83,6 +83,14 @@ class ForwardPass:
         self._totals.forward_seconds += seconds
         self._totals.micro_batches += num_parts
         return StepLogits(logits=logits, spans=spans, began_s=began_s, seconds=seconds)
+
+    def check(self, row: Row) -> None:
+        """Look at what a step has stored for a sequence, before others may share it. Raises UnusableRowsError.
+
+        A single row that reaches the end is not looked at: its logits are.
+        """
+        if not (row.sequence.has_ended or (row.num_rows == 1 and row.reaches_end)):
+            self._cache.check(row)
 
     def run(self, step: Step, parts: Seq[Step], keep: list[int], num_step: int) -> Tensor:
         """Compute a step in parts: logits of its rows in `keep`, of its first row where that is empty."""

@@ -92,6 +92,13 @@ class BlockPool:
             self._block_of[name] = block
             self._hash_of[block] = name
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Make held blocks unfindable: what they hold is not to be trusted. Whoever holds them keeps them."""
+        for block in blocks:
+            name = self._hash_of.pop(block, None)
+            if name is not None:
+                del self._block_of[name]
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give references back. The tail of a sequence goes first, so that its beginning stays findable longest."""
         for block in reversed(blocks):

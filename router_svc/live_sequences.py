@@ -5,8 +5,9 @@ and nothing of that can fail another sequence.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 from collegium.fabric import logs, tracing
 from router_svc.failures import Failure, step_failed
@@ -19,6 +20,12 @@ from router_svc.step_faults import StepFaults
 _log = logs.get("engine")
 
 
+class Release(Protocol):
+    """Takes a sequence out of the scheduler."""
+
+    def __call__(self, sequence: Sequence, *, has_failed: bool = False) -> None: ...
+
+
 class LiveSequences:
     """Owned by the engine's thread."""
 
@@ -29,9 +36,11 @@ class LiveSequences:
         faults: StepFaults,
         *,
         refused: Counter[str],
-        release: Callable[[Sequence], None],
+        release: Release,
     ):
-        """refused: submissions by reason, counted up. release: gives back the place and the blocks of a sequence."""
+        """refused: submissions by reason, counted up. release: gives back the place and the blocks of a sequence, which
+        are forgotten where it has failed by a fault: they may be the reason.
+        """
         self._requests, self._news, self._refused = requests, news, refused
         self._faults, self._release = faults, release
         self._num_submitted = 0
@@ -100,9 +109,10 @@ class LiveSequences:
             sequence.finish = Finish.CANCELLED
         self._requests.leave(sequence)
         sequence.counts = None
-        for give_back in (self._release, lambda one: _end_life(one, failure)):
+        has_failed = failure is not None and failure.code == "INTERNAL"
+        for give_back in (lambda: self._release(sequence, has_failed=has_failed), lambda: _end_life(sequence, failure)):
             try:
-                give_back(sequence)
+                give_back()
             except Exception:
                 _log.exception("a sequence was not given back whole", request_id=sequence.request_id)
 

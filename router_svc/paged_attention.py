@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from collegium.model.native.attention import DecodeTables
 from router_svc.cache_shapes import CacheShape, window_of
+from router_svc.failures import UnusableRowsError
 from router_svc.kv_blocks import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -106,9 +108,8 @@ class StepIndex:
         positions: list[int] = []
         slots: list[int] = []
         for row in (*decodes, *chunks):
-            blocks = row.blocks
             positions += range(row.begin, row.end)
-            slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(row.begin, row.end)]
+            slots += _slots_of_run(row)
         self.device = device
         self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
         self.slots = torch.tensor(slots, device=device)  # [T]
@@ -219,6 +220,18 @@ class PagedCache:
         keys, values = self._pools[layer_idx]
         return keys, values
 
+    def check(self, run: Cached) -> None:
+        """Look at what a step has stored for a run of positions, before others may share it.
+
+        The last layer tells of all: what is no number in a row at any layer is in the stream from there on. Raises
+        UnusableRowsError.
+        """
+        pools = self._pools[max(self._pools)]
+        slots = torch.tensor(_slots_of_run(run), device=pools[0].device)
+        ends = [end for pool in pools for end in pool.index_select(0, slots).aminmax()]  # NaN if there is any
+        if not all(math.isfinite(float(end)) for end in ends):
+            raise UnusableRowsError(f"positions {run.begin} to {run.end - 1} have keys or values that are not finite")
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Zero: positions are given explicitly."""
         return 0
@@ -302,6 +315,12 @@ class PagedCache:
             pool.index_select(0, slots).view(num_sequences, -1, heads, width).transpose(1, 2)
             for pool, (heads, width) in zip(self._pools[layer_idx], (shape.key, shape.value), strict=True)
         )
+
+
+def _slots_of_run(run: Cached) -> list[int]:
+    """Where a run's positions lie in the pools."""
+    blocks = run.blocks
+    return [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(run.begin, run.end)]
 
 
 def attention(

@@ -69,10 +69,15 @@ class Scheduler:
         if not is_paused:
             self._waiting.revive(sequence)
 
-    def end(self, sequence: Sequence) -> None:
-        """Take a sequence out and give its blocks back. Nothing happens where it is out already."""
+    def end(self, sequence: Sequence, *, has_failed: bool = False) -> None:
+        """Take a sequence out and give its blocks back. Nothing happens where it is out already.
+
+        has_failed: its blocks may be the reason, those that it found in the cache too: nobody finds them any more.
+        """
         was_running, sequence.is_running = sequence.is_running, False
         try:
+            if has_failed:
+                self.pool.forget(sequence.blocks)
             self._release(sequence)
         finally:
             if was_running:

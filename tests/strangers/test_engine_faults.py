@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from collegium.fabric.errors import ResourceExhausted
 from collegium.model.sampling import SamplingParams
@@ -20,6 +21,8 @@ from router_svc import live_sequences, messages, sampler
 from router_svc.choices import LayerChoices, StepChoices
 from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertFailedError, ExpertsUnavailableError
+from router_svc.failures import Failure
+from router_svc.remote_experts import RemoteExperts
 from router_svc.sequence import Sequence, StopRules
 from router_svc.sequence_life import SequenceLife
 from router_svc.service import Outboxes, RouterService
@@ -29,6 +32,7 @@ from tests.router_rig import Outcomes, RouterRig, router_rig
 
 INTERNAL, UNAVAILABLE, RESOURCE_EXHAUSTED = 13, 14, 8
 NUM_CANARIES = 9
+LATE = Failure(code="DEADLINE_EXCEEDED", reason="DEADLINE_EXCEEDED", message="late")
 
 
 @pytest.fixture(scope="module")
@@ -450,3 +454,74 @@ async def test_a_gateway_that_reads_nothing_is_cut_off_by_bytes_too(rig: RouterR
         outboxes.put(owner, large)
     assert cut == [owner]
     assert attached.outbox.qsize() == 1 and attached.outbox.get_nowait() is None
+
+
+@pytest.fixture(scope="module")
+def chunked(oracle: Oracle) -> Iterator[RouterRig]:
+    """A router that takes prompts in chunks of 16, half of it in chunks of its own."""
+    with router_rig(oracle.checkpoint("mixtral"), kv_tokens=2048, max_batch_tokens=16, num_micro_batches=1) as running:
+        yield running
+
+
+def poison(rig: RouterRig, monkeypatch: pytest.MonkeyPatch, value: float, *, call: int, row: int = 3) -> None:
+    """Put a value into one row of what the first layer's workers answer to one prompt's chunk, the `call`th."""
+    remote = next(m for m in rig.cluster.model.model.modules() if isinstance(m, RemoteExperts))
+    real, num_calls = remote.call, 0
+
+    def answer(layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        nonlocal num_calls
+        assert real is not None
+        y = real(layer, x, ids, weights)
+        if x.shape[0] > row:
+            num_calls += 1
+            if num_calls == call:
+                y = y.clone()
+                y[row, 0] = value
+        return y
+
+    monkeypatch.setattr(remote, "call", answer)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("call", [1, 3, 5], ids=["in the first chunk", "in the third", "in the last"])
+def test_one_number_that_is_none_in_an_answer_fails_one_request_and_no_later_one_that_begins_alike(
+    value: float, call: int, rig: RouterRig, chunked: RouterRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_ids = [100 + call, 200 if math.isnan(value) else 201 + (value > 0), *range(20, 88)]
+    with monkeypatch.context() as patch:
+        poison(chunked, patch, value, call=call)
+        check_failed(chunked.ask(chunked.submission("bad", prompt_ids=prompt_ids)), "UNUSABLE_LOGITS")
+    wanted = rig.ask(rig.submission("right", prompt_ids=prompt_ids))["right", 0]
+    again, later = (
+        chunked.ask(chunked.submission(name, prompt_ids=prompt_ids))[name, 0] for name in ("again", "later")
+    )
+    assert again.failure is None
+    assert again.token_ids == later.token_ids == wanted.token_ids
+    assert (again.cached_prompt_tokens, later.cached_prompt_tokens) == (0, 64)
+    assert chunked.is_idle()
+
+
+def test_a_request_that_begins_as_a_spoilt_one_beside_it_shares_nothing_of_it(
+    rig: RouterRig, chunked: RouterRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_ids = [99, *range(30, 99)]
+    names = [f"alike-{idx}" for idx in range(4)]
+    with monkeypatch.context() as patch:
+        poison(chunked, patch, math.nan, call=1)
+        outcomes = chunked.ask(*(chunked.submission(name, prompt_ids=prompt_ids) for name in names))
+    wanted = rig.ask(rig.submission("right", prompt_ids=prompt_ids))["right", 0]
+    whole = [outcome for outcome in outcomes.values() if outcome.failure is None]
+    assert len(whole) == len(names) - 1
+    assert all(outcome.token_ids == wanted.token_ids for outcome in whole)
+    assert chunked.is_idle()
+
+
+def test_a_deadline_leaves_what_was_computed_to_others(chunked: RouterRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt_ids = [98, *range(40, 109)]
+    with monkeypatch.context() as patch:  # as if it had passed when the first token was drawn
+        patch.setattr(chunked.engine._sampler, "_take", lambda one, *_: chunked.engine._live.end(one, None, LATE))
+        check_failed(
+            chunked.ask(chunked.submission("late", prompt_ids=prompt_ids)), "DEADLINE_EXCEEDED", "late", code=4
+        )
+    again = chunked.ask(chunked.submission("again", prompt_ids=prompt_ids))["again", 0]
+    assert again.cached_prompt_tokens == 64

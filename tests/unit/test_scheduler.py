@@ -195,3 +195,38 @@ def test_blocks_released_twice_are_refused_and_names_depend_on_all_before() -> N
     tokens = list(range(BLOCK_TOKENS))
     assert block_hash(b"", tokens) != block_hash(block_hash(b"", tokens), tokens)
     assert [num_blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def test_what_a_failed_sequence_computed_or_found_is_found_by_nobody() -> None:
+    pool = BlockPool(64)
+    scheduler = Scheduler(pool, max_batch_tokens=512, max_num_seqs=8)
+    scheduler.add(sequence(0, 40, 1, common=True))
+    run_to_end(scheduler)
+    companion, failing = (sequence(name, 64, 8, common=True) for name in (1, 2))
+    for one in (companion, failing):
+        scheduler.add(one)
+        compute(scheduler, scheduler.schedule() or pytest.fail("nothing to do"))
+    assert companion.num_cached == 32
+    assert failing.num_cached == 48
+    scheduler.end(failing, has_failed=True)
+    assert pool.find(companion.block_names(64)) == []
+    run_to_end(scheduler)  # whoever holds such blocks goes on with them
+    assert companion.has_ended
+    later = sequence(3, 64, 1, common=True)
+    scheduler.add(later)
+    run_to_end(scheduler)
+    assert later.num_cached == 0
+    assert pool.num_free == pool.num_blocks
+    assert len(pool.find(later.block_names(64))) == 4  # computed again, they are shared again
+
+
+def test_what_others_computed_stays_findable_when_a_sequence_fails() -> None:
+    pool = BlockPool(64)
+    scheduler = Scheduler(pool, max_batch_tokens=512, max_num_seqs=8)
+    good, failing = sequence(0, 64), sequence(1, 64)
+    for one in (good, failing):
+        scheduler.add(one)
+    compute(scheduler, scheduler.schedule() or pytest.fail("nothing to do"))
+    scheduler.end(failing, has_failed=True)
+    assert len(pool.find(good.block_names(64))) == 4
+    assert pool.find(failing.block_names(64)) == []
