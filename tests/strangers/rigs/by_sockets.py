@@ -19,6 +19,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from collegium.link import header
+from collegium.link.stream import unix_address
 from tests.strangers.rigs.attack import SOON_S, Attack, at_once, unary_status
 from tests.strangers.rigs.calls import OK
 from tests.strangers.rigs.footprint import footprint
@@ -138,11 +139,11 @@ def _connections(address: str, count: int) -> Iterator[list[socket.socket]]:
     try:
         for _ in range(count):
             try:
-                if address.startswith("@"):
+                if address.startswith(("@", "/")):
                     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     opened.append(one)
                     one.settimeout(_CONNECT_S)
-                    one.connect("\0" + address[1:])
+                    one.connect(unix_address(address))
                 else:
                     host, _, number = address.rpartition(":")
                     opened.append(socket.create_connection((host, int(number)), timeout=_CONNECT_S))
