@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from collegium.model import native
+from collegium.model import native, packed_memory
 from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.kernels import Kernel, PackedLinear, kernel_for
 from collegium.model.weights import ExpertWeights
@@ -50,10 +50,9 @@ class PackedExpert:
     def _pack_natively(self, weights: ExpertWeights) -> None:
         d_model, d_ffn = weights.down.shape
         layout = _layout(d_model, d_ffn, weights.down.dtype, weights.gate_up_bias is not None)
-        memory = torch.zeros(layout.num_bytes + 64, dtype=torch.uint8)
-        start = -memory.data_ptr() % 64
+        memory = packed_memory.take(layout.num_bytes)
         self.layout, self._memory = layout, [memory]
-        self.address, self.num_bytes = memory.data_ptr() + start, layout.num_bytes
+        self.address, self.num_bytes = memory.data_ptr(), layout.num_bytes
         self._parts = [(self.address, self.num_bytes)]
         self._fill(weights, layout)
 

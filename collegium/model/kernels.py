@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from collegium.model import native
+from collegium.model import native, packed_memory
 
 # The row count that oneDNN is told to expect when it chooses a layout; it holds for any other as well.
 _EXPECTED_ROWS = 8
@@ -90,8 +90,8 @@ class PackedLinear(nn.Module):
         self._library = native.library() if self.kernel is Kernel.NATIVE else None
         with torch.inference_mode():
             if self._library is not None:
-                self._weight = torch.empty(
-                    self._library.packed_bytes(weight.shape[0], weight.shape[1], weight.dtype), dtype=torch.uint8
+                self._weight = packed_memory.take(
+                    self._library.packed_bytes(self.out_features, self.in_features, weight.dtype)
                 )
                 self._library.pack(self._weight.data_ptr(), weight)
             elif self.kernel is Kernel.ONEDNN:
