@@ -40,7 +40,7 @@ _returned: deque[tuple[_Run, int, int]] = deque()  # by whichever thread the col
 
 
 def take(num_bytes: int) -> Tensor:
-    """Return [num_bytes] uint8, aligned to a cache line; what is in it is not said. Raises OSError for want of memory."""
+    """Return [num_bytes] uint8, aligned to a cache line; what is in it is not said. Raises OSError."""
     size = -(-num_bytes // _ALIGNED) * _ALIGNED
     with _lock:
         _take_in()

@@ -127,7 +127,7 @@ static int64_t take_reply(struct exchange *e, int64_t w, uint64_t seq, int64_t r
     uint8_t head[HEADER_BYTES];
     uint16_t missed[MOST_MISSES];
     for (;;) {
-        ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK | MSG_DONTWAIT);
+        ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK); /* waits as long as the socket's own limit says, or less */
         if (seen < 0 && errno == EINTR)
             continue;
         if (seen < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) && wait_for(fd, POLLIN, (int64_t)e->deadline_us))

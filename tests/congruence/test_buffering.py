@@ -145,6 +145,9 @@ def test_tokens_and_logprobs_equal_transformers(setup: Setup, oracle: Oracle) ->
         fit = [buffer.max_resident or 99 for buffer in cluster.buffers]
         homes = [len(list(cluster.placement.experts_of(f"worker-{idx}"))) for idx in range(setup.num_workers)]
         held = [(buffer.resident_bytes, buffer.budget_bytes) for buffer in cluster.buffers]
+        calls = cluster.calls.totals
+    assert calls.native_exchanges >= 99 * calls.python_exchanges  # whatever the budget, the policy, and hints
+    assert all(loop.num_native_answers > 0 == loop.num_python_answers for loop in loops)
     for reference, (answer,) in zip(references, answers, strict=True):
         assert answer.failure == ""
         assert answer.token_ids == reference.token_ids

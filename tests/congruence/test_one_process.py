@@ -49,6 +49,7 @@ def test_tokens_and_logprobs_equal_transformers_under_preemption_and_staggered_a
         answers = cluster.run(requests)
         num_preemptions, steps = cluster.engine.scheduler.num_preemptions, cluster.engine.totals.steps
         load = cluster.engine.scheduler.load()
+        check_all_went_natively(cluster)
     for reference, choices in zip(references, answers, strict=True):
         for answer in choices:
             assert answer.failure == ""
@@ -57,6 +58,14 @@ def test_tokens_and_logprobs_equal_transformers_under_preemption_and_staggered_a
     assert num_preemptions > 0
     assert steps["mixed"] > 0
     assert load.free_blocks == load.total_blocks
+
+
+def check_all_went_natively(cluster: OneProcess) -> None:
+    """What is proven in bulk is what serves: prompts, mixed steps and decode, whatever the architecture."""
+    totals = cluster.calls.totals
+    assert totals.native_exchanges > 100 and totals.python_exchanges == 0
+    for worker in cluster.workers:
+        assert worker.counters.num_native_answers > 0 and worker.counters.num_python_answers == 0
 
 
 def test_a_score_equals_the_reference_and_is_the_same_in_small_chunks(oracle: Oracle) -> None:
