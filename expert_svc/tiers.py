@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from collegium.buffering.policies import ExpertId
+from collegium.model import packed_memory
 from collegium.model.experts import PackedExpert
 from collegium.model.manifest import Manifest
 from collegium.model.weights import ExpertReader
@@ -59,7 +60,11 @@ class Arena:
     def __init__(self, behind: Source, *, num_places: int, expert_bytes: int, is_pinned: bool = False):
         """Set aside `num_places` times `expert_bytes`; page-locked where a device is to copy from it by itself."""
         self._behind, self._expert_bytes, self.num_places = behind, expert_bytes, num_places
-        self._memory = torch.empty(num_places * expert_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+        size = num_places * expert_bytes
+        if is_pinned or not size:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+        else:
+            self._memory = packed_memory.take(size)
         self._places: OrderedDict[ExpertId, int] = OrderedDict()  # least recently used first
         self._free = list(range(num_places))
         self._in_use: dict[ExpertId, int] = {}  # how many threads read it now
