@@ -130,25 +130,33 @@ class ExpertBuffer:
         visit = Visit(layer=layer, experts=experts, slots=[None] * len(experts), ready=[])
         with self._lock:
             self._visit = visit
-            self._settle()
-            resident, missing = self._resident, list[int]()
-            for group, expert in enumerate(experts):
-                slot = resident.get((layer, expert))
-                if slot is None:
-                    missing.append(group)
-                else:
-                    visit.slots[group] = slot
-                    visit.ready.append(group)
-            if self.is_roomy:
-                self.totals.hits += len(visit.ready)
-            else:
-                self._note(visit, decode_counts, num_decode_rows, missing)
-            if missing:
-                visit.is_prompt = [not count for count in decode_counts]
-                self._fetch(visit, missing)
-            if self._staged:
-                self._drop_staged(layer)
+            try:
+                self._open(visit, decode_counts, num_decode_rows)
+            except BaseException:  # no memory for a slot: the visit ends here, the buffer goes on
+                self._end_visit(visit)
+                raise
         return visit
+
+    def _open(self, visit: Visit, decode_counts: Sequence[int], num_decode_rows: int) -> None:
+        layer, experts = visit.layer, visit.experts
+        self._settle()
+        resident, missing = self._resident, list[int]()
+        for group, expert in enumerate(experts):
+            slot = resident.get((layer, expert))
+            if slot is None:
+                missing.append(group)
+            else:
+                visit.slots[group] = slot
+                visit.ready.append(group)
+        if self.is_roomy:
+            self.totals.hits += len(visit.ready)
+        else:
+            self._note(visit, decode_counts, num_decode_rows, missing)
+        if missing:
+            visit.is_prompt = [not count for count in decode_counts]
+            self._fetch(visit, missing)
+        if self._staged:
+            self._drop_staged(layer)
 
     def landed(self, visit: Visit) -> list[int]:
         """Take the groups whose experts can be computed now, and were not given out before; begin further loads.
@@ -208,17 +216,20 @@ class ExpertBuffer:
         """End a visit, whole or not: nothing is leased any more."""
         with self._lock:
             assert self._visit is visit
-            self._visit = None
-            self._leased.clear()
-            for slot in visit.streamed.values():
-                self._slots.give_back(slot)
-            visit.streamed.clear()
-            visit.todo.clear()
-            for expert_id in visit.awaited:  # it failed: what still comes for it is held or dropped as a prefetch is
-                load = self._under_way.get(expert_id)
-                if load is not None and load.purpose is Purpose.STREAM:
-                    load.purpose = Purpose.PREFETCH
-            visit.awaited.clear()
+            self._end_visit(visit)
+
+    def _end_visit(self, visit: Visit) -> None:
+        self._visit = None
+        self._leased.clear()
+        for slot in visit.streamed.values():
+            self._slots.give_back(slot)
+        visit.streamed.clear()
+        visit.todo.clear()
+        for expert_id in visit.awaited:  # it failed: what still comes for it is held or dropped as a prefetch is
+            load = self._under_way.get(expert_id)
+            if load is not None and load.purpose is Purpose.STREAM:
+                load.purpose = Purpose.PREFETCH
+        visit.awaited.clear()
 
     def hint(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> int:
         """Hear which experts a coming visit is likely to ask for; begin to load what deserves it.
@@ -409,11 +420,14 @@ class ExpertBuffer:
             group = visit.todo[0]
             expert_id = (visit.layer, visit.experts[group])
             stays = self._claim(visit, group)
-            slot = self._slots.take() or self._rob_prefetch()
-            if slot is None:  # all are leased, or being computed from: when one is free, this goes on
-                if stays:
+            slot = None
+            try:
+                slot = self._slots.take() or self._rob_prefetch()
+            finally:
+                if slot is None and stays:
                     self._ungive(expert_id)
                     self._leased.discard(expert_id)
+            if slot is None:  # all are leased, or being computed from: when one is free, this goes on
                 break
             visit.todo.popleft()
             visit.awaited[expert_id] = group

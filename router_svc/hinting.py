@@ -74,7 +74,7 @@ class Hinting:
         self._totals.hinted += call.hinted
         self._totals.hinted_right += call.right
         call.hinted = call.right = 0
-        if self._memory is not None:
+        if self._memory is not None and len(self._tokens) == foretelling.chosen.shape[1]:
             for layer in self._memory.layers[:num_layers]:
                 self._memory.learn(layer, self._tokens, foretelling.chosen[layer])
 

@@ -432,10 +432,11 @@ class TcpPort:
         if tell:
             self._native.say(link.handle, header.goodbye(reason))
         del self._by_id[link.link_id]
-        for handle, (landing_link, _, _) in list(self._landing.items()):
-            if landing_link is link:
-                del self._landing[handle]
         self._native.remove(link.handle)
+        for handle, (landing_link, _, arrival) in list(self._landing.items()):
+            if landing_link is link:  # nobody has been given it
+                del self._landing[handle], link.in_flight[arrival.dispatch.seq]
+                self._native.reply(handle, int(Status.FAILED), None, None, 0, 0, b"")
         self._orphans |= {(link.link_id, seq): taken for seq, taken in link.in_flight.items()}
         if link.carrier is not None:
             link.carrier.abort()

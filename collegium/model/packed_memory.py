@@ -23,7 +23,10 @@ class _Run:
     """One mapping; pieces are cut from its front."""
 
     def __init__(self, num_bytes: int):
-        mapped = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            mapped = mmap.mmap(-1, num_bytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"no memory for packed weights ({num_bytes:,} bytes): {error.strerror}") from error
         with contextlib.suppress(AttributeError, OSError):  # without huge pages it is memory all the same
             mapped.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(mapped, dtype=torch.uint8)  # holds the mapping
@@ -40,7 +43,7 @@ _returned: deque[tuple[_Run, int, int]] = deque()  # by whichever thread the col
 
 
 def take(num_bytes: int) -> Tensor:
-    """Return [num_bytes] uint8, aligned to a cache line; what is in it is not said. Raises OSError."""
+    """Return [num_bytes] uint8, aligned to a cache line; what is in it is not said. Raises MemoryError."""
     size = -(-num_bytes // _ALIGNED) * _ALIGNED
     with _lock:
         _take_in()

@@ -16,7 +16,7 @@
 
 #include "frame.h"
 
-#define SPINS 200 /* looks for the rest of a frame whose header is here */
+#define SPINS 200 /* looks for the rest of a header without a pause */
 
 int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
                        int64_t T, int64_t K, int64_t E, int64_t W, int64_t *sizes, int64_t *tokens, uint16_t *experts,
@@ -126,7 +126,7 @@ static int64_t take_reply(struct exchange *e, int64_t w, uint64_t seq, int64_t r
     int fd = e->fds[w];
     uint8_t head[HEADER_BYTES];
     uint16_t missed[MOST_MISSES];
-    for (;;) {
+    for (int spins = 0;;) {
         ssize_t seen = recv(fd, head, sizeof head, MSG_PEEK); /* waits as long as the socket's own limit says, or less */
         if (seen < 0 && errno == EINTR)
             continue;
@@ -135,7 +135,8 @@ static int64_t take_reply(struct exchange *e, int64_t w, uint64_t seq, int64_t r
         if (seen <= 0)
             return -1;
         if (seen < HEADER_BYTES) { /* the rest of it is here at once, or the caller's to wait for */
-            if (now_ns() / 1000 >= (int64_t)e->deadline_us)
+            struct pollfd end = {.fd = fd, .events = POLLRDHUP};
+            if (now_ns() / 1000 >= (int64_t)e->deadline_us || poll(&end, 1, spins++ < SPINS ? 0 : 1) > 0)
                 return -1;
             sched_yield();
             continue;

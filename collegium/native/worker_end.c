@@ -105,11 +105,11 @@ struct worker_end {
     struct link *links;
     int64_t num_links;
     struct slot **held; /* whole and waiting, oldest first */
-    int64_t num_held, most_held;
+    int64_t num_held, most_held, held_capacity; /* most_held: credits of all links, gone ones with taken slots too */
     int64_t budget, used, num_parked; /* bytes of memory of all links' slots */
     int64_t frame_ns, reader_ns;      /* how long a frame may take to come, and a reply may wait without a byte taken */
-    int64_t next_look_ns, last_ns;
-    int flags;
+    int64_t next_look_ns, last_ns, left_ns;
+    int flags, owes_batch; /* owes_batch: the last call left dispatches for the caller's sake */
     /* experts */
     const void *shape;
     const void *const *weights; /* [L, E] packed experts; NULL: not there. Others write it */
@@ -272,6 +272,7 @@ static void free_if_gone(struct worker_end *e, struct link *link)
     for (struct link **at = &e->links; *at; at = &(*at)->next)
         if (*at == link) {
             *at = link->next;
+            e->most_held -= link->num_slots;
             break;
         }
     for (struct slot *slot = link->slots; slot < link->slots + link->num_slots; slot++)
@@ -773,6 +774,12 @@ static void move(struct worker_end *e, int64_t wait_ns)
 {
     struct epoll_event events[MOST_EVENTS];
     wait_ns = wait_ns < 0 ? 0 : wait_ns > LOOK_NS ? LOOK_NS : wait_ns;
+    int64_t away = e->left_ns ? now_ns() - e->left_ns : 0;
+    if (away > LOOK_NS) /* computing: nobody was slow but this end */
+        for (struct link *link = e->links; link; link = link->next) {
+            link->begun_ns += link->begun_ns ? away : 0;
+            link->moved_ns += away;
+        }
     int num = epoll_wait(e->epoll_fd, events, MOST_EVENTS, (int)((wait_ns + 999999) / 1000000));
     for (int i = 0; i < num; i++) {
         struct link *link = events[i].data.ptr;
@@ -789,7 +796,7 @@ static void move(struct worker_end *e, int64_t wait_ns)
                 read_link(e, link);
         }
     }
-    int64_t now = now_ns();
+    int64_t now = e->left_ns = now_ns();
     if (now >= e->next_look_ns)
         look_for_slow(e, now);
 }
@@ -1168,12 +1175,15 @@ struct link *collegium_end_add(struct worker_end *e, int fd, int64_t id, const i
     struct link *link = calloc(1, sizeof *link);
     struct slot *slots = calloc((size_t)agreed[8], sizeof *slots);
     int64_t most = e->most_held + agreed[8], num = e->num_links + 1;
-    struct slot **held = realloc(e->held, (size_t)most * sizeof *held);
+    int64_t capacity = most > e->held_capacity ? most : e->held_capacity; /* never less: a batch may be at hand */
+    struct slot **held = realloc(e->held, (size_t)capacity * sizeof *held);
     if (held)
         e->held = held;
-    struct slot **batch = realloc(e->batch, (size_t)most * sizeof *batch);
+    struct slot **batch = realloc(e->batch, (size_t)capacity * sizeof *batch);
     if (batch)
         e->batch = batch;
+    if (held && batch)
+        e->held_capacity = capacity;
     int64_t *met = realloc(e->met, (size_t)num * 4 * sizeof *met);
     if (met)
         e->met = met;
@@ -1212,7 +1222,6 @@ void collegium_end_remove(struct worker_end *e, struct link *link)
     link->stats = e->unheard;
     empty_link(e, link);
     e->num_links--;
-    e->most_held -= link->num_slots;
     free_if_gone(e, link);
 }
 
@@ -1268,21 +1277,24 @@ int collegium_end_run(struct worker_end *e, int64_t until_ns, int is_waiting)
     if (e->num_batch)
         return BATCH;
     int64_t wait = 0;
-    for (int is_first = 1;; is_first = 0) {
+    for (int is_first = 1, num_done = 0;; is_first = 0) {
         int64_t before = now_ns(), was_held = e->num_held;
         if (!e->flags)
             move(e, wait);
         int64_t now = now_ns(), soonest = until_ns;
         if (was_held && wait > 0)
             e->totals[T_JOIN_WAIT_NS] += now - before;
-        if (e->flags || is_full(e)) {
+        int64_t layer = is_full(e) ? -1 : choose(e, is_waiting, now, &soonest);
+        /* the caller is called for at once, but not again and again before dispatches that wait: whoever sends hints without
+         * end, or knocks, must not keep others waiting */
+        if (is_full(e) || (e->flags && (layer < 0 || num_done || !e->owes_batch))) {
             int flags = e->flags | (is_full(e) ? FULL : 0);
+            e->owes_batch = layer >= 0 && !num_done;
             e->flags = 0;
             return flags;
         }
         if (now >= until_ns && !is_first)
             return 0;
-        int64_t layer = choose(e, is_waiting, now, &soonest);
         wait = soonest - now;
         if (layer < 0)
             continue;
@@ -1290,12 +1302,17 @@ int collegium_end_run(struct worker_end *e, int64_t until_ns, int is_waiting)
         gather(e, layer, now);
         if (!e->num_batch)
             continue;
+        e->owes_batch = 0;
+        num_done++;
         if (join(e)) {
             static const char why[] = "the worker has no memory to join this batch in";
             e->batch_groups = 0;
             fail_batch(e, STATUS_FAILED, why, sizeof why - 1);
-        } else if (compute(e))
-            return BATCH;
+        } else if (compute(e)) {
+            int flags = e->flags | BATCH;
+            e->flags = 0;
+            return flags;
+        }
         if (!e->num_held && !e->flags)
             wait = until_ns - now_ns();
     }

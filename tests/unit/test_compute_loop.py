@@ -137,6 +137,30 @@ def test_an_expert_that_cannot_be_loaded_fails_its_own_dispatch_and_not_the_one_
     assert worker.loop.counters.num_failed == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_a_slot_that_cannot_be_had_fails_its_dispatch_and_leaves_the_buffer_as_it_was(
+    error: Exception, start: Callable[[Rig], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(8, num_threads=1)
+    worker = start(rig)
+    worker.loop.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.buffer._slots, "take", raising(error))
+        worker.send(0, 0, [1, 2])
+        status, _, message = worker.answer(0)
+        assert status == Status.FAILED and str(error) in message
+    worker.send(0, 0, [1, 2], seq=2)
+    assert worker.answer(0, seq=2) == (Status.OK, [1, 2], "")
+    assert rig.buffer.num_resident == rig.buffer._num_given == 2
+
+
+def raising(error: Exception) -> Callable[[], object]:
+    def take() -> object:
+        raise error
+
+    return take
+
+
 def test_a_reply_names_the_experts_of_its_own_dispatch_that_had_to_be_loaded(start: Callable[[Rig], Worker]) -> None:
     rig = Rig(8, num_threads=1)
     rig.buffer.warm([(0, 2)])

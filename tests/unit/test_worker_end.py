@@ -471,13 +471,14 @@ def test_hints_of_what_is_there_are_passed_over_in_the_call_and_others_reach_the
 
 
 @pytest.mark.timeout(30)  # it takes a second; where hints are passed over without end, each dispatch waits for a gap
-def test_hints_without_end_hold_up_neither_another_router_nor_the_end(start: Start) -> None:
+@pytest.mark.parametrize("layer", [1, NUM_LAYERS], ids=["of what is here", "of a layer that there is not"])
+def test_hints_without_end_hold_up_neither_another_router_nor_the_end(layer: int, start: Start) -> None:
     worker = start()
     worker.buffer.warm(ALL)
     noisy, other = worker.link(), worker.link()
     is_over = threading.Event()
 
-    frames = write_hint(hint_of(1, [3])) * 2000
+    frames = write_hint(hint_of(layer, [3])) * 2000
 
     def hint() -> None:  # as fast as they can be read
         with contextlib.suppress(OSError):
