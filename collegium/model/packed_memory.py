@@ -45,7 +45,7 @@ _returned: deque[tuple[_Run, int, int]] = deque()  # by whichever thread the col
 def take(num_bytes: int) -> Tensor:
     """Return [num_bytes] uint8, aligned to a cache line; what is in it is not said. Raises MemoryError."""
     size = -(-num_bytes // _ALIGNED) * _ALIGNED
-    with _lock:
+    with _lock, torch.inference_mode(False):  # a run serves callers of both modes
         _take_in()
         run = next((one for one in _runs if one.free.get(size) or one.cut + size <= len(one.memory)), None)
         if run is None:
@@ -56,7 +56,8 @@ def take(num_bytes: int) -> Tensor:
         else:
             begin, run.cut = run.cut, run.cut + size
         run.num_live += 1
-    piece = run.memory[begin : begin + num_bytes]
+    with torch.inference_mode(False):
+        piece = run.memory[begin : begin + num_bytes]
     weakref.finalize(piece, _give_back, run, size, begin).atexit = False
     return piece
 
