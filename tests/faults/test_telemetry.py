@@ -92,6 +92,7 @@ metrics.get_meter_provider().shutdown()
 tracing.shutdown_tracing()
 """
 NUM_PROMPT = 17  # tokens of PROMPT, a byte each
+SHARE_OF_WORK = METRICS["collegium_workers_busy_ratio"].otlp_name
 DONE = {"plain", "chat", "two", "left", "right", "survivor"}
 
 
@@ -176,7 +177,8 @@ def told(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
                 redis.start()
                 cluster.wait_until(lambda: bool(told.lines("Redis is back")), 60)
                 told.pages.update(pages_of(cluster, client))
-                cluster.wait_until(lambda: "collegium-balancer" in collector.metrics, 60)
+                # Shares are of 5 seconds of work: what goes before may be quicker.
+                cluster.wait_until(lambda: SHARE_OF_WORK in collector.metrics.get("collegium-balancer", ()), 60)
         yield told
 
 
