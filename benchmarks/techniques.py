@@ -140,6 +140,8 @@ def serve(args: argparse.Namespace) -> None:
             began = time.monotonic()
             answers = running.run([Request(prompt_ids=p, max_tokens=asked["max_tokens"]) for p in asked["prompts"]])
             seconds = time.monotonic() - began
+            if not padding.pairs.any():
+                raise RuntimeError("no batch came back to the interpreter: nothing was counted, and nothing padded")
             stamps = [choice.arrived_s for (choice,) in answers]
             _say(
                 {
@@ -174,7 +176,8 @@ class Padding:
         for worker, loop in enumerate(running.workers):
             compute = loop._compute
             loop._compute = lambda batch, worker=worker, compute=compute: compute(self._padded(batch, worker))
-            loop._is_native = True  # it never learns how to compute by itself
+            loop._tell_end = lambda loop=loop: _hand_over(loop)
+            loop._is_native = False  # so that its thread tells the end anew
 
     def _padded(self, batch: Any, worker: int) -> object:
         """Pad with rows that count for nothing."""
@@ -203,6 +206,21 @@ class Padding:
             pair_rows=np.concatenate(rows),
             pair_weights=np.concatenate(weights),
         )
+
+
+def _hand_over(loop: Any) -> None:
+    """Have a worker's end hand every batch over; in the loop's own thread."""
+    residents = loop._buffer.residents
+    loop._port.serve(
+        (residents.table, residents.leases),
+        loop._num_experts,
+        shape=None,
+        d_model=loop._d_model,
+        dtype=loop._dtype,
+        num_threads=1,
+        notes_visits=False,
+    )
+    loop._is_native = True  # as far as the loop is concerned: it has been told
 
 
 def _balance(running: Any) -> None:

@@ -240,7 +240,6 @@ class TcpPort:
             num_experts,
             shape=shape,
             d_model=d_model,
-            item_bytes=dtype.itemsize,
             dtype_code=DTYPE_CODES[dtype],
             num_threads=num_threads,
             notes_visits=notes_visits,

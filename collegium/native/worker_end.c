@@ -67,7 +67,7 @@ struct link {
     enum reason reason;
     int error; /* errno, where it BROKE */
     /* what was agreed */
-    int64_t D, item_bytes, reply_item_bytes, row_bytes, reply_row_bytes, max_rows, max_pairs, max_groups, num_slots;
+    int64_t D, row_bytes, reply_row_bytes, max_rows, max_pairs, max_groups, num_slots;
     uint8_t dtype, reply_dtype, flags;
     struct slot *slots;
     struct slot *first_owed, *last_owed;
@@ -115,7 +115,7 @@ struct worker_end {
     const void *const *weights; /* [L, E] packed experts; NULL: not there. Others write it */
     uint8_t *leases;            /* [L, E] not 0: computed from; who takes an expert out waits for the end of that */
     int64_t *num_experts;       /* [L] */
-    int64_t L, E, D, item_bytes;
+    int64_t L, E, D;
     uint8_t dtype;
     int num_threads, notes_visits, keeps_hints;
     /* the batch at hand, and memory to join in */
@@ -129,7 +129,7 @@ struct worker_end {
     float *pair_weights;
     const void **chosen;
     /* what is told afterwards */
-    int64_t *visits, num_visits, *log, num_log, *met, most_met;
+    int64_t *visits, num_visits, *log, num_log, *met;
     struct hint hints[MAX_KEPT_HINTS];
     int64_t num_hints;
     uint16_t *told; /* the hint that was told last */
@@ -1144,8 +1144,8 @@ struct worker_end *collegium_end_new(int control_fd, int64_t budget, int64_t fra
 /* Say what experts there are, and, where shape is not NULL, that they are computed here. weights, leases [L, E]: as above, the
  * caller's; num_experts [L] is copied. -1: there is no memory. */
 int collegium_end_serve(struct worker_end *e, const void *shape, const void *const *weights, uint8_t *leases,
-                        const int64_t *num_experts, int64_t L, int64_t E, int64_t D, int64_t item_bytes, int dtype,
-                        int num_threads, int notes_visits)
+                        const int64_t *num_experts, int64_t L, int64_t E, int64_t D, int dtype, int num_threads,
+                        int notes_visits)
 {
     int64_t *copy = malloc((size_t)L * sizeof *copy);
     if (!copy || E > MAX_EXPERTS / 4)
@@ -1159,7 +1159,6 @@ int collegium_end_serve(struct worker_end *e, const void *shape, const void *con
     e->L = L;
     e->E = E;
     e->D = D;
-    e->item_bytes = item_bytes;
     e->dtype = (uint8_t)dtype;
     e->num_threads = num_threads;
     e->notes_visits = notes_visits;
@@ -1194,12 +1193,13 @@ struct link *collegium_end_add(struct worker_end *e, int fd, int64_t id, const i
         return NULL;
     }
     int is_apart = agreed[9] != 0;
-    *link = (struct link){.next = e->links, .id = id, .fd = fd, .events = EPOLLIN, .D = agreed[0], .item_bytes = agreed[1],
-                          .reply_item_bytes = agreed[2], .dtype = (uint8_t)agreed[3], .reply_dtype = (uint8_t)agreed[4],
+    *link = (struct link){.next = e->links, .id = id, .fd = fd, .events = EPOLLIN, .D = agreed[0],
+                          .dtype = (uint8_t)agreed[3], .reply_dtype = (uint8_t)agreed[4],
                           .max_rows = agreed[5], .max_pairs = agreed[6], .max_groups = agreed[7], .num_slots = agreed[8],
                           .flags = (uint8_t)is_apart, .row_bytes = is_apart ? 0 : agreed[0] * agreed[1],
                           .reply_row_bytes = is_apart ? 0 : agreed[0] * agreed[2], .slots = slots, .moved_ns = now_ns(),
-                          .offset_us = plus(received_us, -(uint64_t)sent_us), .updated_us = received_us, .last_layer = -1, .stats = stats};
+                          .offset_us = plus(received_us, -(uint64_t)sent_us), .updated_us = received_us, .last_layer = -1,
+                          .stats = stats};
     for (int64_t i = 0; i < agreed[8]; i++)
         slots[i].link = link;
     e->links = link;

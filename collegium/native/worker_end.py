@@ -191,7 +191,6 @@ class WorkerEnd:
         *,
         shape: int | None,
         d_model: int,
-        item_bytes: int,
         dtype_code: int,
         num_threads: int,
         notes_visits: bool,
@@ -206,7 +205,7 @@ class WorkerEnd:
         num_layers, most = table.shape
         if self._lib.collegium_end_serve(
             self._end, shape, table.ctypes.data, leases.ctypes.data, bounds.ctypes.data, num_layers, most, d_model,
-            item_bytes, dtype_code, num_threads, notes_visits,
+            dtype_code, num_threads, notes_visits,
         ):  # fmt: skip
             raise MemoryError(f"no memory for a table of {num_layers} x {most} experts, or too many of them")
 
@@ -406,7 +405,7 @@ def _declared() -> ctypes.CDLL:
     for name, result, arguments in (
         ("new", at, [c_int, word, word, word, at]),
         ("free", None, [at]),
-        ("serve", c_int, [at, at, at, at, at, *[word] * 4, c_int, c_int, c_int]),
+        ("serve", c_int, [at, at, at, at, at, *[word] * 3, c_int, c_int, c_int]),
         ("add", at, [at, c_int, word, at, word, word, at]),
         ("remove", None, [at, at]),
         ("post", None, [at, at, c_char_p, word]),

@@ -26,8 +26,8 @@ void collegium_pack(void *to, const void *from, int64_t O, int64_t K, int is_bf1
 struct worker_end *collegium_end_new(int control_fd, int64_t budget, int64_t frame_ns, int64_t reader_ns, int64_t *totals);
 void collegium_end_free(struct worker_end *e);
 int collegium_end_serve(struct worker_end *e, const void *shape, const void *const *weights, uint8_t *leases,
-                        const int64_t *num_experts, int64_t L, int64_t E, int64_t D, int64_t item_bytes, int dtype,
-                        int num_threads, int notes_visits);
+                        const int64_t *num_experts, int64_t L, int64_t E, int64_t D, int dtype, int num_threads,
+                        int notes_visits);
 struct link *collegium_end_add(struct worker_end *e, int fd, int64_t id, const int64_t *agreed, int64_t sent_us,
                                int64_t received_us, int64_t *stats);
 void collegium_end_remove(struct worker_end *e, struct link *link);

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,70 @@ def test_a_router_that_does_not_read_holds_up_nobody(rig: Rig, raw: socket.socke
     for seq, (common, whole) in enumerate(frames, start=1):
         assert (common.seq, len(whole)) == (seq, 64 + num_rows * width * 4)
         assert whole[64:] == np.full(num_rows * width, 2.0, np.float32).tobytes()
+
+
+@pytest.fixture
+def impatient() -> Iterator[Rig]:
+    """A port that waits a fifth of a second where others wait for half a minute, with room for a frame and a half."""
+    port = TcpPort(
+        worker_id="worker-a", unix="@", frame_within_s=0.2, reader_within_s=0.2, budget_bytes=LARGE_ROWS * WIDE * 6
+    )
+    rig = Rig("unix", port)
+    yield rig
+    rig.close()
+
+
+WIDE, LARGE_ROWS = 4096, 128  # a frame of 2 MiB, more than a socket's buffers hold
+
+
+@pytest.mark.parametrize("num_bytes", [1, HEADER_BYTES, -1], ids=["half a header", "a header", "all but a byte"])
+def test_a_frame_that_does_not_come_whole_ends_its_link_and_its_memory_comes_back(
+    num_bytes: int, impatient: Rig
+) -> None:
+    with call(impatient) as raw:
+        open_raw(impatient, raw, link_id=1)
+        other = impatient.link(2)
+        raw.sendall(frame(1)[:num_bytes])
+        pump(impatient.port, lambda: list(impatient.port.links()) == [2])
+        common, whole = read_frame(raw)
+        assert common.kind == Kind.GOODBYE
+        assert "was not whole 0.2 s after it had begun" in whole[HEADER_BYTES:].decode()
+    other.send(dispatch(1))
+    impatient.port.reply(2, doubled(gather(impatient.port, 1)[0]))
+    assert other.receive(1, soon()).status == Status.OK
+    other.close()
+    pump(impatient.port, lambda: not impatient.port.links())
+    assert impatient.port.native.used_bytes == 0
+
+
+def test_a_reply_of_which_nothing_is_read_ends_its_link_and_its_memory_comes_back(impatient: Rig) -> None:
+    link = impatient.link(1, d_model=WIDE, max_rows=LARGE_ROWS)
+    sending = Other(lambda: link.send(dispatch(1, LARGE_ROWS, x=torch.ones(LARGE_ROWS, WIDE))))
+    (arrival,) = gather(impatient.port, 1)
+    sending.join()
+    impatient.port.reply(1, doubled(arrival))
+    assert list(impatient.port.links()) == [1]
+    pump(impatient.port, lambda: not impatient.port.links())
+    assert impatient.port.native.used_bytes == 0
+
+
+def test_beyond_the_budget_a_link_waits_until_others_memory_comes_back(impatient: Rig) -> None:
+    links = [impatient.link(link_id, d_model=WIDE, max_rows=LARGE_ROWS) for link_id in (1, 2)]
+    x = torch.ones(LARGE_ROWS, WIDE)
+    sending = Other(lambda: links[0].send(dispatch(1, LARGE_ROWS, x=x)))
+    (first,) = gather(impatient.port, 1)
+    sending.join()
+    waiting = Other(lambda: links[1].send(dispatch(1, LARGE_ROWS, x=x)))
+    pump(impatient.port, lambda: impatient.port.native.totals.parked > 0)
+    until = time.monotonic() + 1.5  # it is not its fault, however long that takes
+    while time.monotonic() < until:
+        assert impatient.port.poll(0.1) == []
+    assert impatient.port.native.used_bytes <= LARGE_ROWS * WIDE * 6
+    impatient.port.reply(1, Reply(seq=1, status=Status.FAILED, message="no"))
+    (second,) = gather(impatient.port, 1)
+    waiting.join()
+    assert second.link_id == 2 and first.link_id == 1
+    assert torch.equal(second.dispatch.x, x)
 
 
 def damaged(at: int, value: bytes) -> bytes:
