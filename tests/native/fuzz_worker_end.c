@@ -238,7 +238,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int i = 0; i < L * E; i++)
         experts.table[i] = experts.memory[i];
     worker = collegium_end_new(-1, next(&p) & 1 ? 1 << 20 : 16384, 1000000000, 1000000000, totals);
-    MUST(worker && !collegium_end_serve(worker, &experts.shape, experts.table, experts.leases, num_experts, L, E, D, FLOAT32, 1, 1));
+    MUST(worker && !collegium_end_serve(worker, &experts.shape, experts.table, experts.leases, num_experts, L, E, D,
+                                        FLOAT32, 1, 1));
     for (int i = 0; i <= LINKS; i++)
         open_link(i, 0);
     struct program none = {data, data};

@@ -55,7 +55,8 @@ int main(int argc, char **argv)
     collegium_choose(2);
     make_experts(&experts);
     struct worker_end *worker = collegium_end_new(-1, 1 << 20, INT64_C(1) << 40, INT64_C(1) << 40, totals);
-    MUST(worker && !collegium_end_serve(worker, &experts.shape, experts.table, experts.leases, num_experts, L, E, D, FLOAT32, 2, 1));
+    MUST(worker && !collegium_end_serve(worker, &experts.shape, experts.table, experts.leases, num_experts, L, E, D,
+                                        FLOAT32, 2, 1));
     pthread_t threads[3];
     struct link *links[2];
     for (int i = 0; i < 2; i++) {
