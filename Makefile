@@ -4,7 +4,7 @@
 #                        without CUDA
 #   PYTHON=python3.12    make the environment with another interpreter (3.11 or later)
 #   ONCE=1               `make run` exits after its one completion
-#   TEST_PROCESSES=0     `make test` in pytest itself, as for a debugger (two by default: much of a test is waiting)
+#   TEST_PROCESSES=0     `make test` in pytest itself, as for a debugger (three by default: much of a test is waiting)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,7 +13,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ONCE ?=
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done

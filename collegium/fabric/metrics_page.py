@@ -28,6 +28,7 @@ MAX_CONNECTIONS = 16
 CONNECTION_S = 5.0  # from its acceptance to the end of the answer
 _LOOK_EVERY_S = 0.25
 _NO_DESCRIPTOR_S = 0.1  # between tries to accept while the process has no descriptor left
+_ROOM_S = 1.0  # how long the threads of cut connections may take to end before a new one is refused
 
 
 class MetricsPage(ThreadingHTTPServer):
@@ -52,7 +53,7 @@ class MetricsPage(ThreadingHTTPServer):
         self.num_cut = 0
         self._max_connections, self._connection_s = max_connections, connection_s
         self._began_s: dict[socket.socket, float] = {}  # when each connection was accepted, oldest first
-        self._guard = threading.Lock()  # of _began_s, which the threads of connections take themselves off
+        self._guard = threading.Condition()  # of _began_s, which the threads of connections take themselves off
         super().__init__(bound[:2], MetricsHandler.factory(registry))  # type: ignore[arg-type]
         self._thread = threading.Thread(
             target=self.serve_forever, args=(_LOOK_EVERY_S,), name="metrics-page", daemon=True
@@ -96,9 +97,9 @@ class MetricsPage(ThreadingHTTPServer):
                 oldest = next(iter(self._began_s))
                 self.num_cut += 1
                 _cut(oldest)  # its thread ends by it and takes it off
-                if len(self._began_s) >= 2 * self._max_connections:
-                    return False
                 self._began_s[oldest] = self._began_s.pop(oldest)  # the next one to be cut is another
+                if not self._guard.wait_for(lambda: len(self._began_s) < 2 * self._max_connections, _ROOM_S):
+                    return False
             self._began_s[request] = time.monotonic()
         return True
 
@@ -116,6 +117,7 @@ class MetricsPage(ThreadingHTTPServer):
         """Close a connection and take it off."""
         with self._guard:
             self._began_s.pop(request, None)
+            self._guard.notify()
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

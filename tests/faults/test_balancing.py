@@ -1,4 +1,7 @@
-"""Experts that move, workers that come and go, balancer and Redis that die: requests go on, and no token changes."""
+"""Experts that move, workers that come and go, balancer and Redis that die: requests go on, and no token changes.
+
+Two routers share the workers, and every request is traced; with all of that, rows go the native way.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,14 @@ import pytest
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.client import Client
 from collegium.client import Cluster as Status
+from collegium.fabric.metrics import series
 from collegium.model.manifest import ensure_manifest
+from tests.collector import listening
 from tests.oracle import Oracle
 
 MAX_TOKENS = 24
 NUM_LANES = 3
+NUM_EXPERTS = 48  # of all layers
 LIMIT_S = 90.0
 
 
@@ -70,17 +76,23 @@ def cluster(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "1",
         "--horizon-s",
         "1e9",
+        "--spare-share",
+        "0.5",
         "--lease-ttl-ms",
         "3000",
     )
-    spec = ClusterSpec(
-        model=checkpoint,
-        manifest=ensure_manifest(checkpoint, out=tmp_path_factory.mktemp("m") / "manifest.json"),
-        log_level="warning",
-        flags={"balancer": eager},
-    )
-    with Cluster(spec) as running:
-        yield running
+    with listening() as (collector, endpoint):
+        spec = ClusterSpec(
+            model=checkpoint,
+            manifest=ensure_manifest(checkpoint, out=tmp_path_factory.mktemp("m") / "manifest.json"),
+            num_routers=2,
+            log_level="warning",
+            flags={"balancer": eager},
+            env={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "COLLEGIUM_TRACE_RATIO": "1"},
+        )
+        with Cluster(spec) as running:
+            yield running
+        assert {"router.experts", "worker.batch"} <= {one.span.name for one in collector.received}
 
 
 @pytest.fixture
@@ -117,6 +129,24 @@ def placed(status: Status) -> int:
     return sum(bool(num_homes) and worker in serving for worker, num_homes in status.experts_per_worker.items())
 
 
+def check_that_rows_go_the_native_way(cluster: Cluster, *, num_routers: int = 2) -> None:
+    """Hold every router's exchanges and every worker's answers, since each has started, to 99 % native ones."""
+    with Client(cluster.targets, timeout_s=10.0) as client:
+        status = client.get_cluster()
+    assert sum(status.experts_per_worker.values()) >= NUM_EXPERTS
+    asked: dict[str, int] = {"router": 0, "worker": 0}
+    for member in status.members:
+        if member.role in asked and member.state == "SERVING":
+            what = "exchanges" if member.role == "router" else "answers"
+            native, python = (
+                member.counters.get(series(f"collegium_{what}_total", way=way), 0.0) for way in ("native", "python")
+            )
+            asked[member.role] += native > 1000
+            assert native >= 99 * python, f"{member.member_id}: {native:.0f} native {what}, {python:.0f} in Python"
+    assert asked["router"] == num_routers
+    assert asked["worker"] >= 2
+
+
 def test_experts_move_with_the_hot_set_and_tokens_stay(cluster: Cluster, lanes: Lanes) -> None:
     first = wait(cluster, lanes, lambda status: status.balance.moves > 0, "a move")
     lanes.first, lanes.last = 3, 6
@@ -125,7 +155,9 @@ def test_experts_move_with_the_hot_set_and_tokens_stay(cluster: Cluster, lanes: 
     assert second.placement_epoch > first.placement_epoch > 1
     assert second.balance.moved_bytes > 0
     assert second.balance.decode.mean > 0
+    wait(cluster, lanes, lambda status: sum(status.experts_per_worker.values()) > NUM_EXPERTS, "a replica")
     go_on(cluster, lanes)
+    check_that_rows_go_the_native_way(cluster)
 
 
 def test_workers_come_and_go_under_load(cluster: Cluster, lanes: Lanes) -> None:
@@ -145,6 +177,7 @@ def test_workers_come_and_go_under_load(cluster: Cluster, lanes: Lanes) -> None:
         assert retiring[0] not in shrunk.experts_per_worker
     cluster.wait_until(lambda: len(cluster.addresses("worker")) == 2, LIMIT_S, "the end of the third process")
     go_on(cluster, lanes)
+    check_that_rows_go_the_native_way(cluster)
 
 
 def test_balancer_and_redis_may_die_together_and_both_heal(cluster: Cluster, lanes: Lanes) -> None:

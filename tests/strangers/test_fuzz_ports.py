@@ -22,8 +22,8 @@ from tests.strangers.rigs.attack import FAULTS
 from tests.strangers.rigs.calls import OPEN
 from tests.strangers.rigs.target import Target
 
-SHORT_S, LONG_S = 8.0, 600.0
-NUM_CASES = 3000  # of the short run, whatever the time
+SHORT_S, LONG_S = 60.0, 600.0
+NUM_CASES = 100_000  # of the short run, at most
 BATCH = 20
 BACK_S = 30.0
 PAUSE_S = 0.1
