@@ -25,6 +25,7 @@ from collegium.model.native.exchange import MAX_PAIRS, Exchange, State
 from collegium.model.native.step import CopyTable, DecodeStep, Foretelling
 from router_svc.load_counts import LoadCounts
 from router_svc.micro_batches import MAX_MICRO_BATCHES
+from router_svc.traced_layers import TracedLayers
 
 
 @dataclass(slots=True)
@@ -112,6 +113,7 @@ class WholeExchange:
         copies: CopyTable,
         activation_rows: float,
         foretelling: Foretelling | None,
+        traced: TracedLayers | None,
     ) -> bool | None:
         """Compute a step's layers from step.layer on; False where one was disturbed, and `disturbed` says how far it
         came; its choices are counted. None where nothing was done, since a link is in use.
@@ -127,7 +129,8 @@ class WholeExchange:
                 return None
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
             call.patience_us, call.text, call.text_bytes = int(timeout_s * 1e6), None, 0
-            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling):
+            told = None if traced is None else (traced.texts, traced.stamps)
+            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling, told):
                 return True
             self.disturbed = self._look(exchange, int(call.seq))
             return False

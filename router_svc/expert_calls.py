@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opentelemetry.trace import Span, StatusCode
+from opentelemetry.trace import Span
 from torch import Tensor
 
 from collegium.fabric import tracing
@@ -31,12 +31,12 @@ from router_svc.micro_batches import MAX_MICRO_BATCHES
 from router_svc.routing import ACTIVATION_ROWS, LayerRoute, choose_replicas, route
 from router_svc.shared_experts import SharedExperts
 from router_svc.token_memory import TokenMemory
+from router_svc.traced_layers import TracedLayers, is_traced, layer_span
 from router_svc.turns import pause
 
 # Told of a layer once it is computed: (layer, ids [T, K], weights [T, K], experts that had to be loaded for it [M]).
 OnLayer = Callable[[int, NDArray[np.int64], NDArray[np.float32], NDArray[np.uint16]], None]
 
-_MAX_TRACED_DISPATCHES = 256  # of one step: a sampled request must not fill the exporter's queue
 _MOST_SUSPECT = 3  # rounds in which rows come back that are no numbers
 _PARTS = range(MAX_MICRO_BATCHES)
 
@@ -267,15 +267,8 @@ class ExpertCalls:
         """
         if not self._is_traced(layer):
             return self._compute(layer, x, ids, weights, None)
-        attributes = {"collegium.layer": layer, "collegium.rows": len(ids), "collegium.retries": 0}
-        span = tracing.start_span("router.experts", traceparent=self._traceparent, attributes=attributes)
-        try:
+        with layer_span(self._traceparent, layer, len(ids)) as span:
             return self._compute(layer, x, ids, weights, span)
-        except BaseException:
-            span.set_status(StatusCode.ERROR)
-            raise
-        finally:
-            span.end()
 
     def _compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, span: Span | None) -> Tensor:
         route = self._route(layer)
@@ -324,15 +317,17 @@ class ExpertCalls:
         True where the rows for the head are ready; else step.layer says with which layer the caller goes on. Raises as
         `compute` does.
         """
+        traced: TracedLayers | None = None
         while step.layer < step.num_layers:
             self._refresh()
             is_told = self._wants_hints and (not self._asks_gates or step.layer > 0)
-            is_plain = not (self.shared or self._traceparent or len(self._parts) != 1 or is_told)
+            is_plain = not (self.shared or len(self._parts) != 1 or is_told)
             whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):
                 return False
             seq, first = (self._seq + 1) & 0xFFFFFFFF, step.layer
             foretelling = self._foretelling(whole, step)
+            traced = traced or self._traced_layers(step)
             self._seq = (self._seq + len(self._live) * (step.num_layers - first)) & 0xFFFFFFFF
             done = whole.run_step(
                 step,
@@ -344,7 +339,10 @@ class ExpertCalls:
                 copies=self._copies,
                 activation_rows=self.activation_rows,
                 foretelling=foretelling,
+                traced=traced,
             )
+            if traced is not None:
+                traced.tell(first, step.layer)
             if foretelling is not None and self._part.hinting is not None:
                 self._part.hinting.take_back(foretelling, step.layer + (done is False))
             if done is None:
@@ -352,8 +350,10 @@ class ExpertCalls:
             self._note_whole(step.waited_s, num_layers=step.layer - first)
             if done:
                 return True
-            x = step.work.x
-            step.add(self._finish(step.layer, x, x, step.ids, step.weights, whole.disturbed, is_counted=True))
+            x, found = step.work.x, whole.disturbed
+            with contextlib.nullcontext() if traced is None else traced.finishing(step.layer) as span:
+                y = self._finish(step.layer, x, x, step.ids, step.weights, found, is_counted=True, span=span)
+            step.add(y)
         return False
 
     def _finish(
@@ -509,6 +509,12 @@ class ExpertCalls:
         """Whether a layer of this step gets spans: where layers times workers are many, some, others the next time."""
         return bool(self._traceparent) and is_traced(layer, self._num_traced, self._num_layers * len(self._live))
 
+    def _traced_layers(self, step: DecodeStep) -> TracedLayers | None:
+        layers = [layer for layer in range(step.layer, step.num_layers) if self._is_traced(layer)]
+        if not layers:
+            return None
+        return TracedLayers(self._traceparent, layers, num_layers=step.num_layers, num_rows=step.num_rows)
+
     def _whole(self, top_k: int) -> WholeExchange | None:
         """Give what exchanges in calls; None where somebody listens."""
         if self.on_layer is not None:
@@ -662,11 +668,3 @@ def _is_plausible(y: Tensor, x: Tensor, share: WorkerShare) -> bool:
 
 def _begun(found: Disturbed) -> list[_Sent]:
     return [_Sent(share=share, worker_id=worker_id, link=link, seq=seq) for share, worker_id, link, seq in found.sent]
-
-
-def is_traced(layer: int, num_traced: int, num_dispatches: int) -> bool:
-    """Say whether a layer gets spans in the traced step of this number, which has so many dispatches.
-
-    Where these are many, a part of the layers does, another part in the next traced step, until each had its turn.
-    """
-    return (layer + num_traced) % -(-num_dispatches // _MAX_TRACED_DISPATCHES) == 0

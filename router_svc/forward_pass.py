@@ -24,7 +24,7 @@ from router_svc.totals import EngineTotals
 from router_svc.turns import by_turns
 from router_svc.unsafe_routing import UnsafeRouting
 
-_TRACED_DECODES = 64  # of a sampled request's decode steps, one in so many gets spans: such a step takes the long way
+_TRACED_DECODES = 64  # of a sampled request's decode steps, one in so many gets spans, a dozen and more at a time
 
 
 class ForwardPass:

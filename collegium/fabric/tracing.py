@@ -5,8 +5,10 @@ Owns the tracer, the reading and writing of traceparent. Attributes are the call
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 from opentelemetry import context as otel_context
@@ -19,11 +21,13 @@ from collegium.fabric.channels import NO_PROXY
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
 
 TRACEPARENT = "traceparent"
 _SCOPE = "collegium"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-|$)")
 _propagator = TraceContextTextMapPropagator()
+_reserved = ContextVar("reserved", default=0)  # the id of the span that is started now; 0: any
 _shutdown = None
 _enabled = False
 
@@ -37,11 +41,9 @@ def setup_tracing(resource: Resource, otlp_endpoint: str, ratio: float) -> None:
     if not otlp_endpoint:
         return
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
-    provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
+    provider = make_provider(resource, ratio)
     exporter = OTLPSpanExporter(
         endpoint=otlp_endpoint,
         insecure=not otlp_endpoint.startswith("https"),
@@ -51,6 +53,19 @@ def setup_tracing(resource: Resource, otlp_endpoint: str, ratio: float) -> None:
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
     _shutdown, _enabled = provider.shutdown, True
+
+
+def make_provider(resource: Resource | None = None, ratio: float = 1.0) -> TracerProvider:
+    """Make what spans of this process come from, with nowhere to go yet; its ids are those of `reserve` where given."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+
+    class Ids(RandomIdGenerator):
+        def generate_span_id(self) -> int:
+            return _reserved.get() or super().generate_span_id()
+
+    return TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio), id_generator=Ids())
 
 
 def shutdown_tracing() -> None:
@@ -85,10 +100,16 @@ def trace_id_of(traceparent: str) -> str:
     return match[1] if match and match[1].strip("0") else ""
 
 
+def reserve(traceparent: str) -> str:
+    """Give the traceparent of a span that is to be under this one and that is started later, as its `own`."""
+    return f"{traceparent[:36]}{random.getrandbits(64) or 1:016x}{traceparent[52:]}"
+
+
 def start_span(
     name: str,
     *,
     traceparent: str = "",
+    own: str = "",
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     start_ns: int | None = None,
@@ -96,17 +117,21 @@ def start_span(
 ) -> Span:
     """Start a span under a traceparent, or under the current span where that is empty; the caller ends it.
 
-    links: spans of other traces that it serves as well.
+    own: its traceparent, where that was reserved. links: spans of other traces that it serves as well.
     """
     parent = _propagator.extract({TRACEPARENT: traceparent}) if traceparent else None
-    return trace.get_tracer(_SCOPE).start_span(
-        name,
-        context=parent,
-        kind=kind,
-        attributes=attributes,
-        start_time=start_ns,
-        links=[Link(span.get_span_context()) for span in links],
-    )
+    token = _reserved.set(int(own[36:52], 16) if own else 0)
+    try:
+        return trace.get_tracer(_SCOPE).start_span(
+            name,
+            context=parent,
+            kind=kind,
+            attributes=attributes,
+            start_time=start_ns,
+            links=[Link(span.get_span_context()) for span in links],
+        )
+    finally:
+        _reserved.reset(token)
 
 
 def make_current(span: Span) -> None:

@@ -423,6 +423,11 @@ struct step {
     double *work;                      /* [W] */
     uint8_t *visits, *given;           /* [T, W], [E] */
     struct foretell *foretell;         /* NULL: nobody has a use for hints */
+    /* where texts is not NULL, the step is traced: each layer's traceparent, its first byte 0 where the layer is not, and when
+     * its rows were sent and were back, of the monotonic clock */
+    const uint8_t *texts; /* [L, text_bytes] */
+    int64_t text_bytes;
+    int64_t *stamps; /* [L, 2] out */
 };
 
 /* Count a layer's choices and choose among the homes of experts that have several. -1: a choice is out of range. */
@@ -563,11 +568,19 @@ int collegium_step(struct step *s)
         e->layer = (uint16_t)s->layer;
         if (s->foretell)
             settle(s->foretell, e, s->layer);
+        if (s->texts) {
+            e->text = s->texts + s->layer * s->text_bytes;
+            e->text_bytes = *e->text ? (uint8_t)s->text_bytes : 0;
+        }
         int found = collegium_send(e);
         if (!found && s->foretell)
             foretell(s);
         if (found >= 0)
             found = collegium_receive(e);
+        if (s->texts) {
+            s->stamps[2 * s->layer] = e->began_ns;
+            s->stamps[2 * s->layer + 1] = now_ns();
+        }
         s->blocked_ns += e->blocked_ns;
         s->away_ns += e->away_ns;
         if (found)

@@ -19,12 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tokenizers import Tokenizer
 
 from benchmarks.one_process import OneProcess, Request
+from collegium.fabric import tracing
 from collegium.model import native
 from collegium.model.architectures import ARCHITECTURES
 from collegium.model.native.step import DecodeStep
+from collegium.native.worker_end import Span
 from router_svc.device_model import DeviceModel
 from router_svc.exchange import WholeExchange
 from router_svc.model_loader import load_router_model
@@ -32,6 +36,7 @@ from tests.checkpoints import Variant
 from tests.oracle import Oracle
 from tests.poison import let_go, poisoned
 
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 FAMILY = ("mixtral", "olmoe", "qwen3_moe")
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 CPU = torch.device("cpu")
@@ -81,7 +86,12 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     requests = [Request(prompt_ids=one.prompt_ids, max_tokens=24, num_logprobs=0) for one in references]
     ends: Counter[bool | None] = Counter()
     run_step = WholeExchange.run_step
+    spans, dispatched = traced_spans(monkeypatch), list[Span]()
     with OneProcess(checkpoint, num_workers=2, max_batch_tokens=16, num_micro_batches=1) as running:
+        running.calls.trace(PARENT)
+        monkeypatch.setattr(running.calls, "trace", lambda traceparent: None)  # every step is
+        for loop in running.workers:
+            loop._on_traced = dispatched.extend
         poisons = [poisoned(loop, buffer, 1) for loop, buffer in zip(running.workers, running.buffers, strict=True)]
 
         def counted(self: WholeExchange, step: DecodeStep, *args: object, **others: object) -> bool | None:
@@ -106,6 +116,26 @@ def test_steps_in_one_call_answer_the_same_whatever_comes_between(
     totals, num_steps = running.calls.totals, sum(running.engine.totals.steps.values())
     assert totals.native_exchanges + totals.python_exchanges == num_layers * num_steps
     assert bool(totals.python_exchanges) == is_disturbed
+    exchanged = {one.context.span_id: one for one in spans.get_finished_spans() if one.context is not None}
+    assert len(exchanged) == num_layers * num_steps
+    assert {one.name for one in exchanged.values()} == {"router.experts"}
+    retried = [one for one in exchanged.values() if one.attributes and one.attributes["collegium.retries"]]
+    assert len(retried) == totals.python_exchanges
+    asked = {int(one.text.decode().split("-")[2], 16): one for one in dispatched}
+    assert asked.keys() == exchanged.keys()
+    for span_id, one in asked.items():
+        span = exchanged[span_id]
+        assert span.attributes is not None and span.start_time is not None and span.end_time is not None
+        assert one.layer == span.attributes["collegium.layer"]
+        assert one.ended_ns - one.began_ns <= span.end_time - span.start_time  # of clocks that differ
+
+
+def traced_spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Have spans made for good, and kept."""
+    provider, kept = tracing.make_provider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr(tracing.trace, "get_tracer", provider.get_tracer)
+    return kept
 
 
 @pytest.mark.parametrize("arch", FAMILY)

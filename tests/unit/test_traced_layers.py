@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_svc.expert_calls import is_traced
+from router_svc.traced_layers import is_traced
 
 
 def test_a_small_model_has_every_layer_traced() -> None:

@@ -34,7 +34,9 @@ class _Step(ctypes.Structure):
         ("copies", c_void_p),
         ("activation_rows", c_double),
         *((name, c_void_p) for name in ("workers", "counts", "order", "work", "visits", "given")),
-        ("foretell", c_void_p),
+        *((name, c_void_p) for name in ("foretell", "texts")),
+        ("text_bytes", c_int64),
+        ("stamps", c_void_p),
     )
 
 
@@ -185,14 +187,17 @@ class DecodeStep:
         copies: CopyTable | None = None,
         activation_rows: float = 0.0,
         foretelling: Foretelling | None = None,
+        traced: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None,
     ) -> bool:
         """Compute layers until all are done, and work.x holds the rows for the head (True), or until an exchange is
         disturbed: `layer` and `exchange` say how.
 
         worker_of: [L] addresses of each layer's [E] workers. counts: choices by layer and expert, [L, E] of decode rows
         and of prompts' and the times an expert was read: counted up. copies: experts with several homes, among which
-        each layer chooses as `dispatch.choose` does. foretelling: opened for this step. The exchange is set but for
-        what a layer sets. Lets go of the interpreter's lock. IndexError where a choice is out of range.
+        each layer chooses as `dispatch.choose` does. foretelling: opened for this step. traced: texts [L, bytes] that
+        go with each layer's dispatches, those that begin with 0 do not, and stamps [L, 2] that are written: when its
+        rows were sent and were back, in ns of the monotonic clock. The exchange is set but for what a layer sets. Lets
+        go of the interpreter's lock. IndexError where a choice is out of range.
         """
         call, told = self._call, exchange.call
         told.T, told.num_decode, told.workers = self.num_rows, self.num_rows, None
@@ -200,6 +205,8 @@ class DecodeStep:
         call.exchange, call.worker_of = ctypes.addressof(told), worker_of.ctypes.data
         call.decode, call.prefill, call.activations = (one.ctypes.data for one in counts)
         call.timeout_us = int(timeout_s * 1e6)
+        call.texts, call.stamps = (None, None) if traced is None else (one.ctypes.data for one in traced)
+        call.text_bytes = 0 if traced is None else traced[0].shape[1]
         call.copies = None
         call.foretell = None if foretelling is None else ctypes.addressof(foretelling.call)
         if copies is not None and copies.most:
