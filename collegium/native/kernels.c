@@ -13,9 +13,14 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 enum { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
-enum { AHEAD = 1024, SPINS = 4000, TASK_BYTES = 96 << 10 };
+enum { AHEAD = 1024, AMX_AHEAD = 4096, SPINS = 4000, TASK_BYTES = 96 << 10 };
 
 struct linear {
     const float *x;
@@ -24,6 +29,7 @@ struct linear {
     void *out;
     int64_t R, O, K;
     int is_bf16, is_out_bf16;
+    const uint16_t *narrow; /* x for matrix units, see amx.h */
 };
 
 struct expert_shape {
@@ -39,6 +45,9 @@ struct experts {
     const int64_t *pair_rows, *starts, *counts;
     const void *const *weights;
     float *hidden, *y;
+    /* for matrix units, see amx.h: rows of x and of hidden, group g's from places[g] on */
+    uint16_t *narrow, *narrow_hidden;
+    const int64_t *places;
 };
 
 /* One layer's attention. Head norms: 0 none, 1 each head by a weight of W, 2 all heads as one row. */
@@ -60,7 +69,7 @@ struct attend {
 };
 
 struct isa {
-    int64_t width;
+    int64_t width, k_of_bf16; /* of a panel: outputs; inputs are so many in bfloat16, or a multiple */
     void (*linear)(const struct linear *, int64_t, int64_t);
     void (*gate_up)(const struct experts *, int64_t, int64_t, int64_t);
     void (*down)(const struct experts *, int64_t, int64_t, int64_t);
@@ -113,6 +122,10 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 #define SUFFIX _avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma" WIDTH_512))) WHOLE
 #include "tiles.h"
+
+#include "amx.h"
+static const struct isa isa_amx = {32,         TILE_K,    linear_amx,    gate_up_amx,   down_amx,
+                                   pack_amx,   norm_avx512, rotate_avx512, narrow_avx512, attend_avx512};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -120,10 +133,23 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 14;
+    return 15;
 }
 
-/* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512) and that this processor has.
+#if defined(__x86_64__)
+/* Whether this process may use matrix units for bfloat16; the system is asked for leave, once and for all threads. */
+static int has_amx(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1))
+        return 0;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) /* avx512bf16 */
+        return 0;
+    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
+}
+#endif
+
+/* Choose the widest instruction set that is at most `most` (0 generic, 1 avx2, 2 avx512, 3 amx) and that this processor has.
  * Before any other call; packed weights of one choice mean nothing to another. Returns what was chosen. */
 int collegium_choose(int most)
 {
@@ -131,8 +157,8 @@ int collegium_choose(int most)
     __builtin_cpu_init();
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        isa = &isa_avx512;
-        return 2;
+        isa = most >= 3 && has_amx() ? &isa_amx : &isa_avx512;
+        return isa == &isa_amx ? 3 : 2;
     }
     if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         isa = &isa_avx2;
@@ -247,10 +273,20 @@ static int64_t panels(int64_t outputs)
     return (outputs + isa->width - 1) / isa->width;
 }
 
+static int64_t padded(int64_t K, int is_bf16)
+{
+    return is_bf16 ? (K + isa->k_of_bf16 - 1) / isa->k_of_bf16 * isa->k_of_bf16 : K;
+}
+
+static int has_tiles(int is_bf16)
+{
+    return is_bf16 && isa->k_of_bf16 > 1;
+}
+
 /* Bytes of a packed weight [O, K]. */
 int64_t collegium_packed_bytes(int64_t O, int64_t K, int is_bf16)
 {
-    return panels(O) * isa->width * K * (is_bf16 ? 2 : 4);
+    return panels(O) * isa->width * padded(K, is_bf16) * (is_bf16 ? 2 : 4);
 }
 
 /* Pack `from` [O, K], contiguous. */
@@ -281,19 +317,63 @@ static void linear_task(const void *at, int64_t task)
 static struct split divide(const void *job, int64_t outputs, int64_t K, int is_bf16)
 {
     struct split split = {.job = job, .num_panels = panels(outputs)};
-    int64_t panel_bytes = isa->width * K * (is_bf16 ? 2 : 4);
+    int64_t panel_bytes = isa->width * padded(K, is_bf16) * (is_bf16 ? 2 : 4);
     split.per_task = TASK_BYTES / (panel_bytes + 1) + 1;
     split.tasks_per_group = (split.num_panels + split.per_task - 1) / split.per_task;
     return split;
 }
 
+#if defined(__x86_64__)
+enum { NARROWED_AT_ONCE = 32 };
+
+struct narrowing { /* to [R, K padded] = rows of x, the nth the pair_rows[n]th where pair_rows is not NULL */
+    const float *x;
+    int64_t x_stride;
+    const int64_t *pair_rows;
+    uint16_t *to;
+    int64_t R, K;
+};
+
+/* Memory for R rows of bfloat16, and for those that a tile reads beyond them. */
+static uint16_t *narrow_rows(int64_t R, int64_t K)
+{
+    uint16_t *memory = aligned_alloc(64, (size_t)((R + SPARE_ROWS) * K * 2 + 63) / 64 * 64);
+    if (!memory)
+        abort(); /* half of what the rows themselves take */
+    return memory;
+}
+
+static void narrowing_task(const void *at, int64_t task)
+{
+    const struct narrowing *job = at;
+    int64_t begin = task * NARROWED_AT_ONCE, end = begin + NARROWED_AT_ONCE, stride = padded(job->K, 1);
+    for (int64_t r = begin; r < end && r < job->R; r++)
+        amx_narrow(job->to + r * stride, job->x + (job->pair_rows ? job->pair_rows[r] : r) * job->x_stride, job->K);
+}
+
+static void run_narrowing(const struct narrowing *job, int num_threads)
+{
+    int64_t tasks = (job->R + NARROWED_AT_ONCE - 1) / NARROWED_AT_ONCE;
+    run_all(tasks, narrowing_task, job, job->R * job->K < 1 << 17 ? 1 : num_threads, 1);
+}
+#endif
+
 /* out [R, O] = x [R, K] @ weight.T + bias; rows of x are `x_stride` floats apart. */
 void collegium_linear(const float *x, int64_t x_stride, const void *weight, const void *bias, void *out, int64_t R,
                       int64_t O, int64_t K, int is_bf16, int is_out_bf16, int num_threads)
 {
-    struct linear job = {x, x_stride, weight, bias, out, R, O, K, is_bf16, is_out_bf16};
+    struct linear job = {x, x_stride, weight, bias, out, R, O, K, is_bf16, is_out_bf16, NULL};
     struct split split = divide(&job, O, K, is_bf16);
+    uint16_t *memory = NULL;
+#if defined(__x86_64__)
+    if (has_tiles(is_bf16)) {
+        struct narrowing narrowing = {x, x_stride, NULL, memory = narrow_rows(R, padded(K, 1)), R, K};
+        job.narrow = memory;
+        run_narrowing(&narrowing, num_threads);
+    }
+#endif
     run_all(split.tasks_per_group, linear_task, &split, num_threads, 0);
+    free(memory);
 }
 
 static void gate_up_task(const void *at, int64_t task)
@@ -316,12 +396,36 @@ void collegium_experts(const struct expert_shape *shape, const float *x, const i
                        const int64_t *counts, const void *const *weights, int64_t G, float *hidden, float *y,
                        int num_threads)
 {
-    struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y};
+    struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y, NULL, NULL, NULL};
+    int64_t *places = NULL;
+#if defined(__x86_64__)
+    if (has_tiles(shape->is_bf16)) { /* what each group reads, one row after another's */
+        int64_t stride = padded(shape->D, 1), P = 0;
+        places = malloc((size_t)G * sizeof *places);
+        if (!places)
+            abort(); /* 8 bytes an expert */
+        for (int64_t g = 0; g < G; P += counts[g++])
+            places[g] = P;
+        job.narrow = narrow_rows(P, stride);
+        job.narrow_hidden = narrow_rows(P, padded(shape->F, 1));
+        job.places = places;
+        for (int64_t g = 0, end; g < G; g = end) { /* groups that lie side by side, which are all of them as a rule */
+            int64_t num = counts[g];
+            for (end = g + 1; end < G && starts[end] == starts[g] + num; end++)
+                num += counts[end];
+            struct narrowing narrowing = {x, shape->D, pair_rows + starts[g], job.narrow + places[g] * stride, num, shape->D};
+            run_narrowing(&narrowing, num_threads);
+        }
+    }
+#endif
     struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
     run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
     split = divide(&job, shape->D, shape->F, shape->is_bf16);
     run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
     atomic_store(&pool.has_more, 0); /* also where the second part had no use for helpers */
+    free(places);
+    free(job.narrow);
+    free(job.narrow_hidden);
 }
 
 struct sum {

@@ -457,7 +457,7 @@ TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t g
         NAME(look)(job, 0, row, g, scratch);
 }
 
-static const struct isa NAME(isa) = {WIDTH,      NAME(linear), NAME(gate_up), NAME(down),  NAME(pack),
+static const struct isa NAME(isa) = {WIDTH,      1, NAME(linear), NAME(gate_up), NAME(down),  NAME(pack),
                                      NAME(norm), NAME(rotate), NAME(narrow),  NAME(attend)};
 
 #undef CAT_

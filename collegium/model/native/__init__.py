@@ -25,7 +25,7 @@ from collegium.native import declare
 from collegium.native import library as raw_library
 
 DTYPES = (torch.float32, torch.bfloat16)
-ISA_NAMES = ("generic", "avx2", "avx512")
+ISA_NAMES = ("generic", "avx2", "avx512", "amx")
 
 _ACTIVATIONS = (
     Activation.SILU,

@@ -1,0 +1,217 @@
+/* bfloat16 products on matrix units, AMX: kernels.c includes this after the AVX-512 instance of tiles.h, whose float32 and
+ * everything that is no product it shares.
+ *
+ * A weight [O, K] is packed in panels of 32 outputs; a panel holds, for each 32 k in turn, two tiles of 16 outputs: 16 rows,
+ * one for each pair of k, of 16 words with both weights of an output. Missing outputs and k are zeros. Rows are bfloat16
+ * too, `blocks` times 32 k wide, what is missing zeros; where a tile of 16 rows goes past the last one, memory is readable.
+ *
+ * The unit sums a row's products of each 32 k by themselves, even and odd k apart, in float32: a row's result never depends on
+ * the rows beside it, nor on their number. What lies between two products is rounded to bfloat16, as the modelling classes
+ * of transformers do.
+ */
+
+#include <immintrin.h>
+
+#define AMX_TARGET \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma" WIDTH_512))) WHOLE
+
+enum { TILE_ROWS = 16, TILE_K = 32, TILE_OUTPUTS = 32, TILE_BYTES = 1024, SPARE_ROWS = TILE_ROWS - 1 };
+
+static const struct {
+    uint8_t palette, start, unused[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} all_tiles = {.palette = 1,
+               .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+               .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+
+/* c [32, 32] float32 = `rows` rows, at most 32, of a, `stride` apart, times a panel */
+AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int64_t rows, const char *panel,
+                                          int64_t blocks, float *c)
+{
+    int64_t bytes = stride * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows > TILE_ROWS) {
+        const uint16_t *below = a + TILE_ROWS * stride;
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES) {
+            _tile_loadd(4, a + k * TILE_K, bytes);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE_BYTES, 64);
+            _tile_loadd(5, below + k * TILE_K, bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(2, c + TILE_ROWS * TILE_OUTPUTS, 4 * TILE_OUTPUTS);
+        _tile_stored(3, c + TILE_ROWS * TILE_OUTPUTS + 16, 4 * TILE_OUTPUTS);
+    } else
+        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES) {
+            for (int line = 0; line < 2 * TILE_BYTES; line += 64)
+                __builtin_prefetch(panel + AMX_AHEAD + line);
+            _tile_loadd(4, a + k * TILE_K, bytes);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE_BYTES, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    _tile_stored(0, c, 4 * TILE_OUTPUTS);
+    _tile_stored(1, c + 16, 4 * TILE_OUTPUTS);
+}
+
+AMX_TARGET static inline void amx_store(float *out, const float *c, int64_t room, __m512 b0, __m512 b1)
+{
+    __mmask16 low = room >= 16 ? 0xffff : (__mmask16)((1 << room) - 1);
+    __mmask16 high = room >= 32 ? 0xffff : room > 16 ? (__mmask16)((1 << (room - 16)) - 1) : 0;
+    _mm512_mask_storeu_ps(out, low, _mm512_loadu_ps(c) + b0);
+    _mm512_mask_storeu_ps(out + 16, high, _mm512_loadu_ps(c + 16) + b1);
+}
+
+AMX_TARGET static inline void amx_store_narrow(uint16_t *out, int64_t room, __m512 v0, __m512 v1)
+{
+    __mmask16 low = room >= 16 ? 0xffff : (__mmask16)((1 << room) - 1);
+    __mmask16 high = room >= 32 ? 0xffff : room > 16 ? (__mmask16)((1 << (room - 16)) - 1) : 0;
+    _mm256_mask_storeu_epi16(out, low, (__m256i)_mm512_cvtneps_pbh(v0));
+    _mm256_mask_storeu_epi16(out + 16, high, (__m256i)_mm512_cvtneps_pbh(v1));
+}
+
+/* to [K rounded up to 32] = from [K] */
+AMX_TARGET static void amx_narrow(uint16_t *to, const float *from, int64_t K)
+{
+    for (int64_t k = 0; k < K; k += 16) {
+        __mmask16 there = K - k >= 16 ? 0xffff : (__mmask16)((1 << (K - k)) - 1);
+        _mm256_storeu_si256((__m256i *)(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + k)));
+    }
+    if ((K + 15) / 16 % 2)
+        memset(to + (K + 15) / 16 * 16, 0, 32);
+}
+
+AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64_t end)
+{
+    if (!job->is_bf16) {
+        linear_avx512(job, begin, end);
+        return;
+    }
+    int64_t blocks = (job->K + TILE_K - 1) / TILE_K, stride = blocks * TILE_K;
+    float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    _tile_loadconfig(&all_tiles);
+    for (int64_t n = begin; n < end; n++) {
+        const char *panel = (const char *)job->weight + n * blocks * 2 * TILE_BYTES;
+        int64_t at = n * TILE_OUTPUTS, room = job->O - at;
+        __m512 b0 = {0}, b1 = {0};
+        if (job->bias) {
+            b0 = (__m512)bias_avx512(job->bias, 1, at, job->O);
+            b1 = (__m512)bias_avx512(job->bias, 1, at + 16, job->O);
+        }
+        for (int64_t r = 0; r < job->R; r += 2 * TILE_ROWS) {
+            int64_t num = job->R - r < 2 * TILE_ROWS ? job->R - r : 2 * TILE_ROWS;
+            amx_product(job->narrow + r * stride, stride, num, panel, blocks, c);
+            for (int64_t i = 0; i < num; i++) {
+                const float *from = c + i * TILE_OUTPUTS;
+                if (job->is_out_bf16)
+                    amx_store_narrow((uint16_t *)job->out + (r + i) * job->O + at, room, _mm512_loadu_ps(from) + b0,
+                                     _mm512_loadu_ps(from + 16) + b1);
+                else
+                    amx_store((float *)job->out + (r + i) * job->O + at, from, room, b0, b1);
+            }
+        }
+    }
+    _tile_release();
+}
+
+AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t begin, int64_t end)
+{
+    const struct expert_shape *s = job->shape;
+    if (!s->is_bf16) {
+        gate_up_avx512(job, g, begin, end);
+        return;
+    }
+    int64_t blocks = (s->D + TILE_K - 1) / TILE_K, stride = blocks * TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
+    int64_t hidden_stride = (s->F + TILE_K - 1) / TILE_K * TILE_K;
+    const char *gate = job->weights[g], *up = gate + s->up_at;
+    const uint16_t *rows = job->narrow + job->places[g] * stride;
+    uint16_t *hidden = job->narrow_hidden + job->places[g] * hidden_stride;
+    float cg[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64))), cu[2 * TILE_ROWS * TILE_OUTPUTS]
+        __attribute__((aligned(64)));
+    _tile_loadconfig(&all_tiles);
+    for (int64_t n = begin; n < end; n++) {
+        int64_t at = n * TILE_OUTPUTS;
+        vf_avx512 bg[2] = {{0}, {0}}, bu[2] = {{0}, {0}};
+        if (s->has_bias)
+            for (int half = 0; half < 2; half++) {
+                const char *bias = gate + s->gate_up_bias_at;
+                bg[half] = bias_avx512(bias, 1, at + 16 * half, s->F);
+                bu[half] = bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
+            }
+        for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
+            int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
+            amx_product(rows + r * stride, stride, num, gate + n * panel_bytes, blocks, cg);
+            amx_product(rows + r * stride, stride, num, up + n * panel_bytes, blocks, cu);
+            for (int64_t i = 0; i < num; i++) {
+                vf_avx512 h[2];
+                for (int half = 0; half < 2; half++) {
+                    int64_t from = i * TILE_OUTPUTS + 16 * half;
+                    h[half] = act_avx512(s->activation, *(const vf_avx512 *)(cg + from) + bg[half],
+                                         *(const vf_avx512 *)(cu + from) + bu[half], s->clamp, s->alpha);
+                }
+                if (s->F - at < TILE_OUTPUTS) /* what is past the last one is multiplied by zeros, and must be a number */
+                    memset(hidden + (r + i) * hidden_stride + at, 0, 2 * TILE_OUTPUTS);
+                amx_store_narrow(hidden + (r + i) * hidden_stride + at, s->F - at, (__m512)h[0], (__m512)h[1]);
+            }
+        }
+    }
+    _tile_release();
+}
+
+AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t begin, int64_t end)
+{
+    const struct expert_shape *s = job->shape;
+    if (!s->is_bf16) {
+        down_avx512(job, g, begin, end);
+        return;
+    }
+    int64_t blocks = (s->F + TILE_K - 1) / TILE_K, stride = blocks * TILE_K;
+    const char *down = (const char *)job->weights[g] + s->down_at;
+    const uint16_t *hidden = job->narrow_hidden + job->places[g] * stride;
+    float *y = job->y + job->starts[g] * s->D;
+    float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    _tile_loadconfig(&all_tiles);
+    for (int64_t n = begin; n < end; n++) {
+        int64_t at = n * TILE_OUTPUTS;
+        __m512 b0 = {0}, b1 = {0};
+        if (s->has_bias) {
+            const char *bias = (const char *)job->weights[g] + s->down_bias_at;
+            b0 = (__m512)bias_avx512(bias, 1, at, s->D);
+            b1 = (__m512)bias_avx512(bias, 1, at + 16, s->D);
+        }
+        for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
+            int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
+            amx_product(hidden + r * stride, stride, num, down + n * blocks * 2 * TILE_BYTES, blocks, c);
+            for (int64_t i = 0; i < num; i++)
+                amx_store(y + (r + i) * s->D + at, c + i * TILE_OUTPUTS, s->D - at, b0, b1);
+        }
+    }
+    _tile_release();
+}
+
+static void pack_amx(void *to, const void *from, int64_t O, int64_t K, int is_bf16)
+{
+    if (!is_bf16) {
+        pack_avx512(to, from, O, K, 0);
+        return;
+    }
+    uint32_t *out = to;
+    const uint16_t *weight = from;
+    for (int64_t n = 0; n < O; n += TILE_OUTPUTS)
+        for (int64_t k = 0; k < K; k += TILE_K)
+            for (int64_t half = n; half < n + TILE_OUTPUTS; half += 16)
+                for (int64_t pair = k; pair < k + TILE_K; pair += 2)
+                    for (int64_t o = half; o < half + 16; o++) {
+                        uint32_t low = o < O && pair < K ? weight[o * K + pair] : 0;
+                        uint32_t high = o < O && pair + 1 < K ? weight[o * K + pair + 1] : 0;
+                        *out++ = low | high << 16;
+                    }
+}
