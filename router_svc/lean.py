@@ -127,17 +127,22 @@ class LeanModel:
             if index.num_decodes:
                 block.attend(work, index.decode_tables, num_threads)
             if index.chunks:
-                self._attend_chunks(idx, work, cache, index)
+                self._attend_chunks(idx, work, cache, index, num_threads)
             ids, weights = block.finish(work, num_threads)
             assert layer.experts.call is not None
             block.add(work, layer.experts.call(idx, work.x, ids, weights))
         rows = norm(work.h.index_select(0, keep), self._final, self._final_eps).to(self.dtype)
         return cast(Tensor, self._head.lm_head(rows))
 
-    def _attend_chunks(self, layer: int, work: Workspace, cache: PagedCache, index: StepIndex) -> None:
+    def _attend_chunks(
+        self, layer: int, work: Workspace, cache: PagedCache, index: StepIndex, num_threads: int
+    ) -> None:
         block, width = self.layers[layer].block, self.cache_shapes[layer].key[1]
         at = index.num_decodes
         for chunk, (num_rows, _) in enumerate(index.chunks):
+            if block.attend_prompt(work, at, num_rows, index.chunk_slots[chunk], num_threads):
+                at += num_rows
+                continue
             query = work.q[at : at + num_rows].to(self.dtype).view(1, num_rows, -1, width).transpose(1, 2)
             out = cache.attend_chunk(layer, chunk, query, scaling=block.scaling, window=block.window or None)
             work.attended[at : at + num_rows] = out.reshape(num_rows, -1)

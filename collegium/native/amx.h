@@ -25,11 +25,11 @@ static const struct {
                .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
                .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* c [32, 32] float32 = `rows` rows, at most 32, of a, `stride` apart, times a panel */
+/* c [32, 32] float32, rows c_stride apart, = `rows` rows, at most 32, of a, `stride` apart, times a panel */
 AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int64_t rows, const char *panel,
-                                          int64_t blocks, float *c)
+                                          int64_t blocks, float *c, int64_t c_stride)
 {
-    int64_t bytes = stride * 2;
+    int64_t bytes = stride * 2, c_bytes = c_stride * 4;
     _tile_zero(0);
     _tile_zero(1);
     if (rows > TILE_ROWS) {
@@ -46,8 +46,8 @@ AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(2, c + TILE_ROWS * TILE_OUTPUTS, 4 * TILE_OUTPUTS);
-        _tile_stored(3, c + TILE_ROWS * TILE_OUTPUTS + 16, 4 * TILE_OUTPUTS);
+        _tile_stored(2, c + TILE_ROWS * c_stride, c_bytes);
+        _tile_stored(3, c + TILE_ROWS * c_stride + 16, c_bytes);
     } else
         for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES) {
             for (int line = 0; line < 2 * TILE_BYTES; line += 64)
@@ -58,8 +58,8 @@ AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
         }
-    _tile_stored(0, c, 4 * TILE_OUTPUTS);
-    _tile_stored(1, c + 16, 4 * TILE_OUTPUTS);
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
 }
 
 AMX_TARGET static inline void amx_store(float *out, const float *c, int64_t room, __m512 b0, __m512 b1)
@@ -108,7 +108,7 @@ AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64
         }
         for (int64_t r = 0; r < job->R; r += 2 * TILE_ROWS) {
             int64_t num = job->R - r < 2 * TILE_ROWS ? job->R - r : 2 * TILE_ROWS;
-            amx_product(job->narrow + r * stride, stride, num, panel, blocks, c);
+            amx_product(job->narrow + r * stride, stride, num, panel, blocks, c, TILE_OUTPUTS);
             for (int64_t i = 0; i < num; i++) {
                 const float *from = c + i * TILE_OUTPUTS;
                 if (job->is_out_bf16)
@@ -148,8 +148,8 @@ AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t
             }
         for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
             int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(rows + r * stride, stride, num, gate + n * panel_bytes, blocks, cg);
-            amx_product(rows + r * stride, stride, num, up + n * panel_bytes, blocks, cu);
+            amx_product(rows + r * stride, stride, num, gate + n * panel_bytes, blocks, cg, TILE_OUTPUTS);
+            amx_product(rows + r * stride, stride, num, up + n * panel_bytes, blocks, cu, TILE_OUTPUTS);
             for (int64_t i = 0; i < num; i++) {
                 vf_avx512 h[2];
                 for (int half = 0; half < 2; half++) {
@@ -189,7 +189,7 @@ AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t be
         }
         for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
             int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(hidden + r * stride, stride, num, down + n * blocks * 2 * TILE_BYTES, blocks, c);
+            amx_product(hidden + r * stride, stride, num, down + n * blocks * 2 * TILE_BYTES, blocks, c, TILE_OUTPUTS);
             for (int64_t i = 0; i < num; i++)
                 amx_store(y + (r + i) * s->D + at, c + i * TILE_OUTPUTS, s->D - at, b0, b1);
         }
@@ -214,4 +214,125 @@ static void pack_amx(void *to, const void *from, int64_t O, int64_t K, int is_bf
                         uint32_t high = o < O && pair + 1 < K ? weight[o * K + pair + 1] : 0;
                         *out++ = low | high << 16;
                     }
+}
+
+/* --- attention over prompts: a block of query rows at a time looks at blocks of positions, with a softmax that streams
+ * (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022). Blocks of positions are counted from the sequence's first,
+ * so that a row's result doesn't depend on how its prompt was cut. --- */
+
+enum { LOOKED_AT = 128 }; /* positions of a block: a multiple of 32 */
+
+/* Positions 32 * n to 32 * n + 31 of a head's keys and values, as panels: of keys an output is a position, of values a k. */
+AMX_TARGET static void pack_positions(const struct prompt *job, int64_t g, int64_t n)
+{
+    const struct attention *a = job->attention;
+    int64_t W = job->width, num_kv = a->G * a->W;
+    const uint16_t *keys = (const uint16_t *)a->keys + g * a->W, *values = (const uint16_t *)a->values + g * a->W;
+    uint32_t *key = (uint32_t *)(job->keys + (g * job->num_panels + n) * W * 64);
+    int64_t slots[32];
+    for (int64_t p = 0; p < 32; p++)
+        slots[p] = n * 32 + p < job->end ? job->slots[n * 32 + p] * num_kv : -1;
+    for (int64_t w = 0; w < W; w += TILE_K)
+        for (int64_t half = 0; half < 32; half += 16)
+            for (int64_t pair = w; pair < w + TILE_K; pair += 2)
+                for (int64_t p = half; p < half + 16; p++, key++) {
+                    *key = 0;
+                    if (slots[p] >= 0 && pair < a->W)
+                        memcpy(key, keys + slots[p] + pair, 4);
+                }
+    for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
+        uint32_t *value = (uint32_t *)(job->values + ((g * W / 32 + w / 32) * job->num_panels + n) * 2 * TILE_BYTES);
+        for (int64_t half = w; half < w + TILE_OUTPUTS; half += 16)
+            for (int64_t pair = 0; pair < 32; pair += 2, value += 16) {
+                static const uint16_t none[16];
+                int is_there = half < a->W;
+                const uint16_t *low = is_there && slots[pair] >= 0 ? values + slots[pair] + half : none;
+                const uint16_t *high = is_there && slots[pair + 1] >= 0 ? values + slots[pair + 1] + half : none;
+                for (int o = 0; o < 16; o++)
+                    value[o] = low[o] | (uint32_t)high[o] << 16;
+            }
+    }
+}
+
+/* Which of 16 places are in [from, to). */
+static inline __mmask16 places_in(int64_t from, int64_t to)
+{
+    from = from < 0 ? 0 : from > 16 ? 16 : from;
+    to = to < from ? from : to > 16 ? 16 : to;
+    return (__mmask16)((1u << to) - (1u << from));
+}
+
+/* Rows [r0, r0 + num) of head g, num at most 32, of the n * H / G that look at it: rows of one position side by side. */
+AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int64_t r0, int64_t num)
+{
+    const struct attention *a = job->attention;
+    int64_t W = job->width, share = a->H / a->G, first = job->end - job->n;
+    uint16_t q[32 * MOST_WIDTH] __attribute__((aligned(64))), p[32 * LOOKED_AT] __attribute__((aligned(64)));
+    float scores[32 * LOOKED_AT] __attribute__((aligned(64))), out[32 * MOST_WIDTH] __attribute__((aligned(64)));
+    float most[32], total[32], c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    memset(q, 0, sizeof q);
+    memset(out, 0, sizeof out);
+    for (int64_t i = 0; i < num; i++) {
+        int64_t row = (r0 + i) / share, head = g * share + (r0 + i) % share;
+        amx_narrow(q + i * W, job->q + (row * a->H + head) * a->W, a->W);
+        most[i] = -INFINITY;
+        total[i] = 0;
+    }
+    int64_t begin = 0, end = first + (r0 + num - 1) / share + 1;
+    if (a->window && first + r0 / share + 1 > a->window)
+        begin = (first + r0 / share + 1 - a->window) / LOOKED_AT * LOOKED_AT;
+    _tile_loadconfig(&all_tiles);
+    for (int64_t at = begin; at < end; at += LOOKED_AT) {
+        int64_t panels_here = (job->end - at + 31) / 32 < LOOKED_AT / 32 ? (job->end - at + 31) / 32 : LOOKED_AT / 32;
+        const char *keys = job->keys + (g * job->num_panels + at / 32) * W * 64;
+        for (int64_t n = 0; n < panels_here; n++)
+            amx_product(q, W, num, keys + n * W * 64, W / 32, scores + n * 32, LOOKED_AT);
+        for (int64_t i = 0; i < num; i++) {
+            int64_t to = first + (r0 + i) / share + 1, from = a->window && to > a->window ? to - a->window : 0;
+            int64_t vectors = (to - at + 15) / 16;
+            vectors = vectors < 0 ? 0 : vectors > LOOKED_AT / 16 ? LOOKED_AT / 16 : vectors;
+            __m512 scaling = _mm512_set1_ps(a->scaling), highest = _mm512_set1_ps(-INFINITY), sum = {0};
+            float *row = scores + i * LOOKED_AT;
+            for (int64_t v = 0; v < vectors; v++) {
+                __m512 s = _mm512_load_ps(row + 16 * v) * scaling;
+                _mm512_store_ps(row + 16 * v, s);
+                highest = _mm512_mask_max_ps(highest, places_in(from - at - 16 * v, to - at - 16 * v), highest, s);
+            }
+            float before = most[i], here = _mm512_reduce_max_ps(highest);
+            uint16_t *narrow = p + i * LOOKED_AT;
+            if (here == -INFINITY) { /* nothing that it may look at */
+                memset(narrow, 0, 2 * LOOKED_AT);
+                continue;
+            }
+            most[i] = here > before ? here : before;
+            for (int64_t v = 0; v < LOOKED_AT / 16; v++) {
+                __m512 e = {0};
+                __mmask16 there = v < vectors ? places_in(from - at - 16 * v, to - at - 16 * v) : 0;
+                if (there)
+                    e = _mm512_maskz_mov_ps(there, (__m512)exp_avx512((vf_avx512)_mm512_load_ps(row + 16 * v) - most[i]));
+                sum += e;
+                _mm256_store_si256((__m256i *)(narrow + 16 * v), (__m256i)_mm512_cvtneps_pbh(e));
+            }
+            float kept = before == -INFINITY ? 0 : expf(before - most[i]);
+            total[i] = total[i] * kept + _mm512_reduce_add_ps(sum);
+            if (kept != 1)
+                for (int64_t w = 0; w < W; w += 16)
+                    _mm512_store_ps(out + i * W + w, _mm512_load_ps(out + i * W + w) * _mm512_set1_ps(kept));
+        }
+        for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
+            const char *values = job->values + ((g * W / 32 + w / 32) * job->num_panels + at / 32) * 2 * TILE_BYTES;
+            amx_product(p, LOOKED_AT, num, values, panels_here, c, TILE_OUTPUTS);
+            for (int64_t i = 0; i < num; i++)
+                for (int half = 0; half < 32; half += 16)
+                    _mm512_store_ps(out + i * W + w + half, _mm512_load_ps(out + i * W + w + half) +
+                                                               _mm512_load_ps(c + i * TILE_OUTPUTS + half));
+        }
+    }
+    _tile_release();
+    for (int64_t i = 0; i < num; i++) {
+        int64_t row = (r0 + i) / share, head = g * share + (r0 + i) % share;
+        float *to = job->out + (row * a->H + head) * a->W, whole = total[i];
+        for (int64_t w = 0; w < a->W; w += 16)
+            _mm512_storeu_ps(to + w, _mm512_load_ps(out + i * W + w) / _mm512_set1_ps(whole));
+    }
 }

@@ -68,6 +68,18 @@ struct attend {
     int64_t longest;
 };
 
+enum { MOST_WIDTH = 256 }; /* of a head, where attention over prompts is computed here */
+
+/* Rows of a prompt, n of them up to position `end`, and packed keys and values of all positions up to there. */
+struct prompt {
+    const struct attention *attention;
+    const float *q;       /* [n, H * W] */
+    const int64_t *slots; /* [end] */
+    int64_t n, end, width, num_panels; /* width: of a head, rounded up; a panel has 32 positions */
+    float *out;           /* [n, H * W] */
+    char *keys, *values;  /* [G, num_panels, width * 32] and [G, width / 32, num_panels, 32 * 32] */
+};
+
 struct isa {
     int64_t width, k_of_bf16; /* of a panel: outputs; inputs are so many in bfloat16, or a multiple */
     void (*linear)(const struct linear *, int64_t, int64_t);
@@ -78,6 +90,8 @@ struct isa {
     void (*rotate)(float *, const float *, const float *, int64_t);
     void (*narrow)(void *, int64_t, const float *, int64_t, int);
     void (*attend)(const struct attend *, int64_t, int64_t, float *);
+    void (*pack_positions)(const struct prompt *, int64_t, int64_t);
+    void (*attend_positions)(const struct prompt *, int64_t, int64_t, int64_t); /* NULL: attention over prompts is not ours */
 };
 
 static inline float from_bf16(uint16_t bits)
@@ -125,7 +139,8 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 
 #include "amx.h"
 static const struct isa isa_amx = {32,         TILE_K,    linear_amx,    gate_up_amx,   down_amx,
-                                   pack_amx,   norm_avx512, rotate_avx512, narrow_avx512, attend_avx512};
+                                   pack_amx,   norm_avx512, rotate_avx512, narrow_avx512, attend_avx512,
+                                   pack_positions, attend_positions};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -511,34 +526,71 @@ int collegium_serve(const struct expert_shape *shape, const void *x, int64_t R, 
 
 /* --- attention: a layer's rows before and after the experts; h [T, D] is the residual stream, in float32 --- */
 
+enum { ROWS_AT_ONCE = 16 };
+
+/* Rows of a step between two products, some at a time; few are done by who calls. */
+struct rows {
+    const struct attention *attention;
+    void (*one)(const struct rows *, int64_t);
+    int64_t T;
+    float *h, *q, *scratch, *weights;
+    const float *cos, *sin;
+    const int64_t *slots;
+    void *x;
+    int64_t *ids;
+};
+
+static void rows_task(const void *at, int64_t task)
+{
+    const struct rows *rows = at;
+    for (int64_t t = task * ROWS_AT_ONCE; t < rows->T && t < (task + 1) * ROWS_AT_ONCE; t++)
+        rows->one(rows, t);
+}
+
+static void for_rows(struct rows *rows, void (*one)(const struct rows *, int64_t), int num_threads, int has_more)
+{
+    rows->one = one;
+    run_all((rows->T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, rows_task, rows, num_threads, has_more);
+}
+
+static void norm_input(const struct rows *rows, int64_t t)
+{
+    const struct attention *a = rows->attention;
+    isa->norm(rows->scratch + t * a->D, rows->h + t * a->D, a->input_norm, a->D, a->eps);
+}
+
+static void rotate_heads(const struct rows *rows, int64_t t)
+{
+    const struct attention *a = rows->attention;
+    int64_t num_q = a->H * a->W, num_kv = a->G * a->W, all = num_q + 2 * num_kv;
+    float *row = rows->scratch + rows->T * a->D + t * all, *k = row + num_q;
+    if (a->head_norms == 2) {
+        isa->norm(row, row, a->query_norm, num_q, a->eps);
+        isa->norm(k, k, a->key_norm, num_kv, a->eps);
+    }
+    if (a->clip > 0)
+        for (int64_t i = 0; i < all; i++)
+            row[i] = row[i] > a->clip ? a->clip : row[i] < -a->clip ? -a->clip : row[i];
+    for (int64_t head = 0; head < a->H + a->G; head++) {
+        float *one = row + head * a->W;
+        if (a->head_norms == 1)
+            isa->norm(one, one, head < a->H ? a->query_norm : a->key_norm, a->W, a->eps);
+        isa->rotate(one, rows->cos + t * a->W, rows->sin + t * a->W, a->W);
+    }
+    memcpy(rows->q + t * num_q, row, num_q * sizeof(float));
+    isa->narrow(a->keys, rows->slots[t] * num_kv, k, num_kv, a->is_bf16);
+    isa->narrow(a->values, rows->slots[t] * num_kv, k + num_kv, num_kv, a->is_bf16);
+}
+
 /* q [T, H * W] of rows h, rotated; their keys and values go to the slots of the pools. scratch: T * (D + (H + 2G) W). */
 void collegium_qkv(const struct attention *a, const float *h, const float *cos, const float *sin, const int64_t *slots,
                    int64_t T, float *q, float *scratch, int num_threads)
 {
-    int64_t num_q = a->H * a->W, num_kv = a->G * a->W, all = num_q + 2 * num_kv;
-    float *x = scratch, *qkv = scratch + T * a->D;
-    for (int64_t t = 0; t < T; t++)
-        isa->norm(x + t * a->D, h + t * a->D, a->input_norm, a->D, a->eps);
-    collegium_linear(x, a->D, a->qkv, a->qkv_bias, qkv, T, all, a->D, a->is_bf16, 0, num_threads);
-    for (int64_t t = 0; t < T; t++) {
-        float *row = qkv + t * all, *k = row + num_q;
-        if (a->head_norms == 2) {
-            isa->norm(row, row, a->query_norm, num_q, a->eps);
-            isa->norm(k, k, a->key_norm, num_kv, a->eps);
-        }
-        if (a->clip > 0)
-            for (int64_t i = 0; i < all; i++)
-                row[i] = row[i] > a->clip ? a->clip : row[i] < -a->clip ? -a->clip : row[i];
-        for (int64_t head = 0; head < a->H + a->G; head++) {
-            float *one = row + head * a->W;
-            if (a->head_norms == 1)
-                isa->norm(one, one, head < a->H ? a->query_norm : a->key_norm, a->W, a->eps);
-            isa->rotate(one, cos + t * a->W, sin + t * a->W, a->W);
-        }
-        memcpy(q + t * num_q, row, num_q * sizeof(float));
-        isa->narrow(a->keys, slots[t] * num_kv, k, num_kv, a->is_bf16);
-        isa->narrow(a->values, slots[t] * num_kv, k + num_kv, num_kv, a->is_bf16);
-    }
+    struct rows rows = {.attention = a, .T = T, .h = (float *)h, .q = q, .scratch = scratch, .cos = cos, .sin = sin, .slots = slots};
+    for_rows(&rows, norm_input, num_threads, 1);
+    collegium_linear(scratch, a->D, a->qkv, a->qkv_bias, scratch + T * a->D, T, (a->H + 2 * a->G) * a->W, a->D, a->is_bf16, 0,
+                     num_threads);
+    for_rows(&rows, rotate_heads, num_threads, 0);
 }
 
 static void attend_task(const void *at, int64_t task)
@@ -566,6 +618,46 @@ void collegium_attend(const struct attention *a, const float *q, const int64_t *
     run_all(B * a->G, attend_task, &job, num_threads, 0);
 }
 
+static void pack_positions_task(const void *at, int64_t task)
+{
+    const struct prompt *job = at;
+    isa->pack_positions(job, task / job->num_panels, task % job->num_panels);
+}
+
+static int64_t query_blocks(const struct prompt *job)
+{
+    return (job->n * (job->attention->H / job->attention->G) + 31) / 32;
+}
+
+static void attend_prompt_task(const void *at, int64_t task)
+{
+    const struct prompt *job = at;
+    int64_t blocks = query_blocks(job), begin = (blocks - 1 - task % blocks) * 32; /* the longest first */
+    int64_t left = job->n * (job->attention->H / job->attention->G) - begin;
+    isa->attend_positions(job, task / blocks, begin, left < 32 ? left : 32);
+}
+
+/* out [n, H * W]: the rows of a prompt's positions end - n to end - 1, q [n, H * W], look at what is before them and at
+ * themselves, or at as many of that as the window has; slots [end] say where keys and values are. 0, or 1: not computed here,
+ * for the instructions or the head's width, or -1: there is no memory. */
+int collegium_attend_prompt(const struct attention *a, const float *q, const int64_t *slots, int64_t n, int64_t end, float *out,
+                            int num_threads)
+{
+    int64_t width = (a->W + 31) / 32 * 32, num_panels = (end + 31) / 32;
+    if (!isa->attend_positions || !a->is_bf16 || width > MOST_WIDTH || a->W % 16)
+        return 1;
+    int64_t bytes = a->G * num_panels * width * 64;
+    char *memory = aligned_alloc(64, 2 * (size_t)bytes);
+    if (!memory)
+        return -1;
+    struct prompt job = {a, q, slots, n, end, width, num_panels, out, memory, memory + bytes};
+    run_all(a->G * num_panels, pack_positions_task, &job, num_threads, 1);
+    run_all(a->G * query_blocks(&job), attend_prompt_task, &job, num_threads, 0);
+    atomic_store(&pool.has_more, 0);
+    free(memory);
+    return 0;
+}
+
 /* The K largest of softmax(logits [E]), falling, the first of equals first; logits are overwritten. */
 static void choose_experts(float *logits, int64_t E, int64_t K, int is_normed, int64_t *ids, float *weights)
 {
@@ -589,35 +681,45 @@ static void choose_experts(float *logits, int64_t E, int64_t K, int is_normed, i
             weights[k] /= chosen;
 }
 
+static void add_and_norm(const struct rows *rows, int64_t t)
+{
+    const struct attention *a = rows->attention;
+    float *h = rows->h + t * a->D, *row = rows->scratch + t * a->D;
+    for (int64_t i = 0; i < a->D; i++)
+        h[i] += row[i];
+    isa->norm(row, h, a->output_norm, a->D, a->eps);
+    isa->narrow(rows->x, t * a->D, row, a->D, a->is_bf16);
+    if (a->is_bf16) /* the gate sees what the experts will */
+        collegium_widen(row, (const uint16_t *)rows->x + t * a->D, a->D);
+}
+
+static void ask_gate(const struct rows *rows, int64_t t)
+{
+    const struct attention *a = rows->attention;
+    float *logits = rows->scratch + rows->T * a->D + t * a->E;
+    int is_usable = 1;
+    for (int64_t e = 0; e < a->E; e++)
+        is_usable &= logits[e] - logits[e] == 0; /* neither NaN nor infinite */
+    if (is_usable)
+        choose_experts(logits, a->E, a->K, a->is_normed, rows->ids + t * a->K, rows->weights + t * a->K);
+    else
+        for (int64_t k = 0; k < a->K; k++) {
+            rows->ids[t * a->K + k] = k;
+            rows->weights[t * a->K + k] = (float)NAN;
+        }
+}
+
 /* h += attended [T, H * W] @ out.T; x [T, D], in the model's type, is h normed; ids and weights [T, K]: what the gate
  * chooses for x. Where scores are not numbers, so are weights, and ids are 0 to K - 1. scratch: T * (D + E). */
 void collegium_output(const struct attention *a, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
                       float *weights, float *scratch, int num_threads)
 {
     int64_t D = a->D;
+    struct rows rows = {.attention = a, .T = T, .h = h, .scratch = scratch, .x = x, .ids = ids, .weights = weights};
     collegium_linear(attended, a->H * a->W, a->out, a->out_bias, scratch, T, D, a->H * a->W, a->is_bf16, 0, num_threads);
-    for (int64_t i = 0; i < T * D; i++)
-        h[i] += scratch[i];
-    for (int64_t t = 0; t < T; t++) {
-        isa->norm(scratch + t * D, h + t * D, a->output_norm, D, a->eps);
-        isa->narrow(x, t * D, scratch + t * D, D, a->is_bf16);
-    }
-    if (a->is_bf16) /* the gate sees what the experts will */
-        collegium_widen(scratch, x, T * D);
-    float *logits = scratch + T * D;
-    collegium_linear(scratch, D, a->gate, NULL, logits, T, a->E, D, a->is_bf16, 0, num_threads);
-    for (int64_t t = 0; t < T; t++) {
-        int is_usable = 1;
-        for (int64_t e = 0; e < a->E; e++)
-            is_usable &= logits[t * a->E + e] - logits[t * a->E + e] == 0; /* neither NaN nor infinite */
-        if (is_usable)
-            choose_experts(logits + t * a->E, a->E, a->K, a->is_normed, ids + t * a->K, weights + t * a->K);
-        else
-            for (int64_t k = 0; k < a->K; k++) {
-                ids[t * a->K + k] = k;
-                weights[t * a->K + k] = (float)NAN;
-            }
-    }
+    for_rows(&rows, add_and_norm, num_threads, 1);
+    collegium_linear(scratch, D, a->gate, NULL, scratch + T * D, T, a->E, D, a->is_bf16, 0, num_threads);
+    for_rows(&rows, ask_gate, num_threads, 0);
 }
 
 /* ids [T, K]: what the gate would choose for rows x [T, D] in the model's type. scratch: T * (D + E). */

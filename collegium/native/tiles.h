@@ -458,7 +458,7 @@ TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t g
 }
 
 static const struct isa NAME(isa) = {WIDTH,      1, NAME(linear), NAME(gate_up), NAME(down),  NAME(pack),
-                                     NAME(norm), NAME(rotate), NAME(narrow),  NAME(attend)};
+                                     NAME(norm), NAME(rotate), NAME(narrow),  NAME(attend), NULL, NULL};
 
 #undef CAT_
 #undef CAT

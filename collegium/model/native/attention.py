@@ -167,6 +167,24 @@ class AttentionBlock:
             num_threads,
         )
 
+    def attend_prompt(self, work: Workspace, first: int, num_rows: int, slots: Tensor, num_threads: int) -> bool:
+        """Set work.attended of a prompt's rows from `first` on, the last ones of its positions, which lie in slots [L].
+
+        False where attention over prompts is not computed here. Raises MemoryError.
+        """
+        found: int = self._lib.collegium_attend_prompt(
+            self._at,
+            work.q[first].data_ptr(),
+            slots.data_ptr(),
+            num_rows,
+            len(slots),
+            work.attended[first].data_ptr(),
+            num_threads,
+        )
+        if found < 0:
+            raise MemoryError(f"no memory for the attention of {num_rows} rows to {len(slots)} positions")
+        return found == 0
+
     def finish(self, work: Workspace, num_threads: int) -> tuple[Tensor, Tensor]:
         """Add the attended rows to work.h; set work.x, rows for the experts; return the gate's ids and weights [T, K].
 
@@ -222,5 +240,8 @@ def _declare_once(library: native.Library) -> None:
     native.declare(library.raw, "collegium_qkv", None, [*[pointer] * 5, size, pointer, pointer, c_int])
     native.declare(library.raw, "collegium_attend", None, [*[pointer] * 5, size, pointer, c_int])
     native.declare(library.raw, "collegium_output", None, [*[pointer] * 3, size, *[pointer] * 4, c_int])
+    native.declare(
+        library.raw, "collegium_attend_prompt", c_int, [pointer, pointer, pointer, size, size, pointer, c_int]
+    )
     native.declare(library.raw, "collegium_norm", None, [*[pointer] * 3, size, size, c_float])
     native.declare(library.raw, "collegium_add", None, [pointer, pointer, size, c_int])
