@@ -3,7 +3,8 @@
  *
  * A weight [O, K] is packed in panels of 32 outputs; a panel holds, for each 32 k in turn, two tiles of 16 outputs: 16 rows,
  * one for each pair of k, of 16 words with both weights of an output. Missing outputs and k are zeros. Rows are bfloat16
- * too, `blocks` times 32 k wide, what is missing zeros; where a tile of 16 rows goes past the last one, memory is readable.
+ * too and lie in tiles: 16 rows of 32 k, for each 32 k in turn, then the next 16 rows. Missing k are zeros; missing rows
+ * anything.
  *
  * The unit sums a row's products of each 32 k by themselves, even and odd k apart, in float32: a row's result never depends on
  * the rows beside it, nor on their number. What lies between two products is rounded to bfloat16, as the modelling classes
@@ -15,32 +16,58 @@
 #define AMX_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma" WIDTH_512))) WHOLE
 
-enum { TILE_ROWS = 16, TILE_K = 32, TILE_OUTPUTS = 32, TILE_BYTES = 1024, SPARE_ROWS = TILE_ROWS - 1 };
+enum { TILE_ROWS = 16, TILE_K = 32, TILE_OUTPUTS = 32, TILE_BYTES = 1024, TILES_AHEAD = 4096 };
 
-static const struct {
-    uint8_t palette, start, unused[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} all_tiles = {.palette = 1,
-               .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-               .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
-
-/* c [32, 32] float32, rows c_stride apart, = `rows` rows, at most 32, of a, `stride` apart, times a panel */
-AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int64_t rows, const char *panel,
-                                          int64_t blocks, float *c, int64_t c_stride)
+/* Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights. With fewer than 16 rows, those of sums and rows are so many. */
+AMX_TARGET static inline void set_tiles(int64_t rows)
 {
-    int64_t bytes = stride * 2, c_bytes = c_stride * 4;
+    struct {
+        uint8_t palette, start, unused[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } tiles = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+    if (rows < TILE_ROWS)
+        tiles.rows[0] = tiles.rows[1] = tiles.rows[4] = (uint8_t)rows;
+    __asm__ volatile("" ::"m"(tiles)); /* the intrinsic says that it reads 8 bytes of it */
+    _tile_loadconfig(&tiles);
+}
+
+/* What is read next of the weights, so that it is there when its time comes: `step` bytes of it at each block of a product. */
+struct ahead {
+    const char *at;
+    int64_t step;
+};
+
+/* A panel is read once: the first rows find it in no cache. With more than one block of rows, the next panel is fetched
+ * while all of them are computed; with one, what is a little further on. */
+static inline struct ahead read_ahead(const char *panel, int64_t panel_bytes, int64_t blocks, int64_t r, int64_t R)
+{
+    int64_t num = (R + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS), at = r / (2 * TILE_ROWS);
+    if (num == 1)
+        return (struct ahead){panel + TILES_AHEAD, 2 * TILE_BYTES};
+    int64_t step = num < 32 ? 2 * TILE_BYTES / num / 64 * 64 : 64;
+    return (struct ahead){panel + panel_bytes + at * blocks * step, at * blocks * step < panel_bytes ? step : 0};
+}
+
+/* c [32, 32] float32, rows c_stride apart, = `rows` rows, at most 32, in the tiles at a, which are of `wide` blocks, times
+ * `blocks` blocks of a panel */
+AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t wide, int64_t rows, const char *panel, int64_t blocks,
+                                          float *c, int64_t c_stride, struct ahead ahead)
+{
+    int64_t c_bytes = c_stride * 4;
     _tile_zero(0);
     _tile_zero(1);
     if (rows > TILE_ROWS) {
-        const uint16_t *below = a + TILE_ROWS * stride;
+        const uint16_t *below = a + wide * TILE_ROWS * TILE_K;
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES) {
-            _tile_loadd(4, a + k * TILE_K, bytes);
+        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES, ahead.at += ahead.step) {
+            for (int64_t line = 0; line < ahead.step; line += 64)
+                __builtin_prefetch(ahead.at + line, 0, 2);
+            _tile_loadd(4, a + k * TILE_ROWS * TILE_K, 64);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE_BYTES, 64);
-            _tile_loadd(5, below + k * TILE_K, bytes);
+            _tile_loadd(5, below + k * TILE_ROWS * TILE_K, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
@@ -49,10 +76,10 @@ AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t stride, int
         _tile_stored(2, c + TILE_ROWS * c_stride, c_bytes);
         _tile_stored(3, c + TILE_ROWS * c_stride + 16, c_bytes);
     } else
-        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES) {
-            for (int line = 0; line < 2 * TILE_BYTES; line += 64)
-                __builtin_prefetch(panel + AMX_AHEAD + line);
-            _tile_loadd(4, a + k * TILE_K, bytes);
+        for (int64_t k = 0; k < blocks; k++, panel += 2 * TILE_BYTES, ahead.at += ahead.step) {
+            for (int64_t line = 0; line < ahead.step; line += 64)
+                __builtin_prefetch(ahead.at + line);
+            _tile_loadd(4, a + k * TILE_ROWS * TILE_K, 64);
             _tile_loadd(6, panel, 64);
             _tile_loadd(7, panel + TILE_BYTES, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -78,15 +105,52 @@ AMX_TARGET static inline void amx_store_narrow(uint16_t *out, int64_t room, __m5
     _mm256_mask_storeu_epi16(out + 16, high, (__m256i)_mm512_cvtneps_pbh(v1));
 }
 
-/* to [K rounded up to 32] = from [K] */
+/* Where row r begins in tiles of rows of so many blocks of 32 k; its next 32 k are a tile further. */
+static inline uint16_t *in_tiles(uint16_t *tiles, int64_t r, int64_t blocks)
+{
+    return tiles + (r / TILE_ROWS * blocks * TILE_ROWS + r % TILE_ROWS) * TILE_K;
+}
+
+/* A row in tiles, from [K]. */
 AMX_TARGET static void amx_narrow(uint16_t *to, const float *from, int64_t K)
 {
-    for (int64_t k = 0; k < K; k += 16) {
-        __mmask16 there = K - k >= 16 ? 0xffff : (__mmask16)((1 << (K - k)) - 1);
-        _mm256_storeu_si256((__m256i *)(to + k), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + k)));
+    for (int64_t k = 0; k < K; k += TILE_K, to += TILE_ROWS * TILE_K)
+        for (int64_t half = k; half < k + TILE_K; half += 16) {
+            __mmask16 there = K - half >= 16 ? 0xffff : K > half ? (__mmask16)((1 << (K - half)) - 1) : 0;
+            __m512 values = _mm512_maskz_loadu_ps(there, from + half);
+            _mm256_storeu_si256((__m256i *)(to + half - k), (__m256i)_mm512_cvtneps_pbh(values));
+        }
+}
+
+/* The same where it is bfloat16 already. */
+AMX_TARGET static void amx_copy(uint16_t *to, const uint16_t *from, int64_t K)
+{
+    for (int64_t k = 0; k < K; k += TILE_K, to += TILE_ROWS * TILE_K) {
+        __mmask32 there = K - k >= 32 ? 0xffffffff : (1u << (K - k)) - 1;
+        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(there, from + k));
     }
-    if ((K + 15) / 16 % 2)
-        memset(to + (K + 15) / 16 * 16, 0, 32);
+}
+
+/* 2^x to some 3e-6 of it, which is far less than what bfloat16 keeps; NaN stays NaN */
+AMX_TARGET static inline __m512 amx_exp2(__m512 x)
+{
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - n;
+    __m512 y = f * 1.3333558e-3f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+    y = y * f + 1.0f;
+    return _mm512_scalef_ps(y, n);
+}
+
+AMX_TARGET static inline __m512 amx_act(const struct expert_shape *s, __m512 gate, __m512 up)
+{
+    if (s->activation != SILU)
+        return (__m512)act_avx512(s->activation, (vf_avx512)gate, (vf_avx512)up, s->clamp, s->alpha);
+    __m512 low = _mm512_max_ps(_mm512_set1_ps(-80.0f), gate); /* of NaN: NaN */
+    __m512 below = amx_exp2(low * -1.44269504f) + 1.0f, part = _mm512_rcp14_ps(below);
+    part = part * (2.0f - below * part);
+    return gate * up * part;
 }
 
 AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64_t end)
@@ -95,9 +159,9 @@ AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64
         linear_avx512(job, begin, end);
         return;
     }
-    int64_t blocks = (job->K + TILE_K - 1) / TILE_K, stride = blocks * TILE_K;
+    int64_t blocks = (job->K + TILE_K - 1) / TILE_K;
     float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
-    _tile_loadconfig(&all_tiles);
+    set_tiles(job->R);
     for (int64_t n = begin; n < end; n++) {
         const char *panel = (const char *)job->weight + n * blocks * 2 * TILE_BYTES;
         int64_t at = n * TILE_OUTPUTS, room = job->O - at;
@@ -108,7 +172,8 @@ AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64
         }
         for (int64_t r = 0; r < job->R; r += 2 * TILE_ROWS) {
             int64_t num = job->R - r < 2 * TILE_ROWS ? job->R - r : 2 * TILE_ROWS;
-            amx_product(job->narrow + r * stride, stride, num, panel, blocks, c, TILE_OUTPUTS);
+            amx_product(job->narrow + r * blocks * TILE_K, blocks, num, panel, blocks, c, TILE_OUTPUTS,
+                        read_ahead(panel, blocks * 2 * TILE_BYTES, blocks, r, job->R));
             for (int64_t i = 0; i < num; i++) {
                 const float *from = c + i * TILE_OUTPUTS;
                 if (job->is_out_bf16)
@@ -129,37 +194,39 @@ AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t
         gate_up_avx512(job, g, begin, end);
         return;
     }
-    int64_t blocks = (s->D + TILE_K - 1) / TILE_K, stride = blocks * TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
-    int64_t hidden_stride = (s->F + TILE_K - 1) / TILE_K * TILE_K;
+    int64_t blocks = (s->D + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
+    int64_t hidden_blocks = (s->F + TILE_K - 1) / TILE_K;
     const char *gate = job->weights[g], *up = gate + s->up_at;
-    const uint16_t *rows = job->narrow + job->places[g] * stride;
-    uint16_t *hidden = job->narrow_hidden + job->places[g] * hidden_stride;
+    const uint16_t *rows = job->narrow + job->places[g] * blocks * TILE_K;
+    uint16_t *hidden = job->narrow_hidden + job->places[g] * hidden_blocks * TILE_K;
     float cg[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64))), cu[2 * TILE_ROWS * TILE_OUTPUTS]
         __attribute__((aligned(64)));
-    _tile_loadconfig(&all_tiles);
+    set_tiles(job->counts[g]);
     for (int64_t n = begin; n < end; n++) {
         int64_t at = n * TILE_OUTPUTS;
-        vf_avx512 bg[2] = {{0}, {0}}, bu[2] = {{0}, {0}};
+        __m512 bg[2] = {{0}, {0}}, bu[2] = {{0}, {0}};
         if (s->has_bias)
             for (int half = 0; half < 2; half++) {
                 const char *bias = gate + s->gate_up_bias_at;
-                bg[half] = bias_avx512(bias, 1, at + 16 * half, s->F);
-                bu[half] = bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
+                bg[half] = (__m512)bias_avx512(bias, 1, at + 16 * half, s->F);
+                bu[half] = (__m512)bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
             }
         for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
             int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(rows + r * stride, stride, num, gate + n * panel_bytes, blocks, cg, TILE_OUTPUTS);
-            amx_product(rows + r * stride, stride, num, up + n * panel_bytes, blocks, cu, TILE_OUTPUTS);
+            amx_product(rows + r * blocks * TILE_K, blocks, num, gate + n * panel_bytes, blocks, cg, TILE_OUTPUTS,
+                        read_ahead(gate + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
+            amx_product(rows + r * blocks * TILE_K, blocks, num, up + n * panel_bytes, blocks, cu, TILE_OUTPUTS,
+                        read_ahead(up + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
             for (int64_t i = 0; i < num; i++) {
-                vf_avx512 h[2];
+                __m512 h[2];
                 for (int half = 0; half < 2; half++) {
                     int64_t from = i * TILE_OUTPUTS + 16 * half;
-                    h[half] = act_avx512(s->activation, *(const vf_avx512 *)(cg + from) + bg[half],
-                                         *(const vf_avx512 *)(cu + from) + bu[half], s->clamp, s->alpha);
+                    h[half] = amx_act(s, _mm512_load_ps(cg + from) + bg[half], _mm512_load_ps(cu + from) + bu[half]);
                 }
+                uint16_t *to = in_tiles(hidden, r + i, hidden_blocks) + n * TILE_ROWS * TILE_K;
                 if (s->F - at < TILE_OUTPUTS) /* what is past the last one is multiplied by zeros, and must be a number */
-                    memset(hidden + (r + i) * hidden_stride + at, 0, 2 * TILE_OUTPUTS);
-                amx_store_narrow(hidden + (r + i) * hidden_stride + at, s->F - at, (__m512)h[0], (__m512)h[1]);
+                    memset(to, 0, 2 * TILE_OUTPUTS);
+                amx_store_narrow(to, s->F - at, h[0], h[1]);
             }
         }
     }
@@ -173,12 +240,12 @@ AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t be
         down_avx512(job, g, begin, end);
         return;
     }
-    int64_t blocks = (s->F + TILE_K - 1) / TILE_K, stride = blocks * TILE_K;
+    int64_t blocks = (s->F + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
     const char *down = (const char *)job->weights[g] + s->down_at;
-    const uint16_t *hidden = job->narrow_hidden + job->places[g] * stride;
+    const uint16_t *hidden = job->narrow_hidden + job->places[g] * blocks * TILE_K;
     float *y = job->y + job->starts[g] * s->D;
     float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
-    _tile_loadconfig(&all_tiles);
+    set_tiles(job->counts[g]);
     for (int64_t n = begin; n < end; n++) {
         int64_t at = n * TILE_OUTPUTS;
         __m512 b0 = {0}, b1 = {0};
@@ -189,7 +256,8 @@ AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t be
         }
         for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
             int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(hidden + r * stride, stride, num, down + n * blocks * 2 * TILE_BYTES, blocks, c, TILE_OUTPUTS);
+            amx_product(hidden + r * blocks * TILE_K, blocks, num, down + n * panel_bytes, blocks, c, TILE_OUTPUTS,
+                        read_ahead(down + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
             for (int64_t i = 0; i < num; i++)
                 amx_store(y + (r + i) * s->D + at, c + i * TILE_OUTPUTS, s->D - at, b0, b1);
         }
@@ -274,24 +342,24 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
     memset(out, 0, sizeof out);
     for (int64_t i = 0; i < num; i++) {
         int64_t row = (r0 + i) / share, head = g * share + (r0 + i) % share;
-        amx_narrow(q + i * W, job->q + (row * a->H + head) * a->W, a->W);
+        amx_narrow(in_tiles(q, i, W / TILE_K), job->q + (row * a->H + head) * a->W, a->W);
         most[i] = -INFINITY;
         total[i] = 0;
     }
     int64_t begin = 0, end = first + (r0 + num - 1) / share + 1;
     if (a->window && first + r0 / share + 1 > a->window)
         begin = (first + r0 / share + 1 - a->window) / LOOKED_AT * LOOKED_AT;
-    _tile_loadconfig(&all_tiles);
+    set_tiles(num);
     for (int64_t at = begin; at < end; at += LOOKED_AT) {
         int64_t panels_here = (job->end - at + 31) / 32 < LOOKED_AT / 32 ? (job->end - at + 31) / 32 : LOOKED_AT / 32;
         const char *keys = job->keys + (g * job->num_panels + at / 32) * W * 64;
         for (int64_t n = 0; n < panels_here; n++)
-            amx_product(q, W, num, keys + n * W * 64, W / 32, scores + n * 32, LOOKED_AT);
+            amx_product(q, W / 32, num, keys + n * W * 64, W / 32, scores + n * 32, LOOKED_AT, (struct ahead){0});
         for (int64_t i = 0; i < num; i++) {
             int64_t to = first + (r0 + i) / share + 1, from = a->window && to > a->window ? to - a->window : 0;
             int64_t vectors = (to - at + 15) / 16;
             vectors = vectors < 0 ? 0 : vectors > LOOKED_AT / 16 ? LOOKED_AT / 16 : vectors;
-            __m512 scaling = _mm512_set1_ps(a->scaling), highest = _mm512_set1_ps(-INFINITY), sum = {0};
+            __m512 scaling = _mm512_set1_ps(a->scaling * 1.44269504f), highest = _mm512_set1_ps(-INFINITY), sum = {0};
             float *row = scores + i * LOOKED_AT;
             for (int64_t v = 0; v < vectors; v++) {
                 __m512 s = _mm512_load_ps(row + 16 * v) * scaling;
@@ -299,9 +367,10 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
                 highest = _mm512_mask_max_ps(highest, places_in(from - at - 16 * v, to - at - 16 * v), highest, s);
             }
             float before = most[i], here = _mm512_reduce_max_ps(highest);
-            uint16_t *narrow = p + i * LOOKED_AT;
+            uint16_t *narrow = in_tiles(p, i, LOOKED_AT / TILE_K);
             if (here == -INFINITY) { /* nothing that it may look at */
-                memset(narrow, 0, 2 * LOOKED_AT);
+                for (int64_t k = 0; k < LOOKED_AT / TILE_K; k++)
+                    memset(narrow + k * TILE_ROWS * TILE_K, 0, 2 * TILE_K);
                 continue;
             }
             most[i] = here > before ? here : before;
@@ -309,11 +378,11 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
                 __m512 e = {0};
                 __mmask16 there = v < vectors ? places_in(from - at - 16 * v, to - at - 16 * v) : 0;
                 if (there)
-                    e = _mm512_maskz_mov_ps(there, (__m512)exp_avx512((vf_avx512)_mm512_load_ps(row + 16 * v) - most[i]));
+                    e = _mm512_maskz_mov_ps(there, amx_exp2(_mm512_load_ps(row + 16 * v) - most[i]));
                 sum += e;
-                _mm256_store_si256((__m256i *)(narrow + 16 * v), (__m256i)_mm512_cvtneps_pbh(e));
+                _mm256_store_si256((__m256i *)(narrow + v / 2 * TILE_ROWS * TILE_K + v % 2 * 16), (__m256i)_mm512_cvtneps_pbh(e));
             }
-            float kept = before == -INFINITY ? 0 : expf(before - most[i]);
+            float kept = before == -INFINITY ? 0 : exp2f(before - most[i]);
             total[i] = total[i] * kept + _mm512_reduce_add_ps(sum);
             if (kept != 1)
                 for (int64_t w = 0; w < W; w += 16)
@@ -321,7 +390,7 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
         }
         for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
             const char *values = job->values + ((g * W / 32 + w / 32) * job->num_panels + at / 32) * 2 * TILE_BYTES;
-            amx_product(p, LOOKED_AT, num, values, panels_here, c, TILE_OUTPUTS);
+            amx_product(p, LOOKED_AT / TILE_K, num, values, panels_here, c, TILE_OUTPUTS, (struct ahead){0});
             for (int64_t i = 0; i < num; i++)
                 for (int half = 0; half < 32; half += 16)
                     _mm512_store_ps(out + i * W + w + half, _mm512_load_ps(out + i * W + w + half) +

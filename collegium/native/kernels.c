@@ -20,7 +20,7 @@
 #endif
 
 enum { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
-enum { AHEAD = 1024, AMX_AHEAD = 4096, SPINS = 4000, TASK_BYTES = 96 << 10 };
+enum { AHEAD = 1024, SPINS = 4000, TASK_BYTES = 96 << 10 };
 
 struct linear {
     const float *x;
@@ -281,6 +281,71 @@ static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const
     pthread_mutex_unlock(&pool.owner);
 }
 
+/* --- memory between calls: what a call needs is as large as the last one's, and new memory costs a fault a page --- */
+
+enum { NUM_KEPT = 6, MOST_KEPT_BYTES = 64 << 20 };
+
+static struct {
+    pthread_mutex_t lock;
+    struct {
+        void *memory;
+        size_t bytes;
+    } kept[NUM_KEPT];
+} scratches = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* A line of memory before each piece says how large it is. */
+static void *take_scratch(size_t bytes)
+{
+    void *found = NULL;
+    size_t least = SIZE_MAX;
+    int best = -1;
+    bytes = (bytes + 127) / 64 * 64;
+    pthread_mutex_lock(&scratches.lock);
+    for (int i = 0; i < NUM_KEPT; i++)
+        if (scratches.kept[i].bytes >= bytes && scratches.kept[i].bytes < least) {
+            least = scratches.kept[i].bytes;
+            best = i;
+        }
+    if (best >= 0 && (least <= 4 * bytes || least <= 1 << 20)) {
+        found = scratches.kept[best].memory;
+        scratches.kept[best].memory = NULL;
+        scratches.kept[best].bytes = 0;
+    }
+    pthread_mutex_unlock(&scratches.lock);
+    if (!found) {
+        found = aligned_alloc(64, bytes);
+        if (!found)
+            return NULL;
+        *(size_t *)found = bytes;
+    }
+    return (char *)found + 64;
+}
+
+static void give_scratch(void *memory)
+{
+    if (!memory)
+        return;
+    void *whole = (char *)memory - 64;
+    size_t bytes = *(size_t *)whole, smallest = bytes;
+    int to = -1;
+    if (bytes <= MOST_KEPT_BYTES) {
+        pthread_mutex_lock(&scratches.lock);
+        for (int i = 0; i < NUM_KEPT; i++)
+            if (scratches.kept[i].bytes < smallest) {
+                smallest = scratches.kept[i].bytes;
+                to = i;
+            }
+        if (to >= 0) { /* in the place of the smallest, which goes instead */
+            void *old = scratches.kept[to].memory;
+            scratches.kept[to].memory = whole;
+            scratches.kept[to].bytes = bytes;
+            whole = old;
+        }
+        pthread_mutex_unlock(&scratches.lock);
+    }
+    free(whole);
+}
+
 /* --- what is offered --- */
 
 static int64_t panels(int64_t outputs)
@@ -341,18 +406,19 @@ static struct split divide(const void *job, int64_t outputs, int64_t K, int is_b
 #if defined(__x86_64__)
 enum { NARROWED_AT_ONCE = 32 };
 
-struct narrowing { /* to [R, K padded] = rows of x, the nth the pair_rows[n]th where pair_rows is not NULL */
-    const float *x;
+struct narrowing { /* to: tiles of rows of x, of which the nth is the pair_rows[n]th where pair_rows is not NULL */
+    const float *x; /* or, where it is narrow already: */
+    const uint16_t *narrow;
     int64_t x_stride;
     const int64_t *pair_rows;
     uint16_t *to;
     int64_t R, K;
 };
 
-/* Memory for R rows of bfloat16, and for those that a tile reads beyond them. */
+/* Memory for tiles of R rows. */
 static uint16_t *narrow_rows(int64_t R, int64_t K)
 {
-    uint16_t *memory = aligned_alloc(64, (size_t)((R + SPARE_ROWS) * K * 2 + 63) / 64 * 64);
+    uint16_t *memory = take_scratch((size_t)((R + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * padded(K, 1) * 2));
     if (!memory)
         abort(); /* half of what the rows themselves take */
     return memory;
@@ -361,9 +427,15 @@ static uint16_t *narrow_rows(int64_t R, int64_t K)
 static void narrowing_task(const void *at, int64_t task)
 {
     const struct narrowing *job = at;
-    int64_t begin = task * NARROWED_AT_ONCE, end = begin + NARROWED_AT_ONCE, stride = padded(job->K, 1);
-    for (int64_t r = begin; r < end && r < job->R; r++)
-        amx_narrow(job->to + r * stride, job->x + (job->pair_rows ? job->pair_rows[r] : r) * job->x_stride, job->K);
+    int64_t begin = task * NARROWED_AT_ONCE, end = begin + NARROWED_AT_ONCE, blocks = padded(job->K, 1) / TILE_K;
+    for (int64_t r = begin; r < end && r < job->R; r++) {
+        int64_t row = job->pair_rows ? job->pair_rows[r] : r;
+        uint16_t *to = in_tiles(job->to, r, blocks);
+        if (job->narrow)
+            amx_copy(to, job->narrow + row * job->x_stride, job->K);
+        else
+            amx_narrow(to, job->x + row * job->x_stride, job->K);
+    }
 }
 
 static void run_narrowing(const struct narrowing *job, int num_threads)
@@ -382,13 +454,13 @@ void collegium_linear(const float *x, int64_t x_stride, const void *weight, cons
     uint16_t *memory = NULL;
 #if defined(__x86_64__)
     if (has_tiles(is_bf16)) {
-        struct narrowing narrowing = {x, x_stride, NULL, memory = narrow_rows(R, padded(K, 1)), R, K};
+        struct narrowing narrowing = {x, NULL, x_stride, NULL, memory = narrow_rows(R, K), R, K};
         job.narrow = memory;
         run_narrowing(&narrowing, num_threads);
     }
 #endif
     run_all(split.tasks_per_group, linear_task, &split, num_threads, 0);
-    free(memory);
+    give_scratch(memory);
 }
 
 static void gate_up_task(const void *at, int64_t task)
@@ -405,11 +477,28 @@ static void down_task(const void *at, int64_t task)
     isa->down(split->job, task / split->tasks_per_group, begin, end < split->num_panels ? end : split->num_panels);
 }
 
-/* y of the pairs of G groups: group g computes pairs starts[g] .. + counts[g] with the expert at weights[g]. x [R, D];
- * pair_rows [P] index into x; hidden [P, F] is scratch; y [P, D]. */
-void collegium_experts(const struct expert_shape *shape, const float *x, const int64_t *pair_rows, const int64_t *starts,
-                       const int64_t *counts, const void *const *weights, int64_t G, float *hidden, float *y,
-                       int num_threads)
+#if defined(__x86_64__)
+struct gathering {
+    const struct experts *job;
+    const uint16_t *narrow;
+    int64_t stride;
+};
+
+static void gathering_task(const void *at, int64_t g)
+{
+    const struct gathering *gathering = at;
+    const struct experts *job = gathering->job;
+    struct narrowing rows = {job->x, gathering->narrow, job->shape->D, job->pair_rows + job->starts[g],
+                             job->narrow + job->places[g] * gathering->stride, job->counts[g], job->shape->D};
+    for (int64_t task = 0; task * NARROWED_AT_ONCE < rows.R; task++)
+        narrowing_task(&rows, task);
+}
+#endif
+
+/* As collegium_experts. narrow: x as bfloat16, where that is what the kernels read; x is not then. */
+static void compute_experts(const struct expert_shape *shape, const float *x, const uint16_t *narrow, const int64_t *pair_rows,
+                            const int64_t *starts, const int64_t *counts, const void *const *weights, int64_t G,
+                            float *hidden, float *y, int num_threads)
 {
     struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y, NULL, NULL, NULL};
     int64_t *places = NULL;
@@ -419,18 +508,13 @@ void collegium_experts(const struct expert_shape *shape, const float *x, const i
         places = malloc((size_t)G * sizeof *places);
         if (!places)
             abort(); /* 8 bytes an expert */
-        for (int64_t g = 0; g < G; P += counts[g++])
+        for (int64_t g = 0; g < G; P += (counts[g++] + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS)
             places[g] = P;
-        job.narrow = narrow_rows(P, stride);
-        job.narrow_hidden = narrow_rows(P, padded(shape->F, 1));
+        job.narrow = narrow_rows(P, shape->D);
+        job.narrow_hidden = narrow_rows(P, shape->F);
         job.places = places;
-        for (int64_t g = 0, end; g < G; g = end) { /* groups that lie side by side, which are all of them as a rule */
-            int64_t num = counts[g];
-            for (end = g + 1; end < G && starts[end] == starts[g] + num; end++)
-                num += counts[end];
-            struct narrowing narrowing = {x, shape->D, pair_rows + starts[g], job.narrow + places[g] * stride, num, shape->D};
-            run_narrowing(&narrowing, num_threads);
-        }
+        struct gathering gathering = {&job, narrow, stride};
+        run_all(G, gathering_task, &gathering, P * stride < 1 << 17 ? 1 : num_threads, 1);
     }
 #endif
     struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
@@ -439,8 +523,17 @@ void collegium_experts(const struct expert_shape *shape, const float *x, const i
     run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
     atomic_store(&pool.has_more, 0); /* also where the second part had no use for helpers */
     free(places);
-    free(job.narrow);
-    free(job.narrow_hidden);
+    give_scratch(job.narrow);
+    give_scratch(job.narrow_hidden);
+}
+
+/* y of the pairs of G groups: group g computes pairs starts[g] .. + counts[g] with the expert at weights[g]. x [R, D];
+ * pair_rows [P] index into x; hidden [P, F] is scratch; y [P, D]. */
+void collegium_experts(const struct expert_shape *shape, const float *x, const int64_t *pair_rows, const int64_t *starts,
+                       const int64_t *counts, const void *const *weights, int64_t G, float *hidden, float *y,
+                       int num_threads)
+{
+    compute_experts(shape, x, NULL, pair_rows, starts, counts, weights, G, hidden, y, num_threads);
 }
 
 struct sum {
@@ -509,18 +602,20 @@ int collegium_serve(const struct expert_shape *shape, const void *x, int64_t R, 
                     const float *pair_weights, int64_t P, const int64_t *counts, const void *const *weights, int64_t G,
                     void *out, int num_threads)
 {
-    int64_t D = shape->D, wide = shape->is_bf16 ? R * D : 0;
-    int64_t *starts = malloc(G * sizeof *starts + (wide + P * (D + shape->F)) * sizeof(float));
+    int is_narrow = has_tiles(shape->is_bf16);
+    int64_t D = shape->D, wide = shape->is_bf16 && !is_narrow ? R * D : 0;
+    int64_t *starts = take_scratch(G * sizeof *starts + (wide + P * (D + (is_narrow ? 0 : shape->F))) * sizeof(float));
     if (!starts)
         return -1;
-    float *rows = (float *)(starts + G), *y = rows + wide, *hidden = y + P * D;
+    float *rows = (float *)(starts + G), *y = rows + wide, *hidden = is_narrow ? NULL : y + P * D;
     if (wide)
         collegium_widen(rows, x, wide);
     for (int64_t g = 0, at = 0; g < G; at += counts[g++])
         starts[g] = at;
-    collegium_experts(shape, wide ? rows : x, pair_rows, starts, counts, weights, G, hidden, y, num_threads);
+    compute_experts(shape, wide ? rows : x, is_narrow ? x : NULL, pair_rows, starts, counts, weights, G, hidden, y,
+                    num_threads);
     int failed = collegium_sum(y, pair_rows, pair_weights, P, out, R, D, shape->is_bf16, num_threads);
-    free(starts);
+    give_scratch(starts);
     return failed;
 }
 
@@ -647,14 +742,14 @@ int collegium_attend_prompt(const struct attention *a, const float *q, const int
     if (!isa->attend_positions || !a->is_bf16 || width > MOST_WIDTH || a->W % 16)
         return 1;
     int64_t bytes = a->G * num_panels * width * 64;
-    char *memory = aligned_alloc(64, 2 * (size_t)bytes);
+    char *memory = take_scratch(2 * (size_t)bytes);
     if (!memory)
         return -1;
     struct prompt job = {a, q, slots, n, end, width, num_panels, out, memory, memory + bytes};
     run_all(a->G * num_panels, pack_positions_task, &job, num_threads, 1);
     run_all(a->G * query_blocks(&job), attend_prompt_task, &job, num_threads, 0);
     atomic_store(&pool.has_more, 0);
-    free(memory);
+    give_scratch(memory);
     return 0;
 }
 
