@@ -307,11 +307,15 @@ TARGET static inline float NAME(total)(VF v)
 
 TARGET static void NAME(norm)(float *out, const float *x, const float *weight, int64_t n, float eps)
 {
+    typedef double wide __attribute__((vector_size(8 * LANES)));
+    wide sums = {0};
     double sum = 0;
     for (int64_t i = 0; i + LANES <= n; i += LANES) {
-        VF v = *(const VF *)(x + i);
-        sum += NAME(total)(v * v);
+        wide v = __builtin_convertvector(*(const VF *)(x + i), wide);
+        sums += v * v;
     }
+    for (int j = 0; j < LANES; j++)
+        sum += sums[j];
     for (int64_t i = n - n % LANES; i < n; i++)
         sum += x[i] * x[i];
     float scale = (float)(1.0 / sqrt(sum / (double)n + eps));
