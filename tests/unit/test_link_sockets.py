@@ -487,9 +487,9 @@ def pair() -> Iterator[tuple[SocketLink, socket.socket]]:
 def answer(
     seq: int = 1, num_rows: int = 3, status: Status = Status.OK, body: bytes | None = None, num_misses: int = 0
 ) -> bytes:
-    y, missed = torch.zeros(num_rows, D), np.arange(num_misses, dtype=np.uint16)
-    head = bytearray(HEADER_BYTES)
-    body = y.numpy().tobytes() + missed.tobytes() if body is None else body
+    y, head = torch.zeros(num_rows, D), bytearray(HEADER_BYTES)
+    if body is None:
+        body = y.numpy().tobytes() + np.arange(num_misses, dtype=np.uint16).tobytes()
     header.write_reply(head, Reply(seq=seq, status=status, y=y), num_rows, len(body))
     head[32:36] = num_misses.to_bytes(4, "little")
     return bytes(head) + body
