@@ -18,13 +18,15 @@ from router_svc.expert_calls import ExpertCalls, OnLayer
 from router_svc.micro_batches import MicroBatching
 from router_svc.paged_attention import PagedCache, StepIndex
 from router_svc.router_model import RouterModel
+from router_svc.sequence import Sequence
+from router_svc.sequence_life import SequenceLife
 from router_svc.step import Row, Step
 from router_svc.step_logits import StepLogits
 from router_svc.totals import EngineTotals
 from router_svc.turns import by_turns
 from router_svc.unsafe_routing import UnsafeRouting
 
-_TRACED_DECODES = 64  # of a sampled request's decode steps, one in so many gets spans, a dozen and more at a time
+_TRACED_DECODES = 64  # of a sampled request's decode steps, one in so many gets spans: a dozen and more for each
 
 
 class ForwardPass:
@@ -124,9 +126,12 @@ class ForwardPass:
         if not tracing.is_tracing():
             return None
         sampled = [row.sequence for row in step.rows if row.sequence.life is not None and row.sequence.life.traceparent]
-        due = [one for one in sampled if not one.is_decoding or len(one.output_ids) % _TRACED_DECODES == 0]
+        due = [one for one in sampled if one.life is not None and _is_due(one, one.life)]
         if not due or due[0].life is None:
             return None
+        for one in sampled:
+            if one.life is not None:  # it is linked to this step, and needs none of its own for a while
+                one.life.traced_tokens = len(one.output_ids)
         span = tracing.start_span(
             "router.step",
             traceparent=due[0].life.traceparent,
@@ -140,3 +145,7 @@ class ForwardPass:
         )
         self._calls.trace(tracing.traceparent_of(span))
         return span
+
+
+def _is_due(sequence: Sequence, life: SequenceLife) -> bool:
+    return not sequence.is_decoding or len(sequence.output_ids) >= life.traced_tokens + _TRACED_DECODES

@@ -13,7 +13,7 @@ from collegium.fabric import metrics, tracing
 class SequenceLife:
     """The times of one sequence, on the monotonic clock in seconds."""
 
-    __slots__ = ("_arrived_s", "_began_s", "_first_s", "_last_s", "span", "traceparent")
+    __slots__ = ("_arrived_s", "_began_s", "_first_s", "_last_s", "span", "traced_tokens", "traceparent")
 
     def __init__(self, traceparent: str, request_id: str, choice_index: int, *, num_prompt: int, num_given: int):
         """num_given: tokens that an earlier router has generated."""
@@ -21,6 +21,7 @@ class SequenceLife:
         self._began_s = self._first_s = self._last_s = 0.0
         self.span: Span | None = None
         self.traceparent = ""
+        self.traced_tokens = 0  # how many were there at the last step that was traced
         if traceparent and tracing.is_tracing():
             attributes = {
                 "collegium.request_id": request_id,

@@ -29,6 +29,23 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+# Files that take longest, begun first: a process that came to one last would keep the others waiting.
+LONGEST = (
+    "test_fuzz_ports.py",
+    "test_processes.py",
+    "test_hostility.py",
+    "test_rolling_restart.py",
+    "test_telemetry.py",
+    "test_native_check.py",
+    "test_balancing.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
     """The reference process; `oracle.checkpoint(arch)` makes checkpoints. Both are kept in pytest's cache."""

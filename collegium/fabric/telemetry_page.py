@@ -36,7 +36,8 @@ step that serves several sampled sequences is under the first one's span and lin
 
 """
 _AFTER_SPANS = """
-Of a sampled sequence every step of its prompt is traced, and one in 64 of its decode steps. Where layers times
+Of a sampled sequence every step of its prompt is traced, and one in 64 of its decode steps; one that is traced for
+another sequence counts. Where layers times
 workers are more than 256, a step traces some of its layers, and others the next time. Attributes of `gen_ai.*` are
 on the client's and the gateway's spans alone.
 

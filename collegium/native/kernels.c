@@ -179,6 +179,8 @@ int collegium_choose(int most)
         isa = &isa_avx2;
         return 1;
     }
+#else
+    (void)most;
 #endif
     isa = &isa_generic;
     return 0;
@@ -516,6 +518,8 @@ static void compute_experts(const struct expert_shape *shape, const float *x, co
         struct gathering gathering = {&job, narrow, stride};
         run_all(G, gathering_task, &gathering, P * stride < 1 << 17 ? 1 : num_threads, 1);
     }
+#else
+    (void)narrow;
 #endif
     struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
     run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
