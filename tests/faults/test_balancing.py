@@ -128,21 +128,29 @@ def placed(status: Status) -> int:
     return sum(bool(num_homes) and worker in serving for worker, num_homes in status.experts_per_worker.items())
 
 
-def check_that_rows_go_the_native_way(cluster: Cluster, *, num_routers: int = 2) -> None:
+def check_that_rows_go_the_native_way(cluster: Cluster, lanes: Lanes, num_routers: int = 2) -> None:
     """Hold every router's exchanges and every worker's answers, since each has started, to 99 % native ones."""
-    with Client(cluster.targets, timeout_s=10.0) as client:
-        status = client.get_cluster()
-    asked: dict[str, int] = {"router": 0, "worker": 0}
-    for member in status.members:
-        if member.role in asked and member.state == "SERVING":
-            what = "exchanges" if member.role == "router" else "answers"
-            native, python = (
-                member.counters.get(series(f"collegium_{what}_total", way=way), 0.0) for way in ("native", "python")
+    ways = {"router": "exchanges", "worker": "answers"}
+
+    def counted(status: Status) -> dict[str, tuple[str, float, float]]:
+        return {
+            member.member_id: (
+                member.role,
+                *(
+                    member.counters.get(series(f"collegium_{ways[member.role]}_total", way=way), 0.0)
+                    for way in ("native", "python")
+                ),
             )
-            asked[member.role] += native > 1000
-            assert native >= 99 * python, f"{member.member_id}: {native:.0f} native {what}, {python:.0f} in Python"
-    assert asked["router"] == num_routers
-    assert asked["worker"] >= 2
+            for member in status.members
+            if member.role in ways and member.state == "SERVING"
+        }
+
+    def have_all_worked(status: Status) -> bool:
+        busy = [role for role, native, _ in counted(status).values() if native > 300]
+        return busy.count("router") == num_routers and busy.count("worker") >= 2
+
+    for member_id, (_, native, python) in counted(wait(cluster, lanes, have_all_worked, "work of all")).items():
+        assert native >= 99 * python, f"{member_id}: {native:.0f} the native way, {python:.0f} in Python"
 
 
 def test_experts_move_with_the_hot_set_and_tokens_stay(cluster: Cluster, lanes: Lanes) -> None:
@@ -153,7 +161,7 @@ def test_experts_move_with_the_hot_set_and_tokens_stay(cluster: Cluster, lanes: 
     assert second.placement_epoch > first.placement_epoch > 1
     assert second.balance.moved_bytes > 0
     assert second.balance.decode.mean > 0
-    check_that_rows_go_the_native_way(cluster)
+    check_that_rows_go_the_native_way(cluster, lanes)
 
 
 def test_workers_come_and_go_under_load(cluster: Cluster, lanes: Lanes) -> None:
@@ -173,7 +181,7 @@ def test_workers_come_and_go_under_load(cluster: Cluster, lanes: Lanes) -> None:
         assert retiring[0] not in shrunk.experts_per_worker
     cluster.wait_until(lambda: len(cluster.addresses("worker")) == 2, LIMIT_S, "the end of the third process")
     go_on(cluster, lanes)
-    check_that_rows_go_the_native_way(cluster)
+    check_that_rows_go_the_native_way(cluster, lanes)
 
 
 def test_balancer_and_redis_may_die_together_and_both_heal(cluster: Cluster, lanes: Lanes) -> None:

@@ -48,7 +48,7 @@ def test_nothing_that_is_said_to_any_port_is_answered_by_a_fault_or_harms_anybod
         manifest = load_manifest(tmp_path / "manifest.json")
         with ways_into(target, manifest) as ways:
             check_that_no_method_is_missing(ways)
-            fuzzer = Fuzzer(target, ways, seed)
+            fuzzer = Fuzzer(target, ways, seed, is_paced=num_cases is not None)
             if alone is None:
                 fuzzer.run(limit_s, num_cases or 10**12)
             else:
@@ -72,8 +72,8 @@ def check_that_no_method_is_missing(ways: list[Way]) -> None:
 class Fuzzer:
     """Runs cases and keeps what went wrong, one example of each kind."""
 
-    def __init__(self, target: Target, ways: list[Way], seed: int) -> None:
-        self._target, self._ways, self._seed = target, ways, seed
+    def __init__(self, target: Target, ways: list[Way], seed: int, *, is_paced: bool) -> None:
+        self._target, self._ways, self._seed, self._is_paced = target, ways, seed, is_paced
         self._recent: list[tuple[int, str, Ending]] = []
         self._since, self._began_s = 0, time.monotonic()
         self.before = target.footprints()
@@ -85,9 +85,12 @@ class Fuzzer:
         until_s = time.monotonic() + limit_s
         for number in range(num_cases):
             # The first ones visit every way, however little time there is.
-            if number >= len(self._ways) and time.monotonic() > until_s:
+            began_s = time.monotonic()
+            if number >= len(self._ways) and began_s > until_s:
                 return
             self.case(number)
+            if self._is_paced:  # it has company
+                time.sleep(min(time.monotonic() - began_s, PAUSE_S))
             if number == len(self._ways):
                 self.before = self._target.footprints()  # what is made once is there now
             if number % BATCH == BATCH - 1 and not self.look():
