@@ -1,11 +1,11 @@
 """The linear map that everything else is made of, on weights packed for the machine; and which kernels pack them.
 
 Owns PackedLinear and the process's choice of kernels. Three are known: `native`, our own C kernels, which stream
-weights near memory bandwidth from one row on; `onednn`, torch's packed linears, which know matrix units that ours do
-not; and `torch`, its plain ones, for what neither takes. Which one is best depends on the machine: calibration.py
-measures it. With the first two a row of the product does not depend on how many rows there are (measured: torch's plain
-linear does not have that property). The packed bytes of one shape and type are laid out alike in one process, so they
-can be copied from one PackedLinear into another: that is what a slot is.
+weights near memory bandwidth from one row on and know the matrix units of AMX; `onednn`, torch's packed linears, which
+know more kinds of them; and `torch`, its plain ones, for what neither takes. Which one is best depends on the machine:
+calibration.py measures it. With the first two a row of the product does not depend on how many rows there are
+(measured: torch's plain linear does not have that property). The packed bytes of one shape and type are laid out alike
+in one process, so they can be copied from one PackedLinear into another: that is what a slot is.
 R rows, I inputs, O outputs.
 """
 

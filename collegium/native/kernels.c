@@ -2,8 +2,8 @@
  *
  * A plain C library without dependencies, loaded through ctypes (which lets go of the interpreter lock); the modules
  * beside this file are its only callers and say what it offers. The arithmetic is in tiles.h, built once per
- * instruction set and chosen when the library is loaded. bfloat16 weights are widened in registers: each is read from
- * memory once, as 2 bytes.
+ * instruction set and chosen when the library is loaded, and for bfloat16 on matrix units in amx.h. Each bfloat16 weight
+ * is read from memory once, as 2 bytes.
  */
 #define _GNU_SOURCE
 #include <math.h>
@@ -285,7 +285,7 @@ static void run_all(int64_t num_tasks, void (*run)(const void *, int64_t), const
 
 /* --- memory between calls: what a call needs is as large as the last one's, and new memory costs a fault a page --- */
 
-enum { NUM_KEPT = 6, MOST_KEPT_BYTES = 64 << 20 };
+enum { NUM_KEPT = 4, MOST_KEPT_BYTES = 32 << 20 };
 
 static struct {
     pthread_mutex_t lock;

@@ -2,8 +2,9 @@
 
 Owns what tensors mean to the library (collegium.native); `library()` is None where it cannot be used on this machine,
 and everything else then runs on torch's own kernels. Tensors here are contiguous and on the CPU; nothing
-is checked that the caller can know. Weights are float32 or bfloat16, sums run in float32, over k in order: a row's
-result never depends on the rows beside it.
+is checked that the caller can know. Weights are float32 or bfloat16, sums run in float32, over k in one order, that of
+the instructions in use: a row's result never depends on the rows beside it. COLLEGIUM_ISA in the environment holds the
+library to fewer instructions than the processor has.
 R rows, K inputs, O outputs, D model, F ffn, P pairs, G experts that have rows.
 """
 
