@@ -47,7 +47,7 @@ run: setup ## serve the demo model from a whole cluster on this machine until Ct
 	@exec $(BIN)/collegium up models/demo-lm --workers 2 $(if $(ONCE),--once)
 
 test: lint ## everything that proves the project
-	@exec $(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## style, types, import contracts, protos
 	@$(BIN)/ruff check .

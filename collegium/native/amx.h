@@ -49,10 +49,29 @@ static inline struct ahead read_ahead(const char *panel, int64_t panel_bytes, in
     return (struct ahead){panel + panel_bytes + at * blocks * step, at * blocks * step < panel_bytes ? step : 0};
 }
 
+/* What is still to be done with the rows of an earlier product: a row at each block of k of the next one, for the matrix unit
+ * and the vector units work side by side. */
+struct rest {
+    int64_t i, num; /* the next row, and how many there are */
+    const float *c, *up;
+    __m512 bias[2], up_bias[2];
+    int64_t room, first_row, stride; /* outputs that there are, from the first of the panel on */
+    void *to;
+    const void *job;
+};
+
+#define FOR_ONE_ROW AMX_TARGET static inline __attribute__((always_inline)) void
+
+FOR_ONE_ROW nothing(struct rest *rest)
+{
+    (void)rest;
+}
+
 /* c [32, 32] float32, rows c_stride apart, = `rows` rows, at most 32, in the tiles at a, which are of `wide` blocks, times
  * `blocks` blocks of a panel */
-AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t wide, int64_t rows, const char *panel, int64_t blocks,
-                                          float *c, int64_t c_stride, struct ahead ahead)
+AMX_TARGET static inline __attribute__((always_inline)) void amx_product(
+    const uint16_t *a, int64_t wide, int64_t rows, const char *panel, int64_t blocks, float *c, int64_t c_stride,
+    struct ahead ahead, void (*const aside)(struct rest *), struct rest *rest)
 {
     int64_t c_bytes = c_stride * 4;
     _tile_zero(0);
@@ -72,6 +91,8 @@ AMX_TARGET static inline void amx_product(const uint16_t *a, int64_t wide, int64
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+            if (rest->i < rest->num)
+                aside(rest);
         }
         _tile_stored(2, c + TILE_ROWS * c_stride, c_bytes);
         _tile_stored(3, c + TILE_ROWS * c_stride + 16, c_bytes);
@@ -153,38 +174,71 @@ AMX_TARGET static inline __m512 amx_act(const struct expert_shape *s, __m512 gat
     return gate * up * part;
 }
 
+FOR_ONE_ROW store_linear(struct rest *rest)
+{
+    const struct linear *job = rest->job;
+    int64_t i = rest->i++, at = (rest->first_row + i) * rest->stride;
+    const float *c = rest->c + i * TILE_OUTPUTS;
+    if (job->is_out_bf16)
+        amx_store_narrow((uint16_t *)rest->to + at, rest->room, _mm512_load_ps(c) + rest->bias[0],
+                         _mm512_load_ps(c + 16) + rest->bias[1]);
+    else
+        amx_store((float *)rest->to + at, c, rest->room, rest->bias[0], rest->bias[1]);
+}
+
 AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64_t end)
 {
     if (!job->is_bf16) {
         linear_avx512(job, begin, end);
         return;
     }
-    int64_t blocks = (job->K + TILE_K - 1) / TILE_K;
-    float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    int64_t blocks = (job->K + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
+    float c[2][2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    struct rest rest = {.stride = job->O, .job = job};
+    int which = 0;
     set_tiles(job->R);
     for (int64_t n = begin; n < end; n++) {
-        const char *panel = (const char *)job->weight + n * blocks * 2 * TILE_BYTES;
-        int64_t at = n * TILE_OUTPUTS, room = job->O - at;
-        __m512 b0 = {0}, b1 = {0};
-        if (job->bias) {
-            b0 = (__m512)bias_avx512(job->bias, 1, at, job->O);
-            b1 = (__m512)bias_avx512(job->bias, 1, at + 16, job->O);
-        }
-        for (int64_t r = 0; r < job->R; r += 2 * TILE_ROWS) {
+        const char *panel = (const char *)job->weight + n * panel_bytes;
+        int64_t at = n * TILE_OUTPUTS;
+        __m512 bias[2] = {{0}, {0}};
+        if (job->bias)
+            for (int half = 0; half < 2; half++)
+                bias[half] = (__m512)bias_avx512(job->bias, 1, at + 16 * half, job->O);
+        for (int64_t r = 0; r < job->R; r += 2 * TILE_ROWS, which = !which) {
             int64_t num = job->R - r < 2 * TILE_ROWS ? job->R - r : 2 * TILE_ROWS;
-            amx_product(job->narrow + r * blocks * TILE_K, blocks, num, panel, blocks, c, TILE_OUTPUTS,
-                        read_ahead(panel, blocks * 2 * TILE_BYTES, blocks, r, job->R));
-            for (int64_t i = 0; i < num; i++) {
-                const float *from = c + i * TILE_OUTPUTS;
-                if (job->is_out_bf16)
-                    amx_store_narrow((uint16_t *)job->out + (r + i) * job->O + at, room, _mm512_loadu_ps(from) + b0,
-                                     _mm512_loadu_ps(from + 16) + b1);
-                else
-                    amx_store((float *)job->out + (r + i) * job->O + at, from, room, b0, b1);
-            }
+            amx_product(job->narrow + r * blocks * TILE_K, blocks, num, panel, blocks, c[which], TILE_OUTPUTS,
+                        read_ahead(panel, panel_bytes, blocks, r, job->R), store_linear, &rest);
+            while (rest.i < rest.num)
+                store_linear(&rest);
+            rest.c = c[which];
+            rest.bias[0] = bias[0];
+            rest.bias[1] = bias[1];
+            rest.to = (char *)job->out + at * (job->is_out_bf16 ? 2 : 4);
+            rest.room = job->O - at;
+            rest.first_row = r;
+            rest.i = 0;
+            rest.num = num;
         }
     }
+    while (rest.i < rest.num)
+        store_linear(&rest);
     _tile_release();
+}
+
+FOR_ONE_ROW store_hidden(struct rest *rest)
+{
+    const struct experts *job = rest->job;
+    int64_t i = rest->i++;
+    uint16_t *to = in_tiles(rest->to, rest->first_row + i, rest->stride);
+    __m512 h[2];
+    for (int half = 0; half < 2; half++) {
+        int64_t from = i * TILE_OUTPUTS + 16 * half;
+        h[half] = amx_act(job->shape, _mm512_load_ps(rest->c + from) + rest->bias[half],
+                          _mm512_load_ps(rest->up + from) + rest->up_bias[half]);
+    }
+    if (rest->room < TILE_OUTPUTS) /* what is past the last one is multiplied by zeros, and must be a number */
+        memset(to, 0, 2 * TILE_OUTPUTS);
+    amx_store_narrow(to, rest->room, h[0], h[1]);
 }
 
 AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t begin, int64_t end)
@@ -194,16 +248,18 @@ AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t
         gate_up_avx512(job, g, begin, end);
         return;
     }
-    int64_t blocks = (s->D + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
+    int64_t blocks = (s->D + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES, count = job->counts[g];
     int64_t hidden_blocks = (s->F + TILE_K - 1) / TILE_K;
     const char *gate = job->weights[g], *up = gate + s->up_at;
     const uint16_t *rows = job->narrow + job->places[g] * blocks * TILE_K;
     uint16_t *hidden = job->narrow_hidden + job->places[g] * hidden_blocks * TILE_K;
-    float cg[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64))), cu[2 * TILE_ROWS * TILE_OUTPUTS]
-        __attribute__((aligned(64)));
-    set_tiles(job->counts[g]);
+    float c[2][2][2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    struct rest rest = {.stride = hidden_blocks, .job = job};
+    int which = 0;
+    set_tiles(count);
     for (int64_t n = begin; n < end; n++) {
         int64_t at = n * TILE_OUTPUTS;
+        const char *gates = gate + n * panel_bytes, *ups = up + n * panel_bytes;
         __m512 bg[2] = {{0}, {0}}, bu[2] = {{0}, {0}};
         if (s->has_bias)
             for (int half = 0; half < 2; half++) {
@@ -211,26 +267,38 @@ AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t
                 bg[half] = (__m512)bias_avx512(bias, 1, at + 16 * half, s->F);
                 bu[half] = (__m512)bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
             }
-        for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
-            int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(rows + r * blocks * TILE_K, blocks, num, gate + n * panel_bytes, blocks, cg, TILE_OUTPUTS,
-                        read_ahead(gate + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
-            amx_product(rows + r * blocks * TILE_K, blocks, num, up + n * panel_bytes, blocks, cu, TILE_OUTPUTS,
-                        read_ahead(up + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
-            for (int64_t i = 0; i < num; i++) {
-                __m512 h[2];
-                for (int half = 0; half < 2; half++) {
-                    int64_t from = i * TILE_OUTPUTS + 16 * half;
-                    h[half] = amx_act(s, _mm512_load_ps(cg + from) + bg[half], _mm512_load_ps(cu + from) + bu[half]);
-                }
-                uint16_t *to = in_tiles(hidden, r + i, hidden_blocks) + n * TILE_ROWS * TILE_K;
-                if (s->F - at < TILE_OUTPUTS) /* what is past the last one is multiplied by zeros, and must be a number */
-                    memset(to, 0, 2 * TILE_OUTPUTS);
-                amx_store_narrow(to, s->F - at, h[0], h[1]);
+        for (int64_t r = 0; r < count; r += 2 * TILE_ROWS, which = !which) {
+            int64_t num = count - r < 2 * TILE_ROWS ? count - r : 2 * TILE_ROWS;
+            const uint16_t *these = rows + r * blocks * TILE_K;
+            amx_product(these, blocks, num, gates, blocks, c[which][0], TILE_OUTPUTS,
+                        read_ahead(gates, panel_bytes, blocks, r, count), store_hidden, &rest);
+            amx_product(these, blocks, num, ups, blocks, c[which][1], TILE_OUTPUTS,
+                        read_ahead(ups, panel_bytes, blocks, r, count), store_hidden, &rest);
+            while (rest.i < rest.num)
+                store_hidden(&rest);
+            rest.c = c[which][0];
+            rest.up = c[which][1];
+            for (int half = 0; half < 2; half++) {
+                rest.bias[half] = bg[half];
+                rest.up_bias[half] = bu[half];
             }
+            rest.to = hidden + n * TILE_ROWS * TILE_K;
+            rest.room = s->F - at;
+            rest.first_row = r;
+            rest.i = 0;
+            rest.num = num;
         }
     }
+    while (rest.i < rest.num)
+        store_hidden(&rest);
     _tile_release();
+}
+
+FOR_ONE_ROW store_down(struct rest *rest)
+{
+    int64_t i = rest->i++;
+    amx_store((float *)rest->to + (rest->first_row + i) * rest->stride, rest->c + i * TILE_OUTPUTS, rest->room, rest->bias[0],
+              rest->bias[1]);
 }
 
 AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t begin, int64_t end)
@@ -240,28 +308,38 @@ AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t be
         down_avx512(job, g, begin, end);
         return;
     }
-    int64_t blocks = (s->F + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
+    int64_t blocks = (s->F + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES, count = job->counts[g];
     const char *down = (const char *)job->weights[g] + s->down_at;
     const uint16_t *hidden = job->narrow_hidden + job->places[g] * blocks * TILE_K;
-    float *y = job->y + job->starts[g] * s->D;
-    float c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
-    set_tiles(job->counts[g]);
+    float *y = job->y + job->starts[g] * s->D, c[2][2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
+    struct rest rest = {.stride = s->D, .job = job};
+    int which = 0;
+    set_tiles(count);
     for (int64_t n = begin; n < end; n++) {
         int64_t at = n * TILE_OUTPUTS;
-        __m512 b0 = {0}, b1 = {0};
-        if (s->has_bias) {
-            const char *bias = (const char *)job->weights[g] + s->down_bias_at;
-            b0 = (__m512)bias_avx512(bias, 1, at, s->D);
-            b1 = (__m512)bias_avx512(bias, 1, at + 16, s->D);
-        }
-        for (int64_t r = 0; r < job->counts[g]; r += 2 * TILE_ROWS) {
-            int64_t num = job->counts[g] - r < 2 * TILE_ROWS ? job->counts[g] - r : 2 * TILE_ROWS;
-            amx_product(hidden + r * blocks * TILE_K, blocks, num, down + n * panel_bytes, blocks, c, TILE_OUTPUTS,
-                        read_ahead(down + n * panel_bytes, panel_bytes, blocks, r, job->counts[g]));
-            for (int64_t i = 0; i < num; i++)
-                amx_store(y + (r + i) * s->D + at, c + i * TILE_OUTPUTS, s->D - at, b0, b1);
+        const char *panel = down + n * panel_bytes;
+        __m512 bias[2] = {{0}, {0}};
+        if (s->has_bias)
+            for (int half = 0; half < 2; half++)
+                bias[half] = (__m512)bias_avx512((const char *)job->weights[g] + s->down_bias_at, 1, at + 16 * half, s->D);
+        for (int64_t r = 0; r < count; r += 2 * TILE_ROWS, which = !which) {
+            int64_t num = count - r < 2 * TILE_ROWS ? count - r : 2 * TILE_ROWS;
+            amx_product(hidden + r * blocks * TILE_K, blocks, num, panel, blocks, c[which], TILE_OUTPUTS,
+                        read_ahead(panel, panel_bytes, blocks, r, count), store_down, &rest);
+            while (rest.i < rest.num)
+                store_down(&rest);
+            rest.c = c[which];
+            rest.bias[0] = bias[0];
+            rest.bias[1] = bias[1];
+            rest.to = y + at;
+            rest.room = s->D - at;
+            rest.first_row = r;
+            rest.i = 0;
+            rest.num = num;
         }
     }
+    while (rest.i < rest.num)
+        store_down(&rest);
     _tile_release();
 }
 
@@ -349,12 +427,13 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
     int64_t begin = 0, end = first + (r0 + num - 1) / share + 1;
     if (a->window && first + r0 / share + 1 > a->window)
         begin = (first + r0 / share + 1 - a->window) / LOOKED_AT * LOOKED_AT;
+    struct rest none = {0};
     set_tiles(num);
     for (int64_t at = begin; at < end; at += LOOKED_AT) {
         int64_t panels_here = (job->end - at + 31) / 32 < LOOKED_AT / 32 ? (job->end - at + 31) / 32 : LOOKED_AT / 32;
         const char *keys = job->keys + (g * job->num_panels + at / 32) * W * 64;
         for (int64_t n = 0; n < panels_here; n++)
-            amx_product(q, W / 32, num, keys + n * W * 64, W / 32, scores + n * 32, LOOKED_AT, (struct ahead){0});
+            amx_product(q, W / 32, num, keys + n * W * 64, W / 32, scores + n * 32, LOOKED_AT, (struct ahead){0}, nothing, &none);
         for (int64_t i = 0; i < num; i++) {
             int64_t to = first + (r0 + i) / share + 1, from = a->window && to > a->window ? to - a->window : 0;
             int64_t vectors = (to - at + 15) / 16;
@@ -390,7 +469,7 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
         }
         for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
             const char *values = job->values + ((g * W / 32 + w / 32) * job->num_panels + at / 32) * 2 * TILE_BYTES;
-            amx_product(p, LOOKED_AT / TILE_K, num, values, panels_here, c, TILE_OUTPUTS, (struct ahead){0});
+            amx_product(p, LOOKED_AT / TILE_K, num, values, panels_here, c, TILE_OUTPUTS, (struct ahead){0}, nothing, &none);
             for (int64_t i = 0; i < num; i++)
                 for (int half = 0; half < 32; half += 16)
                     _mm512_store_ps(out + i * W + w + half, _mm512_load_ps(out + i * W + w + half) +
