@@ -148,7 +148,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 15;
+    return 16;
 }
 
 #if defined(__x86_64__)
@@ -417,13 +417,10 @@ struct narrowing { /* to: tiles of rows of x, of which the nth is the pair_rows[
     int64_t R, K;
 };
 
-/* Memory for tiles of R rows. */
+/* Memory for tiles of R rows, or NULL. */
 static uint16_t *narrow_rows(int64_t R, int64_t K)
 {
-    uint16_t *memory = take_scratch((size_t)((R + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * padded(K, 1) * 2));
-    if (!memory)
-        abort(); /* half of what the rows themselves take */
-    return memory;
+    return take_scratch((size_t)((R + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * padded(K, 1) * 2));
 }
 
 static void narrowing_task(const void *at, int64_t task)
@@ -457,6 +454,8 @@ void collegium_linear(const float *x, int64_t x_stride, const void *weight, cons
 #if defined(__x86_64__)
     if (has_tiles(is_bf16)) {
         struct narrowing narrowing = {x, NULL, x_stride, NULL, memory = narrow_rows(R, K), R, K};
+        if (!memory)
+            abort(); /* half of what the rows themselves take */
         job.narrow = memory;
         run_narrowing(&narrowing, num_threads);
     }
@@ -498,7 +497,7 @@ static void gathering_task(const void *at, int64_t g)
 #endif
 
 /* As collegium_experts. narrow: x as bfloat16, where that is what the kernels read; x is not then. */
-static void compute_experts(const struct expert_shape *shape, const float *x, const uint16_t *narrow, const int64_t *pair_rows,
+static int compute_experts(const struct expert_shape *shape, const float *x, const uint16_t *narrow, const int64_t *pair_rows,
                             const int64_t *starts, const int64_t *counts, const void *const *weights, int64_t G,
                             float *hidden, float *y, int num_threads)
 {
@@ -508,13 +507,17 @@ static void compute_experts(const struct expert_shape *shape, const float *x, co
     if (has_tiles(shape->is_bf16)) { /* what each group reads, one row after another's */
         int64_t stride = padded(shape->D, 1), P = 0;
         places = malloc((size_t)G * sizeof *places);
-        if (!places)
-            abort(); /* 8 bytes an expert */
-        for (int64_t g = 0; g < G; P += (counts[g++] + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS)
+        for (int64_t g = 0; places && g < G; P += (counts[g++] + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS)
             places[g] = P;
         job.narrow = narrow_rows(P, shape->D);
         job.narrow_hidden = narrow_rows(P, shape->F);
         job.places = places;
+        if (!places || !job.narrow || !job.narrow_hidden) {
+            free(places);
+            give_scratch(job.narrow);
+            give_scratch(job.narrow_hidden);
+            return -1;
+        }
         struct gathering gathering = {&job, narrow, stride};
         run_all(G, gathering_task, &gathering, P * stride < 1 << 17 ? 1 : num_threads, 1);
     }
@@ -529,15 +532,16 @@ static void compute_experts(const struct expert_shape *shape, const float *x, co
     free(places);
     give_scratch(job.narrow);
     give_scratch(job.narrow_hidden);
+    return 0;
 }
 
 /* y of the pairs of G groups: group g computes pairs starts[g] .. + counts[g] with the expert at weights[g]. x [R, D];
- * pair_rows [P] index into x; hidden [P, F] is scratch; y [P, D]. */
-void collegium_experts(const struct expert_shape *shape, const float *x, const int64_t *pair_rows, const int64_t *starts,
+ * pair_rows [P] index into x; hidden [P, F] is scratch; y [P, D]. Returns 0, or -1 where memory lacks. */
+int collegium_experts(const struct expert_shape *shape, const float *x, const int64_t *pair_rows, const int64_t *starts,
                        const int64_t *counts, const void *const *weights, int64_t G, float *hidden, float *y,
                        int num_threads)
 {
-    compute_experts(shape, x, NULL, pair_rows, starts, counts, weights, G, hidden, y, num_threads);
+    return compute_experts(shape, x, NULL, pair_rows, starts, counts, weights, G, hidden, y, num_threads);
 }
 
 struct sum {
@@ -616,11 +620,11 @@ int collegium_serve(const struct expert_shape *shape, const void *x, int64_t R, 
         collegium_widen(rows, x, wide);
     for (int64_t g = 0, at = 0; g < G; at += counts[g++])
         starts[g] = at;
-    compute_experts(shape, wide ? rows : x, is_narrow ? x : NULL, pair_rows, starts, counts, weights, G, hidden, y,
-                    num_threads);
-    int failed = collegium_sum(y, pair_rows, pair_weights, P, out, R, D, shape->is_bf16, num_threads);
+    int failed = compute_experts(shape, wide ? rows : x, is_narrow ? x : NULL, pair_rows, starts, counts, weights, G, hidden,
+                                 y, num_threads) ||
+                 collegium_sum(y, pair_rows, pair_weights, P, out, R, D, shape->is_bf16, num_threads);
     give_scratch(starts);
-    return failed;
+    return failed ? -1 : 0;
 }
 
 /* --- attention: a layer's rows before and after the experts; h [T, D] is the residual stream, in float32 --- */

@@ -70,7 +70,7 @@ class Library:
         declare(self._lib, "collegium_pack", None, [c_void_p, c_void_p, c_int64, c_int64, c_int])
         declare(self._lib, "collegium_widen", None, [c_void_p, c_void_p, c_int64])
         declare(self._lib, "collegium_linear", None, [c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, *[c_int] * 3])
-        declare(self._lib, "collegium_experts", None, [*[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int])
+        declare(self._lib, "collegium_experts", c_int, [*[c_void_p] * 6, c_int64, c_void_p, c_void_p, c_int])
         declare(self._lib, "collegium_sum", c_int, [*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_int64, c_int, c_int])
         declare(
             self._lib,
@@ -138,13 +138,13 @@ class Library:
     ) -> None:
         """Write y [P, D] of the pairs of some groups: group g computes pairs starts[g] .. + counts[g] with the expert
         at address weights[g]. shape: of `ExpertLayout.shape_of`. x [R, D], hidden [P, F] (scratch) and y are float32;
-        pair_rows [P] index into x.
+        pair_rows [P] index into x. Raises MemoryError.
         """
         num_groups = len(starts)
         table = (c_int64 * (3 * num_groups))(*starts, *counts, *weights)
         at = ctypes.addressof(table)
         step = 8 * num_groups
-        self._lib.collegium_experts(
+        if self._lib.collegium_experts(
             shape,
             x.data_ptr(),
             pair_rows.ctypes.data,
@@ -155,7 +155,8 @@ class Library:
             hidden.data_ptr(),
             y.data_ptr(),
             num_threads,
-        )
+        ):
+            raise MemoryError(f"no memory for the rows of {len(pair_rows)} pairs")
 
     def serve(
         self,
