@@ -28,7 +28,7 @@ enum reason { OPEN, CLOSED_BY_PEER, BROKE, BAD_HEADER, NO_CREDIT, TWICE, BAD_HIN
 #define ALIGN 64
 #define KEPT_BYTES (1 << 20)       /* of a credit's memory, while nothing is in flight there */
 #define KEPT_SCRATCH (32 << 20)    /* of the memory of joined batches */
-#define MOST_JOINED_ROWS 16384     /* bounds the activations of one batch */
+#define MOST_JOINED_ROWS 4096      /* bounds the activations of one batch */
 #define MOST_HINTS 32              /* of one link before others have their turn */
 #define MOST_EVENTS 32
 #define MAX_KEPT_HINTS 64          /* older advice is stale */
@@ -51,7 +51,7 @@ struct slot { /* one credit: a dispatch from its header to the last byte of its 
     enum slot_state state;
     int is_alone; /* computed by itself: together with others it has failed */
     uint64_t seq, epoch;
-    int64_t step, micro_batch, layer, deadline_us, rows, pairs, groups, prompts, text_bytes, body_bytes, received_ns;
+    int64_t step, micro_batch, layer, deadline_us, rows, pairs, groups, prompts, text_bytes, body_bytes, received_ns, turn;
     /* its reply: what is left of the header's and the body's bytes */
     int64_t out_bytes, out_sent;
     uint8_t head[HEADER_BYTES];
@@ -83,6 +83,7 @@ struct link {
     int64_t moved_ns; /* when the peer last took bytes, or had taken all */
     int64_t offset_us, updated_us; /* our clock minus the router's, and when that was learnt */
     int64_t last_layer, last_ns, layer_ns; /* where its router was met last, and how long it takes from layer to layer */
+    int64_t turn; /* the end of its last dispatch's, see wait_turn */
     int64_t *stats; /* [9] the caller's: dispatches, hints, rows out, back, pairs, bytes out, back, late, expired */
 };
 
@@ -104,11 +105,11 @@ struct worker_end {
     int epoll_fd;
     struct link *links;
     int64_t num_links;
-    struct slot **held; /* whole and waiting, oldest first */
+    struct slot **held; /* whole and waiting, in their turn */
     int64_t num_held, most_held, held_capacity; /* most_held: credits of all links, gone ones with taken slots too */
     int64_t budget, used, num_parked; /* bytes of memory of all links' slots */
     int64_t frame_ns, reader_ns;      /* how long a frame may take to come, and a reply may wait without a byte taken */
-    int64_t next_look_ns, last_ns, left_ns;
+    int64_t next_look_ns, last_ns, left_ns, turn; /* turn: where that of the last dispatch that was taken began */
     int flags, owes_batch; /* owes_batch: the last call left dispatches for the caller's sake */
     /* experts */
     const void *shape;
@@ -654,6 +655,23 @@ static void meet(struct worker_end *e, struct link *link, const struct slot *slo
     e->num_log += 4 + num;
 }
 
+/* What a dispatch costs, in rows: each expert that it needs is read once, which costs about as much as a row. */
+static int64_t cost_of(const struct slot *slot)
+{
+    return slot->rows + slot->groups;
+}
+
+/* Queue a dispatch among those that wait. Links have turns by what they ask: one that asks for a few rows doesn't wait for all that
+ * others have sent before, and nobody waits for ever (Demers, Keshav and Shenker, fair queueing, 1989). */
+static void wait_turn(struct worker_end *e, struct link *link, struct slot *slot)
+{
+    int64_t i = e->num_held++;
+    slot->turn = link->turn = (link->turn > e->turn ? link->turn : e->turn) + cost_of(slot);
+    for (; i > 0 && e->held[i - 1]->turn > slot->turn; i--)
+        e->held[i] = e->held[i - 1];
+    e->held[i] = slot;
+}
+
 static void finish_dispatch(struct worker_end *e, struct link *link)
 {
     struct slot *slot = link->reading;
@@ -676,7 +694,7 @@ static void finish_dispatch(struct worker_end *e, struct link *link)
         return;
     } else
         slot->state = HELD;
-    e->held[e->num_held++] = slot;
+    wait_turn(e, link, slot);
     meet(e, link, slot);
 }
 
@@ -1008,7 +1026,7 @@ static int compute(struct worker_end *e)
     return 0;
 }
 
-/* Choose the oldest layer that waits for nobody; -1 where there is none, and soonest says until when it waits. */
+/* Choose the first layer whose turn it is and that waits for nobody; -1 where there is none, and soonest says until when it waits. */
 static int64_t choose(struct worker_end *e, int is_waiting, int64_t now, int64_t *soonest)
 {
     for (int64_t i = 0; i < e->num_held; i++) {
@@ -1044,7 +1062,7 @@ static int is_alike(const struct link *a, const struct link *b)
     return a->D == b->D && a->dtype == b->dtype && a->reply_dtype == b->reply_dtype && a->flags == b->flags;
 }
 
-/* Take a layer's dispatches into the batch, oldest first, up to so many rows together; the oldest always. */
+/* Take a layer's dispatches into the batch, in their turn, up to so many rows together; the first always. */
 static void gather(struct worker_end *e, int64_t layer, int64_t now)
 {
     int64_t kept = 0, rows = 0, num_held = e->num_held;
@@ -1066,6 +1084,8 @@ static void gather(struct worker_end *e, int64_t layer, int64_t now)
             continue;
         }
         slot->state = TAKEN;
+        if (slot->turn - cost_of(slot) > e->turn)
+            e->turn = slot->turn - cost_of(slot);
         rows += slot->rows;
         e->batch[e->num_batch++] = slot;
     }
@@ -1363,7 +1383,7 @@ void collegium_end_split(struct worker_end *e)
     e->num_batch = 0;
 }
 
-/* Take the oldest dispatch that waits into the caller's hands, who answers it by `reply`; with only_odd, one that cannot be
+/* Take the first dispatch that waits into the caller's hands, who answers it by `reply`; with only_odd, one that cannot be
  * served as it is. NULL: there is none. out [21]: as told below. */
 struct slot *collegium_end_take(struct worker_end *e, int only_odd, int64_t *out)
 {

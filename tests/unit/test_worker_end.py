@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -374,28 +375,28 @@ def answer(rig: Rig, batch: Batch) -> None:
     rig.port.native.answer(y.data_ptr(), np.empty(0, np.uint16), 0, 1)
 
 
-def test_all_that_wait_for_the_oldest_ones_layer_are_joined_up_to_a_bound(bare: Rig) -> None:
+def test_all_that_wait_for_the_layer_whose_turn_it_is_are_joined_up_to_a_bound(bare: Rig) -> None:
     links = [bare.link(link_id, max_rows=16_000) for link_id in (1, 2, 3)]
-    for link, dispatch in zip(links, (rows_of(5, 2, 1.0), rows_of(6, 1, 2.0), rows_of(5, 3, 3.0)), strict=True):
+    for link, dispatch in zip(links, (rows_of(5, 2, 1.0), rows_of(6, 4, 2.0), rows_of(5, 3, 3.0)), strict=True):
         link.send(dispatch)
     time.sleep(0.01)  # unix sockets: they are all there
     first = batch_of(bare)
     assert (first.layer, first.num_dispatches, first.experts, first.counts) == (5, 2, [1, 3], [5, 2])
     x = rows_at(first.x, 5, D, torch.float32)[:, 0].tolist()
-    assert x in ([1, 1, 3, 3, 3], [3, 3, 3, 1, 1])  # in the order of their coming, which is the kernel's to say
-    assert first.pair_rows.tolist() == [0, 1, 2, 3, 4, 0, 2 if x[0] == 1 else 3]
+    assert x == [1, 1, 3, 3, 3]
+    assert first.pair_rows.tolist() == [0, 1, 2, 3, 4, 0, 2]
     answer(bare, first)
     second = batch_of(bare)
     assert (second.layer, second.num_dispatches) == (6, 1)
     answer(bare, second)
-    for link, rows in zip(links, ([1.0] * 2, [2.0], [3.0] * 3), strict=True):
+    for link, rows in zip(links, ([1.0] * 2, [2.0] * 4, [3.0] * 3), strict=True):
         reply = link.receive(1, time.monotonic() + FAR_S)
         assert reply.y is not None and reply.y[:, 0].tolist() == [2 * row for row in rows]
     large = [threading.Thread(target=link.send, args=(rows_of(5, 10_000, 4.0),)) for link in links[:2]]
     for thread in large:
         thread.start()
     assert [batch_of(bare).num_rows, answer(bare, bare.port.native.batch())] == [10_000, None]
-    assert batch_of(bare).num_rows == 10_000  # the oldest always goes; the other would have been too much
+    assert batch_of(bare).num_rows == 10_000  # the first always goes; the other would have been too much
     answer(bare, bare.port.native.batch())
     for thread, link in zip(large, links[:2], strict=True):
         thread.join()
@@ -403,6 +404,44 @@ def test_all_that_wait_for_the_oldest_ones_layer_are_joined_up_to_a_bound(bare: 
         while not receiving.is_done:  # the rest of a large reply goes out when the router reads
             bare.port.run(0.01, is_waiting=False)
         receiving.join()
+
+
+def test_a_link_that_asks_for_little_waits_for_none_that_asks_for_much(bare: Rig) -> None:
+    greedy, small = bare.link(1, max_rows=100), bare.link(2, max_rows=100)
+    for layer in (1, 2):
+        greedy.send(replace(rows_of(layer, 100, 1.0), seq=layer))
+    served: list[int] = []
+    for layer in (4, 5, 6, 7):  # one after another, as a router's layers are
+        small.send(replace(rows_of(layer, 1, 2.0), seq=layer))
+        time.sleep(0.01)
+        batch = batch_of(bare)
+        served.append(batch.layer)
+        answer(bare, batch)
+        if batch.layer == layer:
+            assert small.receive(layer, time.monotonic() + FAR_S).y is not None
+    assert served == [4, 5, 6, 7]
+    assert [serve(bare) for _ in range(2)] == [1, 2]
+
+
+def test_nobody_waits_for_ever_however_little_others_ask_for(bare: Rig) -> None:
+    greedy, small = bare.link(1, max_rows=100), bare.link(2, max_rows=100)
+    greedy.send(rows_of(1, 30, 1.0))
+    served: list[int] = []
+    for seq in range(1, 40):
+        small.send(replace(rows_of(2, 1, 2.0), seq=seq))
+        time.sleep(0.002)
+        served.append(serve(bare))
+        if served[-1] == 1:
+            break
+        assert small.receive(seq, time.monotonic() + FAR_S).y is not None
+    assert served[-1] == 1 and len(served) < 20
+
+
+def serve(rig: Rig) -> int:
+    """Answer the next batch; returns its layer."""
+    batch = batch_of(rig)
+    answer(rig, batch)
+    return batch.layer
 
 
 @given(

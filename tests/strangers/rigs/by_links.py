@@ -61,12 +61,14 @@ class Peer:
             self.sock.sendall(raw)
 
     def read(self) -> header.Common | None:
-        """Read a frame; None where the link has ended."""
-        raw = self._exactly(HEADER_BYTES)
-        if raw is None:
-            return None
-        common = header.read_common(raw)
-        return None if common.body_bytes and self._exactly(common.body_bytes) is None else common
+        """Read a frame that is more than a sign of life; None where the link has ended."""
+        while (raw := self._exactly(HEADER_BYTES)) is not None:
+            common = header.read_common(raw)
+            if common.body_bytes and self._exactly(common.body_bytes) is None:
+                break
+            if common.kind != Kind.PROGRESS:
+                return common
+        return None
 
     def vanish(self) -> None:
         """Be gone at once, as a process is that was killed."""
