@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from collegium.fabric import logs
-from collegium.model.native.attention import AttentionWeights, HeadNorms
-from router_svc import family
+from collegium.model.native.layer import AttentionWeights, HeadNorms, LayerWeights, NormWeights
+from router_svc import programs
 from router_svc.cache_shapes import CacheShape
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.paged_attention import PagedCache, StepIndex, attention
@@ -38,7 +38,7 @@ class DeviceModel:
     """Computes a model's packed steps from its weights."""
 
     def __init__(self, model: nn.Module):
-        """Take the attention of a model for which `family.why_not` found nothing; its own layers are emptied of it."""
+        """Take the attention of a model for which `programs.why_not` found nothing; its layers are emptied of it."""
         inner: Any = model.model
         # It compiles for every length that it meets, which takes tens of milliseconds (seen on an H200).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -49,12 +49,13 @@ class DeviceModel:
         self.halves: list[HalfLayer] = []
         self.experts: list[nn.Module] = []  # the stand-ins
         self.cache_shapes: dict[int, CacheShape] = {}
+        parts = programs.outside(model)
         for idx, layer in enumerate(inner.layers):
-            self.cache_shapes[idx] = family.cache_shape(layer.self_attn)
-            self.halves.append(HalfLayer(family.weights_of(layer)))
+            weights = programs.weights_of(parts, layer)
+            self.cache_shapes[idx] = programs.cache_shape(weights)
+            self.halves.append(HalfLayer(weights))
             self.experts.append(layer.mlp.experts)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # kept once: queries, keys and values in one matrix
-                setattr(layer.self_attn, name, None)
+            programs.drop_packed(parts, layer)  # kept once: queries, keys and values in one matrix
         self._sets: OrderedDict[tuple[int, int, int], list[DecodeGraphs]] = OrderedDict()  # idle ones, oldest use first
 
     def set_step_call(self, call: object) -> None:
@@ -110,20 +111,23 @@ class DeviceModel:
 class HalfLayer:
     """One layer up to its experts: norm, query, key and value, rotation, attention's output, norm, gate."""
 
-    def __init__(self, weights: AttentionWeights):
+    def __init__(self, weights: LayerWeights):
         """Use the weights where they are."""
-        self.scaling, self.window = weights.scaling, weights.window
-        self._w = weights
-        self.sizes = (weights.out.shape[0], weights.head_width, weights.top_k)
-        self._gate = weights.gate.float()
-        self._norms = {
-            name: None if weight is None else weight.float()
-            for name, weight in (
+        assert isinstance(weights.attention, AttentionWeights) and weights.gate is not None
+        self._w = attention = weights.attention
+        self.scaling, self.window = attention.scaling, attention.window
+        self.top_k, self._is_normed = weights.gate.top_k, weights.gate.norm_power == 1.0
+        self.sizes = (attention.out.shape[0], attention.head_width, self.top_k)
+        self._gate = weights.gate.weight.float()
+        self._norms: dict[str, tuple[NormWeights, Tensor]] = {
+            name: (norm, norm.weight.float())
+            for name, norm in (
                 ("input", weights.input_norm),
                 ("output", weights.output_norm),
-                ("query", weights.query_norm),
-                ("key", weights.key_norm),
+                ("query", attention.query_norm),
+                ("key", attention.key_norm),
             )
+            if norm is not None
         }
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -146,15 +150,14 @@ class HalfLayer:
         w = self._w
         h += F.linear(attended, w.out, w.out_bias)
         x = self._normed(h, "output").to(w.out.dtype)
-        weights, ids = F.linear(x.float(), self._gate).softmax(-1).topk(w.top_k, dim=-1)
-        if w.is_normed:
+        weights, ids = F.linear(x.float(), self._gate).softmax(-1).topk(self.top_k, dim=-1)
+        if self._is_normed:
             weights = weights / weights.sum(-1, keepdim=True)
         return x, ids, weights
 
     def _normed(self, rows: Tensor, name: str) -> Tensor:
-        weight = self._norms[name]
-        assert weight is not None
-        return _norm(rows, weight, self._w.eps)
+        norm, weight = self._norms[name]
+        return _norm(rows, weight, norm.eps)
 
     def _clipped(self, rows: Tensor) -> Tensor:
         return rows.clamp(-self._w.clip, self._w.clip) if self._w.clip else rows

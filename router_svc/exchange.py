@@ -130,7 +130,16 @@ class WholeExchange:
             call.seq, call.epoch, call.step = seq, epoch, number & 0xFFFFFFFF
             call.patience_us, call.text, call.text_bytes = int(timeout_s * 1e6), None, 0
             told = None if traced is None else (traced.texts, traced.stamps)
-            if step.run(exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling, told):
+            try:
+                done = step.run(
+                    exchange, worker_of, self._counted, timeout_s, copies, activation_rows, foretelling, told
+                )
+            except MemoryError:
+                for (_, link), state in zip(self.live, exchange.states.tolist(), strict=True):
+                    if state in (State.SENT, State.BROKEN):
+                        link.spoil("a step was given up for lack of memory before its rows were back")
+                raise
+            if done:
                 return True
             self.disturbed = self._look(exchange, int(call.seq))
             return False

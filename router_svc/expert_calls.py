@@ -29,7 +29,7 @@ from router_svc.hinting import Hinting, HintTotals
 from router_svc.load_counts import LoadCounts
 from router_svc.micro_batches import MAX_MICRO_BATCHES
 from router_svc.routing import ACTIVATION_ROWS, LayerRoute, choose_replicas, route
-from router_svc.shared_experts import SharedExperts
+from router_svc.shared_experts import Shared
 from router_svc.token_memory import TokenMemory
 from router_svc.traced_layers import TracedLayers, is_traced, layer_span
 from router_svc.turns import pause
@@ -137,7 +137,7 @@ class ExpertCalls:
         self._part, self._part_idx = _Part(num_decode_rows=0, hinting=None), 0
         self._num_away = 0  # parts whose rows are with workers
         self._away_since_s = 0.0
-        self.shared: Mapping[int, SharedExperts] = {}  # by layer
+        self.shared: Mapping[int, Shared] = {}  # by layer
         self._traceparent = ""
         self._num_traced = 0  # steps
         self.on_layer: OnLayer | None = None
@@ -318,10 +318,10 @@ class ExpertCalls:
         `compute` does.
         """
         traced: TracedLayers | None = None
-        while step.layer < step.num_layers:
+        while not step.is_done:
             self._refresh()
             is_told = self._wants_hints and (not self._asks_gates or step.layer > 0)
-            is_plain = not (self.shared or len(self._parts) != 1 or is_told)
+            is_plain = len(self._parts) == 1 and not is_told
             whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):
                 return False

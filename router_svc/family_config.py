@@ -1,4 +1,4 @@
-"""What config.json says of a model of the family, where it says all of it.
+"""What config.json says of a model of the commonest family, where it says all of it.
 
 Owns FamilyConfig and the question whether a config is plain: every number that decides an answer is written there, none
 is left to a default of the model library, and no field is there whose meaning is not known here. Of any other config

@@ -1,8 +1,9 @@
-"""Read the attention, gates and embeddings of a model of the family straight from its checkpoint.
+"""Read the attention, gates and embeddings of a model of the commonest family straight from its checkpoint.
 
 Owns the layers' parameters as modules, under the names that the model library gives them, and the list of tensors that
-such a checkpoint has. Nothing here computes but the rotation: lean and device_model do. Whatever is out of the ordinary
-is left to the library (library_model): importing it takes longer than everything else at a router's start together.
+such a checkpoint has. Nothing here computes but the rotation: lean and device_model do, by the table of programs.
+Whatever is out of the ordinary is left to the library (library_model): importing it takes longer than everything else
+at a router's start together.
 D model, E experts, W head width, V vocabulary.
 """
 

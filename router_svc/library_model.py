@@ -2,7 +2,7 @@
 
 Owns all contact with transformers' internals (pinned to 5.23; TRANSFORMERS.md of the design notes says what was tried).
 Expert tensors are never read: the stand-in has no parameters, so their keys are left on the disk. Imported where a
-model is not of the family alone: the import takes two seconds of a core.
+model is not of the commonest family alone: the import takes two seconds of a core.
 """
 
 import contextlib
@@ -61,8 +61,7 @@ def load_library_model(model_dir: Path, config: PreTrainedConfig, dtype: torch.d
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Number a model's layers, and have its attention and its shared experts call us."""
-    number_layers(model)
+    """Have a model's attention and its shared experts call us."""
     for block in list(model.modules()):
         for remote in [child for child in block.children() if isinstance(child, RemoteExperts)]:
             if (shared := shared_experts.wrap(block)) is not None:

@@ -1,6 +1,7 @@
 """Load a checkpoint's attention, gates and embeddings, and say what computes the forward pass.
 
-Owns the choice between the two ways to a RouterModel: a model of the family is read as it lies (family_loading);
+Owns the choice between the two ways to a RouterModel: a model of the commonest family is read as it lies
+(family_loading);
 every other one, and whatever is out of the ordinary, comes through the model library (library_model), which is imported
 then and not before.
 """
@@ -21,7 +22,7 @@ from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.checkpoint_survey import Survey, survey_checkpoint
 from collegium.model.config_fields import check_generation_config
 from collegium.model.kernels import pack_linears
-from router_svc import family, lean
+from router_svc import lean, programs
 from router_svc.device_model import DeviceModel
 from router_svc.family_config import plain_config
 from router_svc.family_loading import FamilyModel, load_family_model
@@ -67,14 +68,16 @@ def load_router_model(
             model = library.load_library_model(model_dir, config, dtype)
     with _told_as(f"transformers cannot compute a token with {path}"):
         if library is not None:
-            library.prepare(model)
+            library.number_layers(model)
         model.eval().requires_grad_(False)
         _move(model, device)
         leanly, why = _own_pass(model, modelling, is_on_device)
+        if library is not None and leanly is None:
+            library.prepare(model)
         if device.type == "cpu":
             pack_linears(model)
         cache_shapes = leanly.cache_shapes if leanly else library.probe_cache(model, device)
-    _log.info("forward pass", by="collegium" if leanly else "transformers", why=why or "its layers are of the family")
+    _log.info("forward pass", by="collegium" if leanly else "transformers", why=why or "it has a program for the model")
     vocab_size = int(model.config.vocab_size)
     return RouterModel(
         model=model,
@@ -112,9 +115,9 @@ def _told_as(what: str) -> Generator[None]:
 def _read_as_it_lies(
     model_dir: Path, fields: Mapping[str, object], survey: Survey, dtype: torch.dtype, is_on_device: bool
 ) -> FamilyModel | None:
-    """Read a model of the family that can be computed without the library; None if this is no such model."""
+    """Read a model of the commonest family without the library; None if it is none, or cannot be computed so."""
     config = plain_config(fields)
-    if config is None or (not is_on_device and lean.why_not_here(dtype, config.head_dim)):
+    if config is None or (not is_on_device and lean.why_not_here(dtype)):
         return None
     return load_family_model(model_dir, config, survey.router, survey.num_experts, dtype)
 
@@ -132,7 +135,7 @@ def _own_pass(model: nn.Module, modelling: str, is_on_device: bool) -> tuple[Own
     """Make what computes the forward pass in the place of the modelling classes; where nothing can, say why."""
     if modelling == "transformers":
         return None, "asked for"
-    if why := family.why_not(model) if is_on_device else lean.why_not(model):
+    if why := programs.why_not(model, is_on_device=True) if is_on_device else lean.why_not(model):
         return None, why
     return DeviceModel(model) if is_on_device else LeanModel(model), ""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from collegium.model.native.attention import DecodeTables
+from collegium.model.native.layer import DecodeTables
 from router_svc.cache_shapes import CacheShape, window_of
 from router_svc.failures import UnusableRowsError
 from router_svc.kv_blocks import BLOCK_TOKENS
@@ -302,11 +303,30 @@ class PagedCache:
         out = self.attend(layer_idx, rows, rows, rows, scaling=scaling, window=window, sinks=None, softcap=None)
         return out[0].flatten(1)
 
-    def attend_chunk(self, layer_idx: int, idx: int, query: Tensor, *, scaling: float, window: int | None) -> Tensor:
-        """Attend with the rows of chunk `idx` alone, [1, H, n, D]; returns [n, H, Dv]. Not for latent caches."""
+    def attend_chunk(
+        self,
+        layer_idx: int,
+        idx: int,
+        query: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        sinks: Tensor | None = None,
+        expand: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Attend with the rows of chunk `idx` alone, [1, H, n, D]; returns [n, H, Dv].
+
+        expand: makes of latents [L, C] what they stand for, [L, H * (plain part of a key + value)].
+        """
         key, value = self._gather(layer_idx, self.index.chunk_slots[idx], 1)
+        if expand is not None:
+            num_heads, rotated = query.shape[1], value.shape[3]
+            heads = expand(key[0, 0]).unflatten(-1, (num_heads, -1)).transpose(0, 1)[None]  # [1, H, L, ...]
+            plain = query.shape[3] - rotated
+            key = torch.cat((heads[..., :plain], value.expand(-1, num_heads, -1, -1)), -1)
+            value = heads[..., plain:]
         mask = self.index.chunk_mask(idx, window, query.shape[1] // key.shape[1])
-        return attention(query, key, value, mask, scaling=scaling, sinks=None, softcap=None)[0].transpose(0, 1)
+        return attention(query, key, value, mask, scaling=scaling, sinks=sinks, softcap=None)[0].transpose(0, 1)
 
     def _gather(self, layer_idx: int, slots: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Copy out positions: two tensors [sequences, heads, L, width]."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from collegium.model.native.step import DecodeStep
-from router_svc.shared_experts import SharedExperts
+from router_svc.shared_experts import Shared
 
 # (MoE layer, x [T, D], ids [T, K], weights [T, K]) -> [T, D]
 ExpertCall = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ class RemoteExperts(nn.Module):
         self.layer = -1  # index among MoE layers
         self.call: ExpertCall | None = None
         # The layer's shared experts. Not a submodule: the block holds them, under their own name.
-        self.shared: list[SharedExperts] = []
+        self.shared: list[Shared] = []
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums for [..., D] rows; ids and weights are [T, K]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from router_svc.cache_shapes import CacheShape
 from router_svc.paged_attention import PagedCache
 from router_svc.remote_experts import ExpertCall, RemoteExperts, StepCall
-from router_svc.shared_experts import SharedExperts
+from router_svc.shared_experts import Shared
 
 
 class OwnPass(Protocol):
@@ -54,7 +54,7 @@ class RouterModel:
             if isinstance(module, RemoteExperts):
                 module.call = call
 
-    def shared_experts(self) -> dict[int, SharedExperts]:
+    def shared_experts(self) -> dict[int, Shared]:
         """The shared experts by MoE layer, to be computed while rows are away."""
         remotes = [m for m in self.model.modules() if isinstance(m, RemoteExperts)]
         return {remote.layer: shared for remote in remotes for shared in remote.shared}

@@ -26,7 +26,7 @@ class Settings(ServiceSettings):
     )
     device: str = setting("torch device of attention, such as cpu or cuda:0", default="cpu")
     modelling: str = setting(
-        "what computes attention: auto takes our own forward pass where the model is of its family",
+        "what computes attention: auto takes our own forward pass where it has a program for the model",
         default="auto",
         choices=("auto", "transformers"),
     )

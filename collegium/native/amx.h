@@ -194,7 +194,7 @@ AMX_TARGET static void linear_amx(const struct linear *job, int64_t begin, int64
     }
     int64_t blocks = (job->K + TILE_K - 1) / TILE_K, panel_bytes = blocks * 2 * TILE_BYTES;
     float c[2][2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
-    struct rest rest = {.stride = job->O, .job = job};
+    struct rest rest = {.stride = job->out_stride, .job = job};
     int which = 0;
     set_tiles(job->R);
     for (int64_t n = begin; n < end; n++) {
@@ -371,29 +371,36 @@ enum { LOOKED_AT = 128 }; /* positions of a block: a multiple of 32 */
 /* Positions 32 * n to 32 * n + 31 of a head's keys and values, as panels: of keys an output is a position, of values a k. */
 AMX_TARGET static void pack_positions(const struct prompt *job, int64_t g, int64_t n)
 {
-    const struct attention *a = job->attention;
-    int64_t W = job->width, num_kv = a->G * a->W;
-    const uint16_t *keys = (const uint16_t *)a->keys + g * a->W, *values = (const uint16_t *)a->values + g * a->W;
-    uint32_t *key = (uint32_t *)(job->keys + (g * job->num_panels + n) * W * 64);
-    int64_t slots[32];
-    for (int64_t p = 0; p < 32; p++)
-        slots[p] = n * 32 + p < job->end ? job->slots[n * 32 + p] * num_kv : -1;
-    for (int64_t w = 0; w < W; w += TILE_K)
+    int64_t K = job->key_width, V = job->value_width, at[2][32]; /* where positions' rows are, in the sequence and in the pool */
+    uint32_t *key = (uint32_t *)(job->keys + (g * job->num_panels + n) * K * 64);
+    for (int64_t p = 0; p < 32; p++) {
+        at[0][p] = n * 32 + p < job->end ? n * 32 + p : -1;
+        at[1][p] = at[0][p] < 0 ? -1 : job->slots[at[0][p]];
+    }
+    for (int64_t k = 0; k < K; k += TILE_K)
         for (int64_t half = 0; half < 32; half += 16)
-            for (int64_t pair = w; pair < w + TILE_K; pair += 2)
+            for (int64_t pair = k; pair < k + TILE_K; pair += 2) {
+                int which = pair >= job->key[0].width;
+                const struct by_position *part = job->key + which;
+                int64_t within = which ? pair - job->key[0].width : pair, is_there = within < part->width;
+                const int64_t *rows = at[part->is_by_slot];
+                const uint16_t *from = part->rows + g * part->step + within;
                 for (int64_t p = half; p < half + 16; p++, key++) {
                     *key = 0;
-                    if (slots[p] >= 0 && pair < a->W)
-                        memcpy(key, keys + slots[p] + pair, 4);
+                    if (is_there && rows[p] >= 0)
+                        memcpy(key, from + rows[p] * part->stride, 4);
                 }
-    for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
-        uint32_t *value = (uint32_t *)(job->values + ((g * W / 32 + w / 32) * job->num_panels + n) * 2 * TILE_BYTES);
+            }
+    const int64_t *rows = at[job->value.is_by_slot];
+    const uint16_t *values = job->value.rows + g * job->value.step;
+    for (int64_t w = 0; w < V; w += TILE_OUTPUTS) {
+        uint32_t *value = (uint32_t *)(job->values + ((g * V / 32 + w / 32) * job->num_panels + n) * 2 * TILE_BYTES);
         for (int64_t half = w; half < w + TILE_OUTPUTS; half += 16)
             for (int64_t pair = 0; pair < 32; pair += 2, value += 16) {
                 static const uint16_t none[16];
-                int is_there = half < a->W;
-                const uint16_t *low = is_there && slots[pair] >= 0 ? values + slots[pair] + half : none;
-                const uint16_t *high = is_there && slots[pair + 1] >= 0 ? values + slots[pair + 1] + half : none;
+                int is_there = half < job->value.width;
+                const uint16_t *low = is_there && rows[pair] >= 0 ? values + rows[pair] * job->value.stride + half : none;
+                const uint16_t *high = is_there && rows[pair + 1] >= 0 ? values + rows[pair + 1] * job->value.stride + half : none;
                 for (int o = 0; o < 16; o++)
                     value[o] = low[o] | (uint32_t)high[o] << 16;
             }
@@ -412,7 +419,8 @@ static inline __mmask16 places_in(int64_t from, int64_t to)
 AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int64_t r0, int64_t num)
 {
     const struct attention *a = job->attention;
-    int64_t W = job->width, share = a->H / a->G, first = job->end - job->n;
+    int64_t W = job->key_width, V = job->value_width, share = a->H / job->G, first = job->end - job->n;
+    int64_t width = job->key[0].width + job->key[1].width;
     uint16_t q[32 * MOST_WIDTH] __attribute__((aligned(64))), p[32 * LOOKED_AT] __attribute__((aligned(64)));
     float scores[32 * LOOKED_AT] __attribute__((aligned(64))), out[32 * MOST_WIDTH] __attribute__((aligned(64)));
     float most[32], total[32], c[2 * TILE_ROWS * TILE_OUTPUTS] __attribute__((aligned(64)));
@@ -420,9 +428,9 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
     memset(out, 0, sizeof out);
     for (int64_t i = 0; i < num; i++) {
         int64_t row = (r0 + i) / share, head = g * share + (r0 + i) % share;
-        amx_narrow(in_tiles(q, i, W / TILE_K), job->q + (row * a->H + head) * a->W, a->W);
-        most[i] = -INFINITY;
-        total[i] = 0;
+        amx_narrow(in_tiles(q, i, W / TILE_K), job->q + (row * a->H + head) * width, width);
+        most[i] = a->sinks ? a->sinks[head] * 1.44269504f : -INFINITY;
+        total[i] = a->sinks ? 1 : 0;
     }
     int64_t begin = 0, end = first + (r0 + num - 1) / share + 1;
     if (a->window && first + r0 / share + 1 > a->window)
@@ -464,23 +472,23 @@ AMX_TARGET static void attend_positions(const struct prompt *job, int64_t g, int
             float kept = before == -INFINITY ? 0 : exp2f(before - most[i]);
             total[i] = total[i] * kept + _mm512_reduce_add_ps(sum);
             if (kept != 1)
-                for (int64_t w = 0; w < W; w += 16)
-                    _mm512_store_ps(out + i * W + w, _mm512_load_ps(out + i * W + w) * _mm512_set1_ps(kept));
+                for (int64_t w = 0; w < V; w += 16)
+                    _mm512_store_ps(out + i * V + w, _mm512_load_ps(out + i * V + w) * _mm512_set1_ps(kept));
         }
-        for (int64_t w = 0; w < W; w += TILE_OUTPUTS) {
-            const char *values = job->values + ((g * W / 32 + w / 32) * job->num_panels + at / 32) * 2 * TILE_BYTES;
+        for (int64_t w = 0; w < V; w += TILE_OUTPUTS) {
+            const char *values = job->values + ((g * V / 32 + w / 32) * job->num_panels + at / 32) * 2 * TILE_BYTES;
             amx_product(p, LOOKED_AT / TILE_K, num, values, panels_here, c, TILE_OUTPUTS, (struct ahead){0}, nothing, &none);
             for (int64_t i = 0; i < num; i++)
                 for (int half = 0; half < 32; half += 16)
-                    _mm512_store_ps(out + i * W + w + half, _mm512_load_ps(out + i * W + w + half) +
+                    _mm512_store_ps(out + i * V + w + half, _mm512_load_ps(out + i * V + w + half) +
                                                                _mm512_load_ps(c + i * TILE_OUTPUTS + half));
         }
     }
     _tile_release();
     for (int64_t i = 0; i < num; i++) {
         int64_t row = (r0 + i) / share, head = g * share + (r0 + i) % share;
-        float *to = job->out + (row * a->H + head) * a->W, whole = total[i];
-        for (int64_t w = 0; w < a->W; w += 16)
-            _mm512_storeu_ps(to + w, _mm512_load_ps(out + i * W + w) / _mm512_set1_ps(whole));
+        float *to = job->out + (row * a->H + head) * job->value.width, whole = total[i];
+        for (int64_t w = 0; w < job->value.width; w += 16)
+            _mm512_storeu_ps(to + w, _mm512_load_ps(out + i * V + w) / _mm512_set1_ps(whole));
     }
 }

@@ -19,6 +19,8 @@
 #include <unistd.h>
 #endif
 
+#include "layer.h"
+
 enum { SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU };
 enum { AHEAD = 1024, SPINS = 4000, TASK_BYTES = 96 << 10 };
 
@@ -27,16 +29,9 @@ struct linear {
     int64_t x_stride;
     const void *weight, *bias;
     void *out;
-    int64_t R, O, K;
+    int64_t out_stride, R, O, K;
     int is_bf16, is_out_bf16;
     const uint16_t *narrow; /* x for matrix units, see amx.h */
-};
-
-struct expert_shape {
-    int64_t D, F;
-    int32_t is_bf16, has_bias, activation, unused;
-    float clamp, alpha;
-    int64_t up_at, down_at, gate_up_bias_at, down_bias_at; /* offsets in an expert's bytes */
 };
 
 struct experts {
@@ -50,34 +45,39 @@ struct experts {
     const int64_t *places;
 };
 
-/* One layer's attention. Head norms: 0 none, 1 each head by a weight of W, 2 all heads as one row. */
-struct attention {
-    int64_t D, H, G, W, E, K, window, block_tokens;
-    int32_t is_bf16, head_norms, is_normed; /* is_normed: the chosen weights sum to one */
-    float eps, scaling, clip;
-    const float *input_norm, *query_norm, *key_norm, *output_norm;
-    const void *qkv, *qkv_bias, *out, *out_bias, *gate; /* packed */
-    void *keys, *values;                                /* pools: [slots, G * W] */
-};
-
 struct attend {
     const struct attention *attention;
-    const float *q;
+    const float *q; /* [B, H * (W + rotary)] */
     const int64_t *blocks, *first_block, *lengths;
     float *out;
     int64_t longest;
 };
 
+/* Into how many parts the heads of a row are divided: those of a part look at the same keys. */
+static inline int64_t looking_parts(const struct attention *a)
+{
+    return a->rotary ? a->H : a->G;
+}
+
 enum { MOST_WIDTH = 256 }; /* of a head, where attention over prompts is computed here */
+
+/* Bfloat16 rows by position, `stride` numbers apart, and by head, `step`: `width` numbers each. */
+struct by_position {
+    const uint16_t *rows;
+    int64_t stride, step, width;
+    int is_by_slot; /* rows are the pool's, not the sequence's one after another */
+};
 
 /* Rows of a prompt, n of them up to position `end`, and packed keys and values of all positions up to there. */
 struct prompt {
     const struct attention *attention;
-    const float *q;       /* [n, H * W] */
+    const float *q;       /* [n, H * key_width] */
     const int64_t *slots; /* [end] */
-    int64_t n, end, width, num_panels; /* width: of a head, rounded up; a panel has 32 positions */
-    float *out;           /* [n, H * W] */
-    char *keys, *values;  /* [G, num_panels, width * 32] and [G, width / 32, num_panels, 32 * 32] */
+    int64_t n, end, num_panels; /* a panel has 32 positions */
+    int64_t G, key_width, value_width; /* heads of keys and values; widths rounded up to 32 */
+    struct by_position key[2], value; /* a key is made of one part or of two */
+    float *out;          /* [n, H * value's width] */
+    char *keys, *values; /* [G, num_panels, key_width * 32] and [G, value_width / 32, num_panels, 32 * 32] */
 };
 
 struct isa {
@@ -87,6 +87,7 @@ struct isa {
     void (*down)(const struct experts *, int64_t, int64_t, int64_t);
     void (*pack)(void *, const void *, int64_t, int64_t, int);
     void (*norm)(float *, const float *, const float *, int64_t, float);
+    void (*centre)(float *, const float *, const float *, const float *, int64_t, float);
     void (*rotate)(float *, const float *, const float *, int64_t);
     void (*narrow)(void *, int64_t, const float *, int64_t, int);
     void (*attend)(const struct attend *, int64_t, int64_t, float *);
@@ -138,9 +139,8 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 #include "tiles.h"
 
 #include "amx.h"
-static const struct isa isa_amx = {32,         TILE_K,    linear_amx,    gate_up_amx,   down_amx,
-                                   pack_amx,   norm_avx512, rotate_avx512, narrow_avx512, attend_avx512,
-                                   pack_positions, attend_positions};
+static const struct isa isa_amx = {32,            TILE_K,        linear_amx,    gate_up_amx,   down_amx,       pack_amx,        norm_avx512,
+                                   centre_avx512, rotate_avx512, narrow_avx512, attend_avx512, pack_positions, attend_positions};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -148,7 +148,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 16;
+    return 17;
 }
 
 #if defined(__x86_64__)
@@ -444,11 +444,11 @@ static void run_narrowing(const struct narrowing *job, int num_threads)
 }
 #endif
 
-/* out [R, O] = x [R, K] @ weight.T + bias; rows of x are `x_stride` floats apart. */
-void collegium_linear(const float *x, int64_t x_stride, const void *weight, const void *bias, void *out, int64_t R,
-                      int64_t O, int64_t K, int is_bf16, int is_out_bf16, int num_threads)
+/* out [R, O] = x [R, K] @ weight.T + bias; rows of x and of out are so many numbers apart. */
+static void run_linear(const float *x, int64_t x_stride, const void *weight, const void *bias, void *out, int64_t out_stride,
+                       int64_t R, int64_t O, int64_t K, int is_bf16, int is_out_bf16, int num_threads)
 {
-    struct linear job = {x, x_stride, weight, bias, out, R, O, K, is_bf16, is_out_bf16, NULL};
+    struct linear job = {x, x_stride, weight, bias, out, out_stride, R, O, K, is_bf16, is_out_bf16, NULL};
     struct split split = divide(&job, O, K, is_bf16);
     uint16_t *memory = NULL;
 #if defined(__x86_64__)
@@ -462,6 +462,13 @@ void collegium_linear(const float *x, int64_t x_stride, const void *weight, cons
 #endif
     run_all(split.tasks_per_group, linear_task, &split, num_threads, 0);
     give_scratch(memory);
+}
+
+/* As run_linear, rows of out one after another. */
+void collegium_linear(const float *x, int64_t x_stride, const void *weight, const void *bias, void *out, int64_t R,
+                      int64_t O, int64_t K, int is_bf16, int is_out_bf16, int num_threads)
+{
+    run_linear(x, x_stride, weight, bias, out, O, R, O, K, is_bf16, is_out_bf16, num_threads);
 }
 
 static void gate_up_task(const void *at, int64_t task)
@@ -627,261 +634,7 @@ int collegium_serve(const struct expert_shape *shape, const void *x, int64_t R, 
     return failed ? -1 : 0;
 }
 
-/* --- attention: a layer's rows before and after the experts; h [T, D] is the residual stream, in float32 --- */
-
-enum { ROWS_AT_ONCE = 16 };
-
-/* Rows of a step between two products, some at a time; few are done by who calls. */
-struct rows {
-    const struct attention *attention;
-    void (*one)(const struct rows *, int64_t);
-    int64_t T;
-    float *h, *q, *scratch, *weights;
-    const float *cos, *sin;
-    const int64_t *slots;
-    void *x;
-    int64_t *ids;
-};
-
-static void rows_task(const void *at, int64_t task)
-{
-    const struct rows *rows = at;
-    for (int64_t t = task * ROWS_AT_ONCE; t < rows->T && t < (task + 1) * ROWS_AT_ONCE; t++)
-        rows->one(rows, t);
-}
-
-static void for_rows(struct rows *rows, void (*one)(const struct rows *, int64_t), int num_threads, int has_more)
-{
-    rows->one = one;
-    run_all((rows->T + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, rows_task, rows, num_threads, has_more);
-}
-
-static void norm_input(const struct rows *rows, int64_t t)
-{
-    const struct attention *a = rows->attention;
-    isa->norm(rows->scratch + t * a->D, rows->h + t * a->D, a->input_norm, a->D, a->eps);
-}
-
-static void rotate_heads(const struct rows *rows, int64_t t)
-{
-    const struct attention *a = rows->attention;
-    int64_t num_q = a->H * a->W, num_kv = a->G * a->W, all = num_q + 2 * num_kv;
-    float *row = rows->scratch + rows->T * a->D + t * all, *k = row + num_q;
-    if (a->head_norms == 2) {
-        isa->norm(row, row, a->query_norm, num_q, a->eps);
-        isa->norm(k, k, a->key_norm, num_kv, a->eps);
-    }
-    if (a->clip > 0)
-        for (int64_t i = 0; i < all; i++)
-            row[i] = row[i] > a->clip ? a->clip : row[i] < -a->clip ? -a->clip : row[i];
-    for (int64_t head = 0; head < a->H + a->G; head++) {
-        float *one = row + head * a->W;
-        if (a->head_norms == 1)
-            isa->norm(one, one, head < a->H ? a->query_norm : a->key_norm, a->W, a->eps);
-        isa->rotate(one, rows->cos + t * a->W, rows->sin + t * a->W, a->W);
-    }
-    memcpy(rows->q + t * num_q, row, num_q * sizeof(float));
-    isa->narrow(a->keys, rows->slots[t] * num_kv, k, num_kv, a->is_bf16);
-    isa->narrow(a->values, rows->slots[t] * num_kv, k + num_kv, num_kv, a->is_bf16);
-}
-
-/* q [T, H * W] of rows h, rotated; their keys and values go to the slots of the pools. scratch: T * (D + (H + 2G) W). */
-void collegium_qkv(const struct attention *a, const float *h, const float *cos, const float *sin, const int64_t *slots,
-                   int64_t T, float *q, float *scratch, int num_threads)
-{
-    struct rows rows = {.attention = a, .T = T, .h = (float *)h, .q = q, .scratch = scratch, .cos = cos, .sin = sin, .slots = slots};
-    for_rows(&rows, norm_input, num_threads, 1);
-    collegium_linear(scratch, a->D, a->qkv, a->qkv_bias, scratch + T * a->D, T, (a->H + 2 * a->G) * a->W, a->D, a->is_bf16, 0,
-                     num_threads);
-    for_rows(&rows, rotate_heads, num_threads, 0);
-}
-
-static void attend_task(const void *at, int64_t task)
-{
-    const struct attend *job = at;
-    float *scratch = malloc(3 * sizeof(float) * job->longest);
-    if (!scratch)
-        abort(); /* 12 bytes a position */
-    isa->attend(job, task / job->attention->G, task % job->attention->G, scratch);
-    free(scratch);
-}
-
-/* out [B, H * W]: each of B decoding rows looks at its `lengths` positions, in blocks first_block[row].. of `blocks`. */
-void collegium_attend(const struct attention *a, const float *q, const int64_t *blocks, const int64_t *first_block,
-                      const int64_t *lengths, int64_t B, float *out, int num_threads)
-{
-    struct attend job = {a, q, blocks, first_block, lengths, out, 0};
-    int64_t total = 0;
-    for (int64_t b = 0; b < B; b++) {
-        job.longest = lengths[b] > job.longest ? lengths[b] : job.longest;
-        total += lengths[b];
-    }
-    if (total * a->H * a->W < 1 << 16) /* so little that waking a thread takes longer */
-        num_threads = 1;
-    run_all(B * a->G, attend_task, &job, num_threads, 0);
-}
-
-static void pack_positions_task(const void *at, int64_t task)
-{
-    const struct prompt *job = at;
-    isa->pack_positions(job, task / job->num_panels, task % job->num_panels);
-}
-
-static int64_t query_blocks(const struct prompt *job)
-{
-    return (job->n * (job->attention->H / job->attention->G) + 31) / 32;
-}
-
-static void attend_prompt_task(const void *at, int64_t task)
-{
-    const struct prompt *job = at;
-    int64_t blocks = query_blocks(job), begin = (blocks - 1 - task % blocks) * 32; /* the longest first */
-    int64_t left = job->n * (job->attention->H / job->attention->G) - begin;
-    isa->attend_positions(job, task / blocks, begin, left < 32 ? left : 32);
-}
-
-/* out [n, H * W]: the rows of a prompt's positions end - n to end - 1, q [n, H * W], look at what is before them and at
- * themselves, or at as many of that as the window has; slots [end] say where keys and values are. 0, or 1: not computed here,
- * for the instructions or the head's width, or -1: there is no memory. */
-int collegium_attend_prompt(const struct attention *a, const float *q, const int64_t *slots, int64_t n, int64_t end, float *out,
-                            int num_threads)
-{
-    int64_t width = (a->W + 31) / 32 * 32, num_panels = (end + 31) / 32;
-    if (!isa->attend_positions || !a->is_bf16 || width > MOST_WIDTH || a->W % 16)
-        return 1;
-    int64_t bytes = a->G * num_panels * width * 64;
-    char *memory = take_scratch(2 * (size_t)bytes);
-    if (!memory)
-        return -1;
-    struct prompt job = {a, q, slots, n, end, width, num_panels, out, memory, memory + bytes};
-    run_all(a->G * num_panels, pack_positions_task, &job, num_threads, 1);
-    run_all(a->G * query_blocks(&job), attend_prompt_task, &job, num_threads, 0);
-    atomic_store(&pool.has_more, 0);
-    give_scratch(memory);
-    return 0;
-}
-
-/* The K largest of softmax(logits [E]), falling, the first of equals first; logits are overwritten. */
-static void choose_experts(float *logits, int64_t E, int64_t K, int is_normed, int64_t *ids, float *weights)
-{
-    float most = logits[0], total = 0, chosen = 0;
-    for (int64_t e = 1; e < E; e++)
-        most = logits[e] > most ? logits[e] : most;
-    for (int64_t e = 0; e < E; e++)
-        total += logits[e] = expf(logits[e] - most);
-    for (int64_t k = 0; k < K; k++) {
-        int64_t best = 0;
-        for (int64_t e = 1; e < E; e++)
-            if (logits[e] > logits[best])
-                best = e;
-        ids[k] = best;
-        weights[k] = logits[best] / total;
-        chosen += weights[k];
-        logits[best] = -1;
-    }
-    if (is_normed)
-        for (int64_t k = 0; k < K; k++)
-            weights[k] /= chosen;
-}
-
-static void add_and_norm(const struct rows *rows, int64_t t)
-{
-    const struct attention *a = rows->attention;
-    float *h = rows->h + t * a->D, *row = rows->scratch + t * a->D;
-    for (int64_t i = 0; i < a->D; i++)
-        h[i] += row[i];
-    isa->norm(row, h, a->output_norm, a->D, a->eps);
-    isa->narrow(rows->x, t * a->D, row, a->D, a->is_bf16);
-    if (a->is_bf16) /* the gate sees what the experts will */
-        collegium_widen(row, (const uint16_t *)rows->x + t * a->D, a->D);
-}
-
-static void ask_gate(const struct rows *rows, int64_t t)
-{
-    const struct attention *a = rows->attention;
-    float *logits = rows->scratch + rows->T * a->D + t * a->E;
-    int is_usable = 1;
-    for (int64_t e = 0; e < a->E; e++)
-        is_usable &= logits[e] - logits[e] == 0; /* neither NaN nor infinite */
-    if (is_usable)
-        choose_experts(logits, a->E, a->K, a->is_normed, rows->ids + t * a->K, rows->weights + t * a->K);
-    else
-        for (int64_t k = 0; k < a->K; k++) {
-            rows->ids[t * a->K + k] = k;
-            rows->weights[t * a->K + k] = (float)NAN;
-        }
-}
-
-/* h += attended [T, H * W] @ out.T; x [T, D], in the model's type, is h normed; ids and weights [T, K]: what the gate
- * chooses for x. Where scores are not numbers, so are weights, and ids are 0 to K - 1. scratch: T * (D + E). */
-void collegium_output(const struct attention *a, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
-                      float *weights, float *scratch, int num_threads)
-{
-    int64_t D = a->D;
-    struct rows rows = {.attention = a, .T = T, .h = h, .scratch = scratch, .x = x, .ids = ids, .weights = weights};
-    collegium_linear(attended, a->H * a->W, a->out, a->out_bias, scratch, T, D, a->H * a->W, a->is_bf16, 0, num_threads);
-    for_rows(&rows, add_and_norm, num_threads, 1);
-    collegium_linear(scratch, D, a->gate, NULL, scratch + T * D, T, a->E, D, a->is_bf16, 0, num_threads);
-    for_rows(&rows, ask_gate, num_threads, 0);
-}
-
-/* ids [T, K]: what the gate would choose for rows x [T, D] in the model's type. scratch: T * (D + E). */
-void collegium_foretell(const struct attention *a, const void *x, int64_t T, int32_t *ids, float *scratch, int num_threads)
-{
-    int64_t D = a->D, E = a->E;
-    if (a->is_bf16)
-        collegium_widen(scratch, x, T * D);
-    float *logits = scratch + T * D;
-    collegium_linear(a->is_bf16 ? scratch : x, D, a->gate, NULL, logits, T, E, D, a->is_bf16, 0, num_threads);
-    for (int64_t t = 0; t < T; t++, logits += E)
-        for (int64_t k = 0; k < a->K; k++) {
-            int64_t best = -1;
-            for (int64_t e = 0; e < E; e++)
-                if (logits[e] > -INFINITY && (best < 0 || logits[e] > logits[best]))
-                    best = e;
-            if (best >= 0)
-                logits[best] = -INFINITY;
-            ids[t * a->K + k] = (int32_t)(best < 0 ? k : best); /* of scores that are not numbers: anything */
-        }
-}
-
-/* out [T, D] = h normed by `weight` */
-void collegium_norm(float *out, const float *h, const float *weight, int64_t T, int64_t D, float eps)
-{
-    for (int64_t t = 0; t < T; t++)
-        isa->norm(out + t * D, h + t * D, weight, D, eps);
-}
-
-/* x [T, D], in the model's type, = h normed by `weight`; scratch [D] */
-void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
-                         float *scratch)
-{
-    for (int64_t t = 0; t < T; t++) {
-        isa->norm(scratch, h + t * D, weight, D, eps);
-        isa->narrow(x, t * D, scratch, D, is_bf16);
-    }
-}
-
-/* h [T, D] = the rows of `table`, which is in the model's type, that `tokens` name */
-void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t T, int64_t D, int is_bf16)
-{
-    for (int64_t t = 0; t < T; t++)
-        if (is_bf16)
-            collegium_widen(h + t * D, (const uint16_t *)table + tokens[t] * D, D);
-        else
-            memcpy(h + t * D, (const float *)table + tokens[t] * D, D * sizeof *h);
-}
-
-/* h [n] += y [n], which is in the model's type */
-void collegium_add(float *h, const void *y, int64_t n, int is_bf16)
-{
-    if (is_bf16)
-        for (int64_t i = 0; i < n; i++)
-            h[i] += from_bf16(((const uint16_t *)y)[i]);
-    else
-        for (int64_t i = 0; i < n; i++)
-            h[i] += ((const float *)y)[i];
-}
+#include "decoder.h"
 
 /* --- dispatch --- */
 

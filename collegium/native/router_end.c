@@ -15,12 +15,15 @@
 #include <sys/uio.h>
 
 #include "frame.h"
+#include "layer.h"
 
 #define SPINS 200 /* looks for the rest of a header without a pause */
 
 int64_t collegium_plan(const int64_t *ids, const float *weights, const int64_t *worker_of, const int64_t *workers,
                        int64_t T, int64_t K, int64_t E, int64_t W, int64_t *sizes, int64_t *tokens, uint16_t *experts,
                        uint16_t *counts, uint32_t *pair_rows, float *pair_weights, int64_t *scratch);
+
+enum { OUT_OF_RANGE = -1, NO_MEMORY = -2 }; /* a choice of no expert or worker; or what a step needs beside its exchange */
 
 enum state { UNSENT, SENT, DONE, BROKEN, SUSPECT }; /* SUSPECT: rows came that are no numbers, of rows that are */
 
@@ -364,17 +367,6 @@ int collegium_exchange(struct exchange *e)
 
 /* --- a whole step --- */
 
-void collegium_qkv(const void *attention, const float *h, const float *cos, const float *sin, const int64_t *slots,
-                   int64_t T, float *q, float *scratch, int num_threads);
-void collegium_attend(const void *attention, const float *q, const int64_t *blocks, const int64_t *first_block,
-                      const int64_t *lengths, int64_t B, float *attended, int num_threads);
-void collegium_output(const void *attention, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
-                      float *weights, float *scratch, int num_threads);
-void collegium_add(float *h, const void *y, int64_t n, int is_bf16);
-void collegium_embed(float *h, const void *table, const int64_t *tokens, int64_t T, int64_t D, int is_bf16);
-void collegium_norm_rows(void *x, const float *h, const float *weight, int64_t T, int64_t D, float eps, int is_bf16,
-                         float *scratch);
-
 int64_t collegium_choose_replicas(const int64_t *ids, const int64_t *counts, const int64_t *worker_of, const int64_t *copied,
                                   const int64_t *starts, const int64_t *homes, int64_t M, int64_t T, int64_t K, int64_t E,
                                   int64_t W, double activation, int64_t *workers, double *work, uint8_t *visits,
@@ -400,22 +392,23 @@ struct foretell {
 
 struct step {
     struct exchange *exchange;           /* its rows, ids, weights and sums are this step's; what is set by layer is not */
-    const void *const *layers;           /* [L] struct attention */
+    const struct layer *const *blocks;   /* [num_blocks] all layers of the model */
+    const struct layer *const *layers;   /* [L] those that have routed experts: what is counted, named and told by layer is of these */
     const int64_t *const *worker_of;     /* [L] -> [E] */
-    int64_t L, timeout_us;
+    int64_t num_blocks, L, timeout_us;
     int64_t *decode, *prefill, *activations; /* [L, E], counted up */
     const void *embedding;               /* [V, D] */
     const float *cos_table, *sin_table;  /* [positions, W] */
     const int64_t *tokens, *positions;   /* [T] */
-    const float *final_norm;             /* [D] */
+    const struct norm *final_norm;
     float *h;                            /* [T, D] */
     float *cos, *sin;                    /* [T, W] */
-    const int64_t *slots, *blocks, *first_block, *lengths;
+    const int64_t *slots, *kv_blocks, *first_block, *lengths;
     float *q, *attended, *scratch;
-    int64_t layer; /* in: the first; out: the one that was disturbed, or L */
+    int64_t block, layer; /* in: the first; out: the one that was disturbed, or num_blocks and L */
     int64_t blocked_ns, away_ns; /* of this call */
     int64_t num_threads, W;
-    double eps;
+    double embedding_scale;
     /* where copies is not NULL: memory to choose among them in */
     const struct copies *copies; /* [L] */
     double activation_rows;
@@ -451,8 +444,6 @@ static int choose(struct step *s, const struct copies *copies, int64_t *decode, 
     e->decode = NULL; /* counted */
     return 0;
 }
-
-void collegium_foretell(const void *attention, const void *x, int64_t T, int32_t *ids, float *scratch, int num_threads);
 
 /* Count how much of what was foretold of a layer has come true. */
 static void settle(struct foretell *f, const struct exchange *e, int64_t layer)
@@ -533,60 +524,78 @@ static void foretell(const struct step *s)
     }
 }
 
+/* Have the experts of the layer at hand computed. Returns as collegium_exchange. */
+static int exchange_layer(struct step *s, const struct layer *block, uint64_t seq)
+{
+    struct exchange *e = s->exchange;
+    int64_t offset = s->layer * e->E;
+    e->decode = s->decode + offset;
+    e->prefill = s->prefill + offset;
+    e->activations = s->activations + offset;
+    e->worker_of = s->worker_of[s->layer];
+    e->workers = NULL;
+    if (s->copies && s->copies[s->layer].num && choose(s, s->copies + s->layer, s->decode + offset, s->activations + offset) < 0)
+        return OUT_OF_RANGE;
+    e->seq = seq & 0xffffffff;
+    e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
+    e->layer = (uint16_t)s->layer;
+    if (s->foretell)
+        settle(s->foretell, e, s->layer);
+    if (s->texts) {
+        e->text = s->texts + s->layer * s->text_bytes;
+        e->text_bytes = *e->text ? (uint8_t)s->text_bytes : 0;
+    }
+    int found = collegium_send(e), failed = 0;
+    if (found >= 0 && block->mlp.shape) /* the experts that all rows share, while their rows are away */
+        failed = collegium_mlp(block, e->x, e->T, s->h, (int)s->num_threads);
+    if (!found && s->foretell)
+        foretell(s);
+    if (found >= 0)
+        found = collegium_receive(e);
+    if (s->texts) {
+        s->stamps[2 * s->layer] = e->began_ns;
+        s->stamps[2 * s->layer + 1] = now_ns();
+    }
+    s->blocked_ns += e->blocked_ns;
+    s->away_ns += e->away_ns;
+    return failed ? NO_MEMORY : found;
+}
+
 /* Compute a step of decode rows from its tokens to the rows for the head, e->x, experts included. 0: all is done. Else what
- * collegium_exchange said of `layer`, whose exchange tells the rest: nothing of its sums has been added to h. */
+ * collegium_exchange said of `layer`, whose exchange tells the rest: nothing of its sums has been added to h, but what its rows
+ * share has. Or NO_MEMORY, and the step is lost. */
 int collegium_step(struct step *s)
 {
     struct exchange *e = s->exchange;
     int num_threads = (int)s->num_threads;
     int is_bf16 = e->item_bytes == 2;
     s->blocked_ns = s->away_ns = 0;
-    if (!s->layer) {
-        collegium_embed(s->h, s->embedding, s->tokens, e->T, e->D, is_bf16);
+    if (!s->block) {
+        collegium_embed(s->h, s->embedding, s->tokens, e->T, e->D, (float)s->embedding_scale, is_bf16);
         for (int64_t t = 0; t < e->T; t++) {
             memcpy(s->cos + t * s->W, s->cos_table + s->positions[t] * s->W, s->W * sizeof *s->cos);
             memcpy(s->sin + t * s->W, s->sin_table + s->positions[t] * s->W, s->W * sizeof *s->sin);
         }
     }
-    for (uint64_t seq = e->seq; s->layer < s->L; s->layer++, seq += (uint64_t)e->W) {
-        const void *layer = s->layers[s->layer];
-        collegium_qkv(layer, s->h, s->cos, s->sin, s->slots, e->T, s->q, s->scratch, num_threads);
-        collegium_attend(layer, s->q, s->blocks, s->first_block, s->lengths, e->T, s->attended, num_threads);
-        collegium_output(layer, s->attended, s->h, e->T, (void *)e->x, (int64_t *)e->ids, (float *)e->weights, s->scratch,
+    for (uint64_t seq = e->seq; s->block < s->num_blocks; s->block++) {
+        const struct layer *block = s->blocks[s->block];
+        collegium_qkv(block, s->h, s->cos, s->sin, s->slots, e->T, s->q, s->scratch, num_threads);
+        if (collegium_attend(block, s->q, s->kv_blocks, s->first_block, s->lengths, e->T, s->attended, num_threads))
+            return NO_MEMORY;
+        collegium_output(block, s->attended, s->h, e->T, (void *)e->x, (int64_t *)e->ids, (float *)e->weights, s->scratch,
                          num_threads);
-        int64_t offset = s->layer * e->E;
-        e->decode = s->decode + offset;
-        e->prefill = s->prefill + offset;
-        e->activations = s->activations + offset;
-        e->worker_of = s->worker_of[s->layer];
-        e->workers = NULL;
-        if (s->copies && s->copies[s->layer].num &&
-            choose(s, s->copies + s->layer, s->decode + offset, s->activations + offset) < 0)
-            return -1;
-        e->seq = seq & 0xffffffff;
-        e->deadline_us = (uint64_t)(now_ns() / 1000 + s->timeout_us);
-        e->layer = (uint16_t)s->layer;
-        if (s->foretell)
-            settle(s->foretell, e, s->layer);
-        if (s->texts) {
-            e->text = s->texts + s->layer * s->text_bytes;
-            e->text_bytes = *e->text ? (uint8_t)s->text_bytes : 0;
+        if (!block->E) {
+            if (collegium_mlp(block, e->x, e->T, s->h, num_threads))
+                return NO_MEMORY;
+            continue;
         }
-        int found = collegium_send(e);
-        if (!found && s->foretell)
-            foretell(s);
-        if (found >= 0)
-            found = collegium_receive(e);
-        if (s->texts) {
-            s->stamps[2 * s->layer] = e->began_ns;
-            s->stamps[2 * s->layer + 1] = now_ns();
-        }
-        s->blocked_ns += e->blocked_ns;
-        s->away_ns += e->away_ns;
+        int found = exchange_layer(s, block, seq);
         if (found)
             return found;
-        collegium_add(s->h, e->out, e->T * e->D, is_bf16);
+        collegium_add(s->h, e->out, e->T * e->D, block->residual, is_bf16);
+        s->layer++;
+        seq += (uint64_t)e->W;
     }
-    collegium_norm_rows((void *)e->x, s->h, s->final_norm, e->T, e->D, (float)s->eps, is_bf16, s->scratch);
+    collegium_norm_rows((void *)e->x, s->h, s->final_norm, e->T, e->D, is_bf16, s->scratch);
     return 0;
 }

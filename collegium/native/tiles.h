@@ -189,7 +189,7 @@ TARGET static void NAME(linear)(const struct linear *job, int64_t begin, int64_t
                 rows[i] = job->x + (r + i) * job->x_stride;
             (job->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, panel, job->K, acc);
             for (int i = 0; i < mr; i++)
-                NAME(store)(job->out, job->is_out_bf16, (r + i) * job->O + n * WIDTH, job->O - n * WIDTH,
+                NAME(store)(job->out, job->is_out_bf16, (r + i) * job->out_stride + n * WIDTH, job->O - n * WIDTH,
                             acc[2 * i] + b0, acc[2 * i + 1] + b1);
             r += mr;
         }
@@ -323,6 +323,31 @@ TARGET static void NAME(norm)(float *out, const float *x, const float *weight, i
         out[i] = x[i] * scale * weight[i];
 }
 
+TARGET static void NAME(centre)(float *out, const float *x, const float *weight, const float *bias, int64_t n, float eps)
+{
+    typedef double wide __attribute__((vector_size(8 * LANES)));
+    wide sums = {0}, squares = {0};
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i + LANES <= n; i += LANES)
+        sums += __builtin_convertvector(*(const VF *)(x + i), wide);
+    for (int j = 0; j < LANES; j++)
+        sum += sums[j];
+    for (int64_t i = n - n % LANES; i < n; i++)
+        sum += x[i];
+    double mean = sum / (double)n;
+    for (int64_t i = 0; i + LANES <= n; i += LANES) {
+        wide v = __builtin_convertvector(*(const VF *)(x + i), wide) - mean;
+        squares += v * v;
+    }
+    for (int j = 0; j < LANES; j++)
+        square += squares[j];
+    for (int64_t i = n - n % LANES; i < n; i++)
+        square += (x[i] - mean) * (x[i] - mean);
+    float scale = (float)(1.0 / sqrt(square / (double)n + eps)), middle = (float)mean;
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (x[i] - middle) * scale * weight[i] + (bias ? bias[i] : 0);
+}
+
 /* x [W] = x * cos + (-upper half, lower half) * sin */
 TARGET static void NAME(rotate)(float *x, const float *cos, const float *sin, int64_t W)
 {
@@ -393,12 +418,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(mix)(
         *(VF *)(out + i * LANES) = sum[i];
 }
 
-TARGET static void NAME(soften)(float *scores, int64_t n)
+/* scores = softmax(scores), beside a sink that takes its share where there is one */
+TARGET static void NAME(soften)(float *scores, int64_t n, const float *sink)
 {
-    float most = scores[0];
-    for (int64_t i = 1; i < n; i++)
+    float most = sink ? *sink : scores[0];
+    for (int64_t i = 0; i < n; i++)
         most = scores[i] > most ? scores[i] : most;
-    double total = 0;
+    double total = sink ? exp((double)*sink - most) : 0;
     for (int64_t i = 0; i < n; i += LANES) {
         VF v = {0};
         int64_t left = n - i < LANES ? n - i : LANES;
@@ -413,56 +439,93 @@ TARGET static void NAME(soften)(float *scores, int64_t n)
         scores[i] *= scale;
 }
 
-/* One decoding row and one key-value head: its query heads look at their positions. scratch: 3 * longest floats */
-TARGET static inline __attribute__((always_inline)) void NAME(look)(
-    const struct attend *job, const int is_bf16, int64_t row, int64_t g, float *scratch)
+TARGET static inline __attribute__((always_inline)) float NAME(one)(const void *from, int64_t at, const int is_bf16)
 {
-    const struct attention *a = job->attention;
-    int64_t W = a->W, share = a->H / a->G, stride = a->G * W;
-    int64_t end = job->lengths[row], begin = a->window && end > a->window ? end - a->window : 0, n = end - begin;
-    const int64_t *blocks = job->blocks + job->first_block[row];
-    int64_t *at = (int64_t *)scratch;
-    float *scores = scratch + 2 * job->longest;
-    for (int64_t p = begin; p < end; p++)
-        at[p - begin] = (blocks[p / a->block_tokens] * a->block_tokens + p % a->block_tokens) * stride + g * W;
-    for (int64_t head = g * share; head < (g + 1) * share; head++) {
-        const float *q = job->q + (row * a->H + head) * W;
-        float *out = job->out + (row * a->H + head) * W;
-        memset(scores, 0, n * sizeof(float));
-        for (int64_t w = 0, num; w < W; w += num * LANES) { /* from w on: moving the pool moves every position */
-            const char *keys = (const char *)a->keys + w * (is_bf16 ? 2 : 4);
-            num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
-            switch (num) {
-            case 8: NAME(score)(8, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
-            case 4: NAME(score)(4, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
-            case 2: NAME(score)(2, is_bf16, q + w, keys, at, n, a->scaling, scores); break;
-            default: NAME(score)(1, is_bf16, q + w, keys, at, n, a->scaling, scores);
-            }
+    return is_bf16 ? from_bf16(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+/* scores[p] += scaling * q . key[p], of W numbers each */
+TARGET static inline __attribute__((always_inline)) void NAME(score_all)(
+    const int is_bf16, const float *q, const void *keys, const int64_t *at, int64_t n, int64_t W, float scaling, float *scores)
+{
+    int64_t w = 0;
+    for (int64_t num; W - w >= LANES; w += num * LANES) { /* from w on: moving the pool moves every position */
+        const char *from = (const char *)keys + w * (is_bf16 ? 2 : 4);
+        num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
+        switch (num) {
+        case 8: NAME(score)(8, is_bf16, q + w, from, at, n, scaling, scores); break;
+        case 4: NAME(score)(4, is_bf16, q + w, from, at, n, scaling, scores); break;
+        case 2: NAME(score)(2, is_bf16, q + w, from, at, n, scaling, scores); break;
+        default: NAME(score)(1, is_bf16, q + w, from, at, n, scaling, scores);
         }
-        NAME(soften)(scores, n);
-        for (int64_t w = 0, num; w < W; w += num * LANES) {
-            const char *values = (const char *)a->values + w * (is_bf16 ? 2 : 4);
-            num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
-            switch (num) {
-            case 8: NAME(mix)(8, is_bf16, scores, values, at, n, out + w); break;
-            case 4: NAME(mix)(4, is_bf16, scores, values, at, n, out + w); break;
-            case 2: NAME(mix)(2, is_bf16, scores, values, at, n, out + w); break;
-            default: NAME(mix)(1, is_bf16, scores, values, at, n, out + w);
-            }
+    }
+    for (; w < W; w++) /* what is left of a width that is no multiple of a vector's */
+        for (int64_t p = 0; p < n; p++)
+            scores[p] += scaling * q[w] * NAME(one)(keys, at[p] + w, is_bf16);
+}
+
+/* out [W] = sum over p of scores[p] * value[p] */
+TARGET static inline __attribute__((always_inline)) void NAME(mix_all)(
+    const int is_bf16, const float *scores, const void *values, const int64_t *at, int64_t n, int64_t W, float *out)
+{
+    int64_t w = 0;
+    for (int64_t num; W - w >= LANES; w += num * LANES) {
+        const char *from = (const char *)values + w * (is_bf16 ? 2 : 4);
+        num = (W - w) / LANES >= 8 ? 8 : (W - w) / LANES >= 4 ? 4 : (W - w) / LANES >= 2 ? 2 : 1;
+        switch (num) {
+        case 8: NAME(mix)(8, is_bf16, scores, from, at, n, out + w); break;
+        case 4: NAME(mix)(4, is_bf16, scores, from, at, n, out + w); break;
+        case 2: NAME(mix)(2, is_bf16, scores, from, at, n, out + w); break;
+        default: NAME(mix)(1, is_bf16, scores, from, at, n, out + w);
         }
+    }
+    for (; w < W; w++) {
+        out[w] = 0;
+        for (int64_t p = 0; p < n; p++)
+            out[w] += scores[p] * NAME(one)(values, at[p] + w, is_bf16);
     }
 }
 
-TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t g, float *scratch)
+/* One decoding row and a part of its heads, of looking_parts: they look at their positions. scratch: 3 floats a position, 5 where
+ * keys are latent */
+TARGET static inline __attribute__((always_inline)) void NAME(look)(
+    const struct attend *job, const int is_bf16, int64_t row, int64_t part, float *scratch)
 {
-    if (job->attention->is_bf16)
-        NAME(look)(job, 1, row, g, scratch);
-    else
-        NAME(look)(job, 0, row, g, scratch);
+    const struct attention *a = job->attention;
+    int64_t W = a->W, share = a->H / looking_parts(a), width = W + a->rotary;
+    int64_t end = job->lengths[row], begin = a->window && end > a->window ? end - a->window : 0, n = end - begin;
+    const int64_t *blocks = job->blocks + job->first_block[row];
+    int64_t *at = (int64_t *)scratch, *rotated_at = at + job->longest;
+    float *scores = (float *)(a->rotary ? rotated_at + job->longest : rotated_at);
+    for (int64_t p = begin; p < end; p++) {
+        int64_t slot = blocks[p / a->block_tokens] * a->block_tokens + p % a->block_tokens;
+        if (a->rotary) {
+            at[p - begin] = slot * W;
+            rotated_at[p - begin] = slot * a->rotary;
+        } else
+            at[p - begin] = (slot * a->G + part) * W;
+    }
+    for (int64_t head = part * share; head < (part + 1) * share; head++) {
+        const float *q = job->q + (row * a->H + head) * width;
+        memset(scores, 0, n * sizeof(float));
+        NAME(score_all)(is_bf16, q, a->keys, at, n, W, a->scaling, scores);
+        if (a->rotary)
+            NAME(score_all)(is_bf16, q + W, a->values, rotated_at, n, a->rotary, a->scaling, scores);
+        NAME(soften)(scores, n, a->sinks ? a->sinks + head : NULL);
+        NAME(mix_all)(is_bf16, scores, a->rotary ? a->keys : a->values, at, n, W, job->out + (row * a->H + head) * W);
+    }
 }
 
-static const struct isa NAME(isa) = {WIDTH,      1, NAME(linear), NAME(gate_up), NAME(down),  NAME(pack),
-                                     NAME(norm), NAME(rotate), NAME(narrow),  NAME(attend), NULL, NULL};
+TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t part, float *scratch)
+{
+    if (job->attention->is_bf16)
+        NAME(look)(job, 1, row, part, scratch);
+    else
+        NAME(look)(job, 0, row, part, scratch);
+}
+
+static const struct isa NAME(isa) = {WIDTH,        1,            NAME(linear), NAME(gate_up), NAME(down), NAME(pack), NAME(norm),
+                                     NAME(centre), NAME(rotate), NAME(narrow), NAME(attend),  NULL,       NULL};
 
 #undef CAT_
 #undef CAT

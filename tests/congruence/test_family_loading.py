@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from collegium.model import native
 from collegium.model.architectures import read_config
 from collegium.model.checkpoint_survey import survey_checkpoint
-from router_svc import library_model
-from router_svc.family import cache_shape, weights_of
+from router_svc import library_model, programs
 from router_svc.family_config import plain_config
 from router_svc.family_loading import FamilyModel, load_family_model
 from router_svc.lengths import served_positions
@@ -36,18 +35,24 @@ def read(folder: Path, dtype: torch.dtype) -> FamilyModel | None:
     return config and load_family_model(folder, config, survey.router, survey.num_experts, dtype)
 
 
+def assert_same(one: object, other: object) -> None:
+    """Two dataclasses of dataclasses, tensors and values."""
+    for field in dataclasses.fields(cast(Any, other)):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(theirs):
+            assert_same(ours, theirs)
+        else:
+            same = torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+            assert same, field.name
+
+
 def assert_same_model(folder: Path, dtype: torch.dtype) -> None:
     config = library_model.config_of(read_config(folder))
     ours, theirs = read(folder, dtype), cast(Any, library_model.load_library_model(folder, config, dtype))
     assert ours is not None
-    for one, other in zip(ours.model.layers, theirs.model.layers, strict=True):
-        read_by_us, read_by_them = (dataclasses.asdict(weights_of(layer)) for layer in (one, other))
-        for name, value in read_by_them.items():
-            same = (
-                torch.equal(read_by_us[name], value) if isinstance(value, torch.Tensor) else read_by_us[name] == value
-            )
-            assert same, name
-        assert cache_shape(cast(Any, one).self_attn) == cache_shape(other.self_attn)
+    read_by_us, read_by_them = (programs.outside(model) for model in (ours, theirs))
+    for one, other in zip(read_by_us.layers, read_by_them.layers, strict=True):
+        assert_same(programs.weights_of(read_by_us, one), programs.weights_of(read_by_them, other))
     assert torch.equal(ours.model.embed_tokens.weight, theirs.model.embed_tokens.weight)
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
     assert torch.equal(ours.model.norm.weight, theirs.model.norm.weight)

@@ -37,24 +37,24 @@ from tests.oracle import Oracle
 from tests.poison import let_go, poisoned
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-FAMILY = ("mixtral", "olmoe", "qwen3_moe")
+ALL = sorted(ARCHITECTURES)
+EACH = [(arch, variant) for arch in ALL for variant in (Variant.BASE, Variant.OTHER)]
+SOME = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")  # plain; shared experts and dense layers; latents; biases
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_the_family_is_computed_leanly_and_everything_else_by_the_modelling_classes(arch: str, oracle: Oracle) -> None:
-    model = load_router_model(oracle.checkpoint(arch), torch.float32, CPU)
-    assert (model.lean is not None) == (arch in FAMILY)
-    if model.lean is not None:  # what was packed is not kept twice
-        names = [name for name, _ in model.model.named_parameters()]
-        assert not [name for name in names if "_proj" in name]
+@pytest.mark.parametrize(("arch", "variant"), EACH)
+def test_every_architecture_is_computed_by_its_program(arch: str, variant: Variant, oracle: Oracle) -> None:
+    model = load_router_model(oracle.checkpoint(arch, variant), torch.float32, CPU)
+    assert model.lean is not None
+    names = [name for name, _ in model.model.named_parameters()]
+    assert not [name for name in names if "_proj" in name]  # what was packed is not kept twice
 
 
-@pytest.mark.parametrize("variant", [Variant.BASE, Variant.OTHER])
-@pytest.mark.parametrize("arch", FAMILY)
+@pytest.mark.parametrize(("arch", "variant"), EACH)
 def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant: Variant, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch, variant)
     references = oracle.choose_prompts(checkpoint, 3, 12)
@@ -76,6 +76,10 @@ def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant
         ("mixtral", Variant.OTHER, False),
         ("olmoe", Variant.OTHER, True),
         ("qwen3_moe", Variant.BASE, False),
+        ("qwen2_moe", Variant.OTHER, True),  # dense layers between, and the first
+        ("deepseek_v2", Variant.OTHER, True),
+        ("glm4_moe", Variant.BASE, False),
+        ("granitemoe", Variant.OTHER, True),
     ],
 )
 def test_steps_in_one_call_answer_the_same_whatever_comes_between(
@@ -138,7 +142,7 @@ def traced_spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     return kept
 
 
-@pytest.mark.parametrize("arch", FAMILY)
+@pytest.mark.parametrize("arch", SOME)
 def test_steps_in_one_call_choose_among_replicas_and_count_as_the_long_way(
     arch: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +174,7 @@ def test_steps_in_one_call_choose_among_replicas_and_count_as_the_long_way(
     assert rows[0] == rows[1]  # chosen alike
 
 
-@pytest.mark.parametrize("arch", FAMILY)
+@pytest.mark.parametrize("arch", SOME)
 def test_steps_in_one_call_foretell_and_tell_workers_as_the_long_way(arch: str, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch)
     references = oracle.choose_prompts(checkpoint, 3, 12)

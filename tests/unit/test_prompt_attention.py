@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from collegium.model import native
-from collegium.model.native.attention import AttentionBlock, AttentionWeights, HeadNorms, Workspace
+from collegium.model.native.layer import AttentionWeights, LayerBlock, LayerWeights, NormWeights, Workspace
 
 LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(
@@ -19,41 +18,34 @@ pytestmark = pytest.mark.skipif(
 D_MODEL = 64
 
 
-def make_block(num_heads: int, num_kv_heads: int, width: int, window: int) -> AttentionBlock:
+def make_block(num_heads: int, num_kv_heads: int, width: int, window: int, sinks: Tensor | None) -> LayerBlock:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.bfloat16)
 
-    return AttentionBlock(
-        AttentionWeights(
-            qkv=zeros((num_heads + 2 * num_kv_heads) * width, D_MODEL),
-            qkv_bias=None,
-            out=zeros(D_MODEL, num_heads * width),
-            out_bias=None,
-            gate=zeros(4, D_MODEL),
-            top_k=2,
-            is_normed=True,
-            input_norm=zeros(D_MODEL),
-            output_norm=zeros(D_MODEL),
-            query_norm=None,
-            key_norm=None,
-            head_norms=HeadNorms.NONE,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_width=width,
-            eps=1e-6,
-            scaling=width**-0.5,
-            window=window,
-        ),
-        16,
+    attention = AttentionWeights(
+        qkv=zeros((num_heads + 2 * num_kv_heads) * width, D_MODEL),
+        out=zeros(D_MODEL, num_heads * width),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_width=width,
+        rotated=width,
+        scaling=width**-0.5,
+        window=window,
+        sinks=sinks,
     )
+    norm = NormWeights(weight=zeros(D_MODEL), eps=1e-6)
+    return LayerBlock(LayerWeights(input_norm=norm, output_norm=norm, attention=attention, gate=None), 16)
 
 
 class Case:
     """A sequence's positions, scattered over the pools, and rows that look at them."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, width: int, window: int, num_positions: int):
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, width: int, window: int, num_positions: int, *, has_sinks: bool = False
+    ):
         generator = torch.Generator().manual_seed(num_positions + 7 * width + window)
-        self.block = make_block(num_heads, num_kv_heads, width, window)
+        self.sinks = 3 * torch.randn(num_heads, generator=generator) if has_sinks else None
+        self.block = make_block(num_heads, num_kv_heads, width, window, self.sinks)
         self.heads, self.kv_heads, self.width, self.window = num_heads, num_kv_heads, width, window
         num_slots = num_positions + 50
         self.pools = [
@@ -68,7 +60,7 @@ class Case:
         self.q = torch.randn(num_positions, num_heads * width, generator=generator)
 
     def attend(self, begin: int, end: int, num_threads: int = 1) -> Tensor:
-        work = Workspace(self.block, end - begin + 1)
+        work = Workspace([self.block], end - begin + 1)
         work.q[1:] = self.q[begin:end]  # behind a row that decodes
         work.attended.fill_(torch.nan)
         assert self.block.attend_prompt(work, 1, end - begin, self.slots[:end].contiguous(), num_threads)
@@ -85,17 +77,21 @@ class Case:
             mask &= at > row - self.window
         share = self.heads // self.kv_heads
         key, value = key.repeat_interleave(share, 0), value.repeat_interleave(share, 0)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        scores = (query @ key.transpose(1, 2) * self.width**-0.5).masked_fill(~mask, -torch.inf)
+        if self.sinks is not None:
+            scores = torch.cat((scores, self.sinks.double()[:, None, None].expand(-1, end - begin, 1)), -1)
+        out = scores.softmax(-1)[..., :end] @ value
         return out.transpose(0, 1).reshape(end - begin, -1).float()
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 37, 128, 200])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 32), (8, 1, 48), (3, 3, 64), (10, 2, 128)])
 def test_it_is_what_torch_says_for_any_heads_windows_and_lengths(
-    heads: int, kv_heads: int, width: int, window: int
+    heads: int, kv_heads: int, width: int, window: int, has_sinks: bool
 ) -> None:
     for num_positions in (1, 2, 31, 33, 128, 129, 300):
-        case = Case(heads, kv_heads, width, window, num_positions)
+        case = Case(heads, kv_heads, width, window, num_positions, has_sinks=has_sinks)
         torch.testing.assert_close(case.attend(0, num_positions), case.expected(0, num_positions), rtol=0.02, atol=0.02)
 
 

@@ -1,7 +1,7 @@
 """Binding to the C loop over a step's layers: attention and gate, exchange with the workers, and on, in one call.
 
 Owns what the loop is told of a model's layers; the exchange is the caller's.
-L layers, T tokens, K top-k, E experts, D model, V vocabulary, W head width.
+L layers that have routed experts, T tokens, K top-k, E experts, D model, V vocabulary, W rotated numbers of a head.
 """
 
 import ctypes
@@ -16,21 +16,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from collegium.model import native
-from collegium.model.native.attention import AttentionBlock, DecodeTables, Workspace
 from collegium.model.native.dispatch import Copies
 from collegium.model.native.exchange import Exchange
+from collegium.model.native.layer import DecodeTables, FinalNorm, LayerBlock, Workspace
+
+_NO_MEMORY = -2
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("exchange", "layers", "worker_of")),
-        *((name, c_int64) for name in ("L", "timeout_us")),
+        *((name, c_void_p) for name in ("exchange", "blocks", "layers", "worker_of")),
+        *((name, c_int64) for name in ("num_blocks", "L", "timeout_us")),
         *((name, c_void_p) for name in ("decode", "prefill", "activations")),
         *((name, c_void_p) for name in ("embedding", "cos_table", "sin_table", "tokens", "positions", "final_norm")),
         *((name, c_void_p) for name in ("h", "cos", "sin")),
-        *((name, c_void_p) for name in ("slots", "blocks", "first_block", "lengths", "q", "attended", "scratch")),
-        *((name, c_int64) for name in ("layer", "blocked_ns", "away_ns", "num_threads", "W")),
-        ("eps", c_double),
+        *((name, c_void_p) for name in ("slots", "kv_blocks", "first_block", "lengths", "q", "attended", "scratch")),
+        *((name, c_int64) for name in ("block", "layer", "blocked_ns", "away_ns", "num_threads", "W")),
+        ("embedding_scale", c_double),
         ("copies", c_void_p),
         ("activation_rows", c_double),
         *((name, c_void_p) for name in ("workers", "counts", "order", "work", "visits", "given")),
@@ -104,41 +106,45 @@ class CopyTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWeights:
-    """What a step needs of a model beside its layers: embedding [V, D] in the model's type, final_norm [D] float32."""
+    """What a step needs of a model beside its layers: embedding [V, D] in the model's type."""
 
     embedding: Tensor
-    final_norm: Tensor
-    eps: float
-    head_width: int
+    embedding_scale: float
+    final_norm: FinalNorm
+    rotated: int
 
 
 class DecodeStep:
     """Steps of so many decode rows, one after another, on their way through the layers.
 
-    `layer` is the next one that is to be computed. Memory is kept from step to step.
+    `block` is the model's next layer that is to be computed, `layer` the next that has routed experts, as everyone else
+    counts layers. Memory is kept from step to step.
     """
 
-    def __init__(self, blocks: Sequence[AttentionBlock], weights: StepWeights, num_rows: int):
+    def __init__(self, blocks: Sequence[LayerBlock], weights: StepWeights, num_rows: int):
         """Take memory for `num_rows` rows."""
-        self.work = work = Workspace(blocks[0], num_rows)
-        self.num_layers, self.num_rows, self.top_k = len(blocks), num_rows, blocks[0].top_k
-        self.cos, self.sin = torch.empty(2, num_rows, weights.head_width)
+        self.work = work = Workspace(blocks, num_rows)
+        sparse = [block for block in blocks if block.num_experts]
+        self.num_layers, self.num_rows, self.top_k = len(sparse), num_rows, sparse[0].top_k
+        self.cos, self.sin = torch.empty(2, num_rows, weights.rotated)
         self.ids = np.empty((num_rows, self.top_k), np.int64)
         self.weights = np.empty((num_rows, self.top_k), np.float32)
         self._y = torch.empty_like(work.x)
-        self._layers = np.array([block.address for block in blocks], np.int64)
+        self._addresses = [np.array([block.address for block in some], np.int64) for some in (blocks, sparse)]
         self._told = (work.x.data_ptr(), self._y.data_ptr(), self.ids.ctypes.data, self.weights.ctypes.data)
         self._kept: tuple[object, ...] = ()
         self._choosing: tuple[object, ...] = ()
         self._fits = (0, 0, 0)  # workers, experts and copies
         self._blocks, self._weights = blocks, weights
         self._call = _Step(
-            layers=self._layers.ctypes.data,
-            L=len(blocks),
+            blocks=self._addresses[0].ctypes.data,
+            layers=self._addresses[1].ctypes.data,
+            num_blocks=len(blocks),
+            L=len(sparse),
             embedding=weights.embedding.data_ptr(),
-            final_norm=weights.final_norm.data_ptr(),
-            eps=weights.eps,
-            W=weights.head_width,
+            embedding_scale=weights.embedding_scale,
+            final_norm=weights.final_norm.address,
+            W=weights.rotated,
             h=work.h.data_ptr(),
             cos=self.cos.data_ptr(),
             sin=self.sin.data_ptr(),
@@ -158,24 +164,35 @@ class DecodeStep:
     ) -> None:
         """Open a step of tokens [T] at positions [T], both int64; rotation: cosines and sines [positions, W] float32.
 
-        slots, tables: as AttentionBlock.project and attend take them.
+        slots, tables: as LayerBlock.project and attend take them.
         """
         call = self._call
         self._kept = (tokens, positions, rotation, slots, tables)
-        call.layer, call.num_threads = 0, num_threads
+        call.block, call.layer, call.num_threads = 0, 0, num_threads
         call.tokens, call.positions, call.slots = tokens.data_ptr(), positions.data_ptr(), slots.data_ptr()
         call.cos_table, call.sin_table = rotation[0].data_ptr(), rotation[1].data_ptr()
-        call.blocks, call.first_block = tables.blocks.ctypes.data, tables.first_block.ctypes.data
+        call.kv_blocks, call.first_block = tables.blocks.ctypes.data, tables.first_block.ctypes.data
         call.lengths = tables.lengths.ctypes.data
 
     @property
     def layer(self) -> int:
-        """The next layer to be computed, or after a call that was disturbed the one whose experts are missing."""
+        """The next layer with experts to be computed, or after a call that was disturbed the one that lacks theirs."""
         return self._call.layer
+
+    @property
+    def block(self) -> int:
+        """The same among all of the model's layers."""
+        return self._call.block
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no layer is left."""
+        return self._call.block == self._call.num_blocks
 
     def add(self, y: Tensor) -> None:
         """Add the sums [T, D] of the layer whose experts were missing, and go on behind it."""
-        self._blocks[self.layer].add(self.work, y)
+        self._blocks[self.block].add(self.work, y)
+        self._call.block += 1
         self._call.layer += 1
 
     def run(
@@ -197,7 +214,7 @@ class DecodeStep:
         each layer chooses as `dispatch.choose` does. foretelling: opened for this step. traced: texts [L, bytes] that
         go with each layer's dispatches, those that begin with 0 do not, and stamps [L, 2] that are written: when its
         rows were sent and were back, in ns of the monotonic clock. The exchange is set but for what a layer sets. Lets
-        go of the interpreter's lock. IndexError where a choice is out of range.
+        go of the interpreter's lock. Raises IndexError where a choice is out of range, and MemoryError.
         """
         call, told = self._call, exchange.call
         told.T, told.num_decode, told.workers = self.num_rows, self.num_rows, None
@@ -213,6 +230,8 @@ class DecodeStep:
             self._fit(told.W, told.E, copies.most)
             call.copies, call.activation_rows = copies.table.ctypes.data, activation_rows
         done = native.struct_function("collegium_step")(ctypes.addressof(call))
+        if done == _NO_MEMORY:
+            raise MemoryError(f"no memory for a step of {self.num_rows} rows")
         if done < 0:
             raise IndexError(f"a choice names an expert or a worker that is not among {told.E} and {told.W}")
         return done == 0
