@@ -1,6 +1,6 @@
 """Write a checkpoint with random weights, for speed alone.
 
-    python benchmarks/make_model.py OUT_DIR [--architecture NAME | --wide LAYERS] [--device cuda]
+    python benchmarks/make_model.py OUT_DIR [--architecture NAME | --wide LAYERS] [--positions N] [--device cuda]
 
 12 layers of width 768, 32 experts of width 768 of which each token wakes 4, vocabulary 4096, bf16: some 700 M
 parameters, 1.4 GB; a Qwen3-MoE, or of another architecture with what is its own. With `--wide`: a Qwen3-MoE of so many
@@ -67,12 +67,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--architecture", choices=sorted(OWN), default="qwen3_moe", metavar="NAME", help=", ".join(OWN))
     parser.add_argument("--wide", type=int, metavar="LAYERS", help="the shape of Qwen3-30B-A3B, with so many layers")
+    parser.add_argument("--positions", type=int, default=SHAPE["max_position_embeddings"], help="the longest sequence")
     parser.add_argument("--device", default="cpu", help="where weights are drawn")
     args = parser.parse_args()
     out: Path = args.out
     torch.manual_seed(0)
     shape = WIDE | {"num_hidden_layers": args.wide} if args.wide else SHAPE
-    shape = shape | OWN[args.architecture]
+    shape = shape | OWN[args.architecture] | {"max_position_embeddings": args.positions}
     config = CONFIG_MAPPING[args.architecture](bos_token_id=1, eos_token_id=2, **shape)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(args.device):

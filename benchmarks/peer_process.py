@@ -1,7 +1,8 @@
 """A peer engine as a process of the serving benchmark, driven by lines of JSON; runs in the peers' environment.
 
-    python peer_process.py vllm|vllm-compile|llama MODEL_DIR_OR_GGUF DTYPE NUM_THREADS
+    python peer_process.py vllm|vllm-compile|openvino|llama MODEL DTYPE NUM_THREADS
 
+MODEL is a checkpoint's folder, for OpenVINO what its exporter made of it, for llama.cpp its GGUF file.
 Imports nothing of this project: vLLM needs another transformers. Reads {"prompts": [...], "max_tokens": n}; writes
 {"seconds": s}. Greedy, no early end, no reuse of a prompt's cache, as for all others.
 """
@@ -20,7 +21,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-_MOST_REQUESTS, _MOST_TOKENS = 64, 512
+_MOST_REQUESTS, _MOST_TOKENS = 64, 1024
 
 Burst = Callable[[list[list[int]], int], None]
 
@@ -73,11 +74,44 @@ def llama(gguf: str, num_threads: int) -> Burst:
     return burst
 
 
+def openvino(model: str, dtype: str, num_threads: int) -> Burst:
+    """OpenVINO GenAI's continuous batching."""
+    import numpy as np
+    import openvino as ov  # type: ignore[import-not-found]
+    import openvino_genai as genai  # type: ignore[import-not-found]
+
+    scheduling: Any = genai.SchedulerConfig()
+    scheduling.cache_size, scheduling.max_num_seqs, scheduling.max_num_batched_tokens = 2, _MOST_REQUESTS, _MOST_TOKENS
+    scheduling.enable_prefix_caching, scheduling.dynamic_split_fuse = False, True
+    precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    properties = {
+        "INFERENCE_NUM_THREADS": str(num_threads),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+    }
+    pipeline: Any = genai.ContinuousBatchingPipeline(model, scheduling, "CPU", properties)
+
+    def burst(prompts: list[list[int]], max_tokens: int) -> None:
+        config: Any = genai.GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = max_tokens
+        config.ignore_eos, config.do_sample = True, False
+        ids = [ov.Tensor(np.array([prompt], dtype=np.int64)) for prompt in prompts]
+        pipeline.generate(ids, [config] * len(prompts))
+
+    return burst
+
+
 def main(engine: str, model: str, dtype: str, num_threads: int) -> None:
     """Serve lines until the input ends."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # engines print to stdout; lines of JSON have one of their own
-    burst = llama(model, num_threads) if engine == "llama" else vllm(model, dtype, is_compiled=engine == "vllm-compile")
+    if engine == "llama":
+        burst = llama(model, num_threads)
+    elif engine == "openvino":
+        burst = openvino(model, dtype, num_threads)
+    else:
+        burst = vllm(model, dtype, is_compiled=engine == "vllm-compile")
     out.write("{}\n")
     out.flush()
     for line in sys.stdin:

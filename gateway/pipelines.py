@@ -25,6 +25,7 @@ GENERIC = "TokenizersBackend"  # takes tokenizer.json as it is
 # unless it is GENERIC.
 CLASSES_BY_MODEL_TYPE: Mapping[str, str] = {
     "dbrx": "GPT2Tokenizer",
+    "ernie4_5_moe": GENERIC,
     "glm4_moe": GENERIC,
     "granitemoe": GENERIC,
     "minimax_m2": GENERIC,

@@ -37,7 +37,7 @@ def window_of(config: PreTrainedConfig | FamilyConfig, layer_idx: int) -> int | 
     match config.model_type:
         case "mixtral" | "qwen3_moe" | "phimoe":
             return config.sliding_window
-        case "qwen2_moe" | "gpt_oss":
+        case "qwen2_moe" | "gpt_oss" | "dots1":
             return config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         case _:
             return None

@@ -6,6 +6,7 @@ what the table cannot say is left to the modelling classes, the reference that t
 H query heads, N plain and P rotated numbers of a latent query's head, C width of latents, D model, E experts.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -127,6 +128,20 @@ PROGRAMS: Mapping[str, Program] = {
     "deepseek_v2": Program(
         rotation=Rotation.COMPLEX, is_interleaved=True, groups=("num_group", "topk_group"), **_DEEPSEEK
     ),
+    "ernie4_5_moe": Program(
+        is_interleaved=True,
+        correction="moe_statics.e_score_correction_bias",
+        norm_power=1.0,
+        shared="shared_experts",
+    ),
+    "hunyuan_v1_moe": Program(
+        head_norms=HeadNorms.PER_ROTATED_HEAD,
+        head_norm_names=("query_layernorm", "key_layernorm"),
+        gate="gate.wg",
+        norm_power=1.0,
+        shared="shared_mlp",
+    ),
+    "dots1": Program(head_norms=HeadNorms.PER_HEAD, **_BY_SIGMOID),
     "deepseek_v3": Program(is_interleaved="rope_interleave", **(_BY_SIGMOID | _DEEPSEEK)),
 }
 
@@ -329,11 +344,14 @@ def _latent(program: Program, attention: Any) -> LatentAttentionWeights:
 
 
 def _gate(program: Program, block: Any) -> GateWeights:
-    gate = _at(block, program.gate)
+    gate, owners = block, [block]
+    for name in program.gate.split("."):
+        gate = getattr(gate, name)
+        owners.insert(0, gate)
     weight = gate.weight.detach()
-    bias, correction = getattr(gate, "bias", None), _find(program.correction, gate, block)
-    num_groups, kept_groups = (int(_number(name, 1, gate)) for name in program.groups or ("", ""))
-    top_k = int(_number("top_k", 0, gate, block))
+    bias, correction = getattr(gate, "bias", None), _find(program.correction, *owners)
+    num_groups, kept_groups = (int(_number(name, 1, *owners)) for name in program.groups or ("", ""))
+    top_k = int(_number("top_k", 0, *owners))
     if program.groups and getattr(gate, "topk_method", "group_limited_greedy") != "group_limited_greedy":
         if gate.topk_method != "greedy":
             raise UnknownPartError(f"its gates choose by {gate.topk_method}")
@@ -341,6 +359,8 @@ def _gate(program: Program, block: Any) -> GateWeights:
     num_groups = max(num_groups, 1)
     if len(weight) % num_groups or not 1 <= top_k <= len(weight) // num_groups * kept_groups:
         raise UnknownPartError(f"its gates choose {top_k} of {kept_groups} groups of {len(weight)} experts")
+    if _number("norm_min", 0.0, *owners) > 1 / len(weight):
+        raise UnknownPartError(f"its gates divide weights by {gate.norm_min} at least")
     if program.gate_kind is GateKind.SPARSE_MIXER and top_k != 2:
         raise UnknownPartError(f"its gates choose {top_k} experts, and know how to choose 2")
     power = program.norm_power
@@ -350,12 +370,12 @@ def _gate(program: Program, block: Any) -> GateWeights:
         correction=None if correction is None else correction.detach().flatten(),
         top_k=top_k,
         kind=program.gate_kind,
-        norm_power=_number(power, 0.0, gate, block) if isinstance(power, str) else power,
-        scale=_number(program.scale, 1.0, gate),
+        norm_power=_number(power, 0.0, *owners) if isinstance(power, str) else power,
+        scale=_number(program.scale, 1.0, *owners),
         num_groups=num_groups,
         kept_groups=kept_groups,
         group_tops=program.group_tops,
-        jitter=_number(program.jitter, 0.0, gate),
+        jitter=_number(program.jitter, 0.0, *owners),
     )
 
 
@@ -406,7 +426,11 @@ def _at(module: Any, path: str) -> Any:
 
 def _find(name: str, *owners: Any) -> Any:
     """Return what the first owner that has something of that name has; None where nobody has, or no name is given."""
-    return next((found for owner in owners if name and (found := getattr(owner, name, None)) is not None), None)
+    for owner in owners if name else ():
+        with contextlib.suppress(AttributeError):
+            if (found := _at(owner, name)) is not None:
+                return found
+    return None
 
 
 def _number(name: str, default: float, *owners: Any) -> float:

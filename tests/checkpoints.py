@@ -115,6 +115,28 @@ _BASE: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "first_k_dense_replace": 1,
     },
+    "dots1": _GQA
+    | {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "sliding_window": None,
+    },
+    "ernie4_5_moe": _GQA
+    | {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "moe_num_experts": 8,
+        "moe_num_shared_experts": 1,
+        "moe_k": 3,
+        "moe_layer_start_index": 1,
+    },
+    "hunyuan_v1_moe": _GQA
+    | {"head_dim": 16, "intermediate_size": 48, "num_experts": 8, "moe_topk": 2},
     "minimax_m2": _GQA
     | {"head_dim": 16, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2},
     "dbrx": _DBRX
@@ -156,13 +178,41 @@ _OTHER: dict[str, dict[str, Any]] = {
     },
     "phimoe": {"num_local_experts": 5, "num_key_value_heads": 4, "num_hidden_layers": 2, "sliding_window": 12},
     "glm4_moe": {"n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3, "use_qk_norm": True},
+    "dots1": {
+        "n_routed_experts": 12,
+        "n_group": 3,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": False,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+        "attention_bias": True,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_num_shared_experts": 0,
+        "moe_k": 1,
+        "moe_layer_interval": 2,
+        "num_hidden_layers": 4,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_moe": {
+        "num_experts": 5,
+        "moe_topk": [3, 3, 3],
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0, "factor": 1.0},
+        "tie_word_embeddings": True,
+    },
     "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 3},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3, "hidden_size": 64}},
 }
 
 ARCHITECTURES = tuple(_BASE)
 
-_GATE = re.compile(r"\.(?:gate|router|router\.layer)\.weight$")
+_GATE = re.compile(r"\.(?:gate|gate\.wg|router|router\.layer)\.weight$")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -160,6 +160,8 @@ def gate_gaps(gate: Any, arguments: Sequence[Any], output: Any) -> Any:
     config_k: int = getattr(gate, "top_k", 0) or gate.num_chosen
     bias = getattr(gate, "e_score_correction_bias", arguments[1] if len(arguments) > 1 else None)
     ranked_by = logits if bias is None else logits.sigmoid() + bias
+    if hasattr(gate, "moe_statics"):
+        ranked_by = gate.moe_statics(logits.softmax(-1))
     num_experts = logits.shape[-1]
     gaps = [torch.full(logits.shape[:1], math.inf)]
 
@@ -200,7 +202,7 @@ def answer_batch(model: Any, prompts: list[list[int]], max_tokens: int, ignore_e
 
     hooks: list[Any] = []
     for module in model.modules():
-        if type(module).__name__.lower().endswith(("topkrouter", "dbrxrouter")):
+        if type(module).__name__.lower().endswith(("topkrouter", "dbrxrouter", "v1gate")):
             if type(module).__name__ == "DbrxRouter":
                 module.num_chosen = model.config.ffn_config.moe_top_k
             hooks.append(module.register_forward_hook(watch))

@@ -78,11 +78,12 @@ _BLOCK = r"^(?:transformer\.)?blocks\.(?P<layer>[0-9]{1,5})\.ffn\.experts\.mlp\.
 _STACKED = {_BLOCK + "w1$": Role.GATE, _BLOCK + "v1$": Role.UP, _BLOCK + "w2$": Role.DOWN}
 
 
-def _per_expert(model_type: str, num_experts_key: str) -> Architecture:
+def _per_expert(model_type: str, num_experts_key: str, top_k_key: str = "num_experts_per_tok") -> Architecture:
     return Architecture(
         model_type=model_type,
         layouts={Layout.PER_EXPERT: _PROJECTIONS, Layout.FUSED: _FUSED},
         num_experts_key=num_experts_key,
+        top_k_key=top_k_key,
     )
 
 
@@ -98,6 +99,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _per_expert("deepseek_v2", "n_routed_experts"),
         _per_expert("deepseek_v3", "n_routed_experts"),
         _per_expert("glm4_moe", "n_routed_experts"),
+        _per_expert("dots1", "n_routed_experts"),
+        _per_expert("ernie4_5_moe", "moe_num_experts", top_k_key="moe_k"),
+        _per_expert("hunyuan_v1_moe", "num_experts", top_k_key="moe_topk"),
         Architecture(
             model_type="granitemoe",
             layouts={Layout.FUSED: _GRANITE | _FUSED},
@@ -120,6 +124,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 # Spellings of one number: transformers 4 and 5 write different ones.
 _SYNONYMS = {
+    "moe_num_experts": "num_experts",
+    "moe_k": "num_experts_per_tok",
+    "moe_topk": "num_experts_per_tok",
     "num_experts": "num_local_experts",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_local_experts",
@@ -204,6 +211,8 @@ def config_int(config: Mapping[str, object], key: str) -> int | None:
         value: object = config
         for part in (name or "").split("."):
             value = cast(Mapping[str, object], value).get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list) and value:  # a checked config has the same for all layers
+            value = cast("list[object]", value)[0]
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None

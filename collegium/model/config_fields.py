@@ -36,6 +36,11 @@ _WHOLE: Mapping[str, tuple[int, int, bool]] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_top_k"), (1, _EXPERTS, False)),
     **dict.fromkeys(("n_group", "topk_group"), (1, _EXPERTS, True)),
     "n_shared_experts": (1, 1024, False),
+    "moe_num_shared_experts": (0, 1024, False),
+    **dict.fromkeys(("moe_k", "moe_topk"), (1, _EXPERTS, False)),
+    "moe_layer_start_index": (0, _LAYERS, False),
+    "moe_layer_end_index": (-1, _LAYERS, False),
+    "moe_layer_interval": (1, _LAYERS, False),
     "first_k_dense_replace": (0, _LAYERS, False),
     "decoder_sparse_step": (1, _LAYERS, False),
     "max_window_layers": (0, _LENGTH, False),
@@ -56,13 +61,15 @@ _NUMBERS: Mapping[str, tuple[float, float]] = {
     "logits_scaling": (1e-6, 1e6),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), (-1e6, 1e6)),
     "routed_scaling_factor": (-1e6, 1e6),
+    "moe_norm_min": (0.0, 1.0),
+    "alpha": (1e-6, 1e9),  # of a dynamic rotation that does not depend on the length
     "moe_normalize_expert_weights": (1e-6, 1e6),  # the p of a norm
     **dict.fromkeys(("initializer_range", "router_aux_loss_coef", "router_jitter_noise"), (-1e6, 1e6)),
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "emb_pdrop", "attn_pdrop"), (0.0, 1.0)),
 }
 _TRUTHS = (
     *("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias", "use_qk_norm", "qkv_bias"),
-    *("use_cache", "output_router_logits", "mlp_bias", "lm_head_bias", "rope_interleave"),
+    *("use_cache", "output_router_logits", "mlp_bias", "lm_head_bias", "rope_interleave", "use_bias"),
 )
 _LISTS = ("layer_types", "mlp_only_layers", "architectures")
 _TEXTS = ("model_type", "hidden_act", "topk_method")
@@ -87,8 +94,11 @@ _CAN_BE_NULL = (
     "moe_normalize_expert_weights",
 )
 # Fields that are each other's names in transformers: which of two different values counted would be chance.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_SAME = (_EXPERT_COUNTS, ("d_model", "hidden_size"), ("n_heads", "num_attention_heads"))
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOPS = ("num_experts_per_tok", "moe_k", "moe_topk")
+# Numbers that some configs give for each layer; all must be one.
+_PER_LAYER = ("moe_topk", "num_experts", "moe_intermediate_size", "num_experts_per_tok")
+_SAME = (_EXPERT_COUNTS, _TOPS, ("d_model", "hidden_size"), ("n_heads", "num_attention_heads"))
 _DENSE = {"deepseek_v3": 3, "glm4_moe": 1}  # first layers without experts where config.json does not say it
 _TOPK_METHODS = ("greedy", "group_limited_greedy")  # of deepseek_v2; deepseek_v3 has one
 _MAX_EOS_IDS = 1024
@@ -100,7 +110,8 @@ def check_config(path: Path, config: Mapping[str, object]) -> None:
     if config.get("per_layer_config") is not None:
         raise CheckpointError(f"{path}: per_layer_config gives layers configs of their own, which is not supported")
     for name, value in _named_fields(path, config):
-        _check_field(path, name, value)
+        if not _is_fixed_rotation(config, name):
+            _check_field(path, name, _of_all_layers(path, name, value))
     for names in _SAME:
         values = {name: config[name] for name in names if config.get(name) is not None}
         if len(set(map(str, values.values()))) > 1:
@@ -126,6 +137,8 @@ def check_generation_config(model_dir: Path) -> dict[str, object]:
 def whole_number(config: Mapping[str, object], name: str) -> int | None:
     """Return a field of a checked config; None if it is absent or null."""
     value = config.get(name)
+    if isinstance(value, list) and name in _PER_LAYER and value:
+        value = cast("list[object]", value)[0]
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -141,12 +154,37 @@ def model_fields(config: Mapping[str, object]) -> dict[str, object]:
 def _as_used(name: str, value: object, config: Mapping[str, object]) -> object:
     if name in _NUMBERS and isinstance(value, int):
         return float(value)
+    if name in _PER_LAYER and isinstance(value, list):
+        return cast("list[object]", value)[0]
     if name == "num_key_value_heads" and value is None:
         return config.get("num_attention_heads")
     if isinstance(value, dict):
         inner = cast("Mapping[str, object]", value)
         return {key: _as_used(key, one, inner) for key, one in inner.items() if name.startswith("rope") or key in USED}
     return value
+
+
+def _of_all_layers(path: Path, name: str, value: object) -> object:
+    """Return the number of a field that gives one for each layer; what is no such field, as it is."""
+    if name not in _PER_LAYER or not isinstance(value, list):
+        return value
+    each = cast("list[object]", value)
+    if not each or any(one != each[0] or type(one) is not type(each[0]) for one in each):
+        raise CheckpointError(f"{path}: {name} is {shown_value(value)}; layers that differ in it are not supported")
+    return each[0]
+
+
+def _is_fixed_rotation(config: Mapping[str, object], name: str) -> bool:
+    """Whether a field names the rotation of Hunyuan's that is called dynamic and is not, for it has an alpha."""
+    outer, _, leaf = name.rpartition(".")
+    if (
+        config.get("model_type") != "hunyuan_v1_moe"
+        or not outer.startswith("rope")
+        or leaf not in ("rope_type", "type")
+    ):
+        return False
+    rope = cast("Mapping[str, object]", config[outer])
+    return rope.get("rope_type", rope.get("type")) == "dynamic" and bool(rope.get("alpha"))
 
 
 def _named_fields(path: Path, config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
@@ -206,7 +244,7 @@ def _check_eos(path: Path, config: Mapping[str, object]) -> None:
 def _check_relations(path: Path, config: Mapping[str, object]) -> None:
     ffn = config.get("ffn_config")
     experts = [whole_number(config, name) for name in _EXPERT_COUNTS]
-    tops = [whole_number(config, "num_experts_per_tok")]
+    tops = [whole_number(config, name) for name in _TOPS]
     if isinstance(ffn, dict):
         experts.append(whole_number(cast("dict[str, object]", ffn), "moe_num_experts"))
         tops.append(whole_number(cast("dict[str, object]", ffn), "moe_top_k"))

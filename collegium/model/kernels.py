@@ -86,6 +86,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._bias = bias
+        self.weight = torch.empty_like(weight, device="meta")  # its shape and type alone, which modelling code asks for
         self.kernel = kernel or (kernel_for(weight.dtype) if weight.device.type == "cpu" else Kernel.TORCH)
         self._library = native.library() if self.kernel is Kernel.NATIVE else None
         with torch.inference_mode():

@@ -17,7 +17,7 @@ from collegium.model.safetensors_files import ITEM_BITS
 
 _LAYER = re.compile(r"(?:model\.|transformer\.)?(?:layers|blocks)\.([0-9]{1,9})\.(.*)", re.DOTALL)
 _EMBEDDING = re.compile(r"(?:model\.|transformer\.)?(?:embed_tokens|wte)\.weight")
-_GATE = re.compile(r"(?:mlp|block_sparse_moe|ffn)\.(?:gate|router|router\.layer)\.weight")
+_GATE = re.compile(r"(?:mlp|block_sparse_moe|ffn)\.(?:gate|gate\.wg|router|router\.layer)\.weight")
 _ATTENTION = re.compile(r"(?:self_attn|norm_attn_norm)\.")
 _PROJECTION = re.compile(r"self_attn\.(q|k|v|o|q_a|q_b|kv_a|kv_b)_proj(?:_with_mqa)?\.weight")
 _SERVED = ("F32", "BF16", "F16", "F64")
@@ -54,6 +54,7 @@ def common_name(key: str) -> str:
     if match is None:
         return key
     rest = match[2].replace("block_sparse_moe.", "mlp.", 1)
+    rest = rest.replace("mlp.moe_statics.", "mlp.gate.moe_statics.", 1)  # of Ernie, whose files leave the gate out
     for gate in ("mlp.router.layer.", "mlp.gate."):
         rest = rest.replace(gate, "mlp.router.", 1) if rest.startswith(gate) else rest
     return f"layers.{match[1]}.{rest}"

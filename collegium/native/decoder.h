@@ -68,15 +68,17 @@ static void clip_row(float *row, int64_t n, float most)
             row[i] = row[i] > most ? most : row[i] < -most ? -most : row[i];
 }
 
-/* Norm some heads and rotate them, in place. */
+/* Norm some heads, where each is, and rotate them, in place. */
 static void turn_heads(const struct rows *rows, int64_t t, float *heads, int64_t num, const struct norm *norm)
 {
     const struct layer *l = rows->layer;
     const float *cos = rows->cos + t * l->rotated, *sin = rows->sin + t * l->rotated;
     for (float *one = heads; one < heads + num * l->head_width; one += l->head_width) {
-        if (norm)
+        if (norm && l->head_norms == EACH_HEAD)
             norm_row(one, one, norm, l->head_width);
         isa->rotate(one + l->rotate_from, cos, sin, l->rotated);
+        if (norm && l->head_norms == EACH_ROTATED)
+            norm_row(one, one, norm, l->head_width);
     }
 }
 
@@ -91,8 +93,8 @@ static void rotate_heads(const struct rows *rows, int64_t t)
         norm_row(k, k, &l->key_norm, num_kv);
     }
     clip_row(row, all, l->clip);
-    turn_heads(rows, t, row, a->H, l->head_norms == EACH_HEAD ? &l->query_norm : NULL);
-    turn_heads(rows, t, k, a->G, l->head_norms == EACH_HEAD ? &l->key_norm : NULL);
+    turn_heads(rows, t, row, a->H, &l->query_norm);
+    turn_heads(rows, t, k, a->G, &l->key_norm);
     memcpy(rows->q + t * num_q, row, num_q * sizeof(float));
     isa->narrow(a->keys, rows->slots[t] * num_kv, k, num_kv, a->is_bf16);
     isa->narrow(a->values, rows->slots[t] * num_kv, k + num_kv, num_kv, a->is_bf16);
@@ -414,7 +416,7 @@ void collegium_output(const struct layer *l, const float *attended, float *h, in
     for_rows(&rows, add_and_norm, num_threads, l->E > 0);
     if (!l->E)
         return;
-    collegium_linear(scratch, D, l->gate.weight, l->gate.bias, scratch + T * D, T, l->E, D, is_bf16, 0, num_threads);
+    collegium_linear(scratch, D, l->gate.weight, l->gate.bias, scratch + T * D, T, l->E, D, l->gate.is_bf16, 0, num_threads);
     for_rows(&rows, ask_gate, num_threads, 0);
 }
 
@@ -456,7 +458,7 @@ void collegium_foretell(const struct layer *l, const void *x, int64_t T, int32_t
     if (is_bf16)
         collegium_widen(scratch, x, T * D);
     float *logits = scratch + T * D, *spare = logits + T * E, *weights = spare + T * E;
-    collegium_linear(is_bf16 ? scratch : x, D, gate->weight, gate->bias, logits, T, E, D, is_bf16, 0, num_threads);
+    collegium_linear(is_bf16 ? scratch : x, D, gate->weight, gate->bias, logits, T, E, D, gate->is_bf16, 0, num_threads);
     for (int64_t t = 0; t < T; t++, logits += E) {
         int is_usable = K <= MOST_FORETOLD;
         for (int64_t e = 0; e < E; e++)

@@ -30,12 +30,13 @@ enum gate_kind {
 };
 
 struct gate {
-    const void *weight, *bias; /* packed [E, D]; [E] in the model's type, or NULL */
+    const void *weight, *bias; /* packed [E, D]; [E] or NULL */
     const float *correction;   /* [E] or NULL */
     int64_t num_groups, kept_groups, group_tops; /* experts in equal groups, of which some are kept, by the sum of their highest */
     int32_t kind;
-    float power; /* chosen weights are divided by their norm of this power; 0: they are not */
-    float scale, jitter;
+    int32_t is_bf16; /* weight and bias: a gate may be float in a model that is not */
+    float power;     /* chosen weights are divided by their norm of this power; 0: they are not */
+    float scale, jitter, unused;
 };
 
 struct expert_shape {
@@ -52,7 +53,7 @@ struct mlp {
     const void *gate; /* packed [1, D]: its sigmoid is the result's weight; NULL: 1 */
 };
 
-enum head_norms { NO_HEAD_NORMS, EACH_HEAD, ALL_HEADS }; /* by a weight [width], by one of all heads as one row */
+enum head_norms { NO_HEAD_NORMS, EACH_HEAD, ALL_HEADS, EACH_ROTATED }; /* by a weight [width], by one of all heads as one row */
 
 struct layer {
     struct attention attention; /* the first: a layer is one too */

@@ -83,10 +83,10 @@ def test_what_fails_while_a_model_loads_is_told_as_what_it_is(
     oracle: Oracle,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checkpoint = oracle.checkpoint("qwen2_moe")  # computed by transformers' own classes
+    checkpoint = oracle.checkpoint("qwen2_moe")  # loaded by transformers, and here computed by its classes as well
     monkeypatch.setattr(model_loader if where == "_move" else library_model, where, failing(error))
     with pytest.raises(FailedPrecondition) as caught:
-        loading.load(Settings(model=checkpoint, threads=1))
+        loading.load(Settings(model=checkpoint, threads=1, modelling="transformers"))
     told = caught.value
     assert (told.reason, told.field) == (reason, field)
     assert words in told.message

@@ -33,6 +33,9 @@ POSITIONS = {
     "MiniMax-M2": 196_608,
     "OLMoE-1B-7B": 4_096,
     "Qwen1.5-MoE-A2.7B": 8_192,
+    "ERNIE-4.5-21B-A3B": 131_072,
+    "Hunyuan-A13B": 32_768,
+    "dots.llm1": 32_768,
 }
 
 

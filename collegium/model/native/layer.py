@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 
 class HeadNorms(IntEnum):
-    """How queries and keys are normed before they are rotated."""
+    """How queries and keys are normed, before they are rotated if nothing else is said."""
 
     NONE = 0
     PER_HEAD = 1  # each head, by one weight [W]
     TOGETHER = 2  # all heads as one row, by a weight [H * W], [G * W]
+    PER_ROTATED_HEAD = 3  # each head, once it is rotated
 
 
 class GateKind(IntEnum):
@@ -66,8 +67,8 @@ class _Gate(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "bias", "correction")),
         *((name, c_int64) for name in ("num_groups", "kept_groups", "group_tops")),
-        ("kind", c_int32),
-        *((name, c_float) for name in ("power", "scale", "jitter")),
+        *((name, c_int32) for name in ("kind", "is_bf16")),
+        *((name, c_float) for name in ("power", "scale", "jitter", "unused")),
     )
 
 
@@ -146,8 +147,8 @@ class LatentAttentionWeights:
 class GateWeights:
     """A layer's gate. Experts may lie in groups, of which some are kept by the sum of their `group_tops` highest."""
 
-    weight: Tensor  # [E, D]
-    bias: Tensor | None = None  # [E]
+    weight: Tensor  # [E, D]; float32 ones of a bfloat16 model stay so
+    bias: Tensor | None = None  # [E], of the same type
     correction: Tensor | None = None  # [E], added for the choice alone
     top_k: int
     kind: GateKind = GateKind.SOFTMAX
@@ -279,6 +280,7 @@ class LayerBlock:
             kept_groups=gate.kept_groups,
             group_tops=gate.group_tops,
             kind=gate.kind,
+            is_bf16=int(gate.weight.dtype == torch.bfloat16),
             power=gate.norm_power,
             scale=gate.scale,
             jitter=gate.jitter,
