@@ -47,7 +47,7 @@ from rich.table import Table
 from benchmarks.conditions import conditions
 from benchmarks.ways import told, told_of_one
 from collegium.cli.cluster import Cluster, ClusterSpec
-from collegium.cli.threads import Allotment
+from collegium.cli.threads import Allotment, allot
 from collegium.client import AsyncClient
 from collegium.fabric.channels import channel as channel_to
 from collegium.model.manifest import ensure_manifest, load_manifest
@@ -431,8 +431,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64, help="with 1 it is the prompts' tokens that are counted")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--router-threads", type=int, default=1)
-    parser.add_argument("--worker-threads", type=int, default=1)
+    parser.add_argument("--router-threads", type=int, default=0, help="0: as `collegium up` shares the cores out")
+    parser.add_argument("--worker-threads", type=int, default=0, help="the same")
     parser.add_argument(
         "--ways",
         default="transformers,cluster,inproc",
@@ -447,6 +447,9 @@ def main() -> None:
     args = parser.parse_args()
     vocab_size = int(json.loads((args.model / "config.json").read_text())["vocab_size"])
     num_cores = os.cpu_count() or 1
+    shared = allot(num_cores, num_routers=1, num_workers=args.workers)
+    args.router_threads = args.router_threads or shared.per_router
+    args.worker_threads = args.worker_threads or shared.per_worker
     facts = conditions(
         model=args.model.name,
         dtype=args.dtype,

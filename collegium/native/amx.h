@@ -143,6 +143,21 @@ AMX_TARGET static void amx_narrow(uint16_t *to, const float *from, int64_t K)
         }
 }
 
+/* to, from number `at` on, = from [n], in bfloat16 or as it is */
+AMX_TARGET static void narrow_amx(void *to, int64_t at, const float *from, int64_t n, int is_bf16)
+{
+    if (!is_bf16) {
+        memcpy((float *)to + at, from, (size_t)n * sizeof(float));
+        return;
+    }
+    uint16_t *out = (uint16_t *)to + at;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+    for (; i < n; i++)
+        out[i] = to_bf16(from[i]);
+}
+
 /* The same where it is bfloat16 already. */
 AMX_TARGET static void amx_copy(uint16_t *to, const uint16_t *from, int64_t K)
 {

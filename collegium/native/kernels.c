@@ -140,7 +140,7 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 
 #include "amx.h"
 static const struct isa isa_amx = {32,            TILE_K,        linear_amx,    gate_up_amx,   down_amx,       pack_amx,        norm_avx512,
-                                   centre_avx512, rotate_avx512, narrow_avx512, attend_avx512, pack_positions, attend_positions};
+                                   centre_avx512, rotate_avx512, narrow_amx, attend_avx512, pack_positions, attend_positions};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -501,6 +501,47 @@ static void gathering_task(const void *at, int64_t g)
     for (int64_t task = 0; task * NARROWED_AT_ONCE < rows.R; task++)
         narrowing_task(&rows, task);
 }
+/* An expert with all its rows, from gathering them to their y, by one thread: what lies between is in its own cache. */
+struct alone {
+    const struct gathering *gathering;
+    const int64_t *order; /* the one with the most rows first */
+};
+
+static void alone_task(const void *at, int64_t task)
+{
+    const struct alone *alone = at;
+    const struct experts *job = alone->gathering->job;
+    int64_t g = alone->order[task];
+    gathering_task(alone->gathering, g);
+    isa->gate_up(job, g, 0, panels(job->shape->F));
+    isa->down(job, g, 0, panels(job->shape->D));
+}
+
+enum { ROWS_ALONE = 24, EXPERTS_A_THREAD = 4 };
+
+/* Whether experts are divided among threads, and not each expert: where they are many, and of many rows, of which none has so large
+ * a part that others would wait for it. */
+static int are_alone(const int64_t *counts, int64_t G, int num_threads)
+{
+    int64_t total = 0, most = 0;
+    for (int64_t g = 0; g < G; g++) {
+        total += counts[g];
+        most = counts[g] > most ? counts[g] : most;
+    }
+    return num_threads > 1 && G >= EXPERTS_A_THREAD * num_threads && total >= ROWS_ALONE * G && most * num_threads * 2 <= total;
+}
+
+/* Groups by falling count. */
+static void order_groups(const int64_t *counts, int64_t G, int64_t *order)
+{
+    for (int64_t g = 0; g < G; g++) {
+        int64_t at = g;
+        for (; at > 0 && counts[order[at - 1]] < counts[g]; at--)
+            order[at] = order[at - 1];
+        order[at] = g;
+    }
+}
+
 #endif
 
 /* As collegium_experts. narrow: x as bfloat16, where that is what the kernels read; x is not then. */
@@ -510,10 +551,11 @@ static int compute_experts(const struct expert_shape *shape, const float *x, con
 {
     struct experts job = {shape, x, pair_rows, starts, counts, weights, hidden, y, NULL, NULL, NULL};
     int64_t *places = NULL;
+    int is_done = 0;
 #if defined(__x86_64__)
     if (has_tiles(shape->is_bf16)) { /* what each group reads, one row after another's */
         int64_t stride = padded(shape->D, 1), P = 0;
-        places = malloc((size_t)G * sizeof *places);
+        places = malloc(2 * (size_t)G * sizeof *places);
         for (int64_t g = 0; places && g < G; P += (counts[g++] + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS)
             places[g] = P;
         job.narrow = narrow_rows(P, shape->D);
@@ -526,16 +568,24 @@ static int compute_experts(const struct expert_shape *shape, const float *x, con
             return -1;
         }
         struct gathering gathering = {&job, narrow, stride};
-        run_all(G, gathering_task, &gathering, P * stride < 1 << 17 ? 1 : num_threads, 1);
+        is_done = are_alone(counts, G, num_threads);
+        if (is_done) {
+            struct alone alone = {&gathering, places + G};
+            order_groups(counts, G, places + G);
+            run_all(G, alone_task, &alone, num_threads, 0);
+        } else
+            run_all(G, gathering_task, &gathering, P * stride < 1 << 17 ? 1 : num_threads, 1);
     }
 #else
     (void)narrow;
 #endif
-    struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
-    run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
-    split = divide(&job, shape->D, shape->F, shape->is_bf16);
-    run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
-    atomic_store(&pool.has_more, 0); /* also where the second part had no use for helpers */
+    if (!is_done) {
+        struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
+        run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
+        split = divide(&job, shape->D, shape->F, shape->is_bf16);
+        run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);
+        atomic_store(&pool.has_more, 0); /* also where the second part had no use for helpers */
+    }
     free(places);
     give_scratch(job.narrow);
     give_scratch(job.narrow_hidden);
