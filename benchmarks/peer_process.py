@@ -37,10 +37,11 @@ def vllm(model: str, dtype: str, *, is_compiled: bool) -> Burst:
         enforce_eager=not is_compiled,
         max_num_seqs=_MOST_REQUESTS,
         enable_prefix_caching=False,
+        skip_tokenizer_init=True,  # ids go in and out; some checkpoints have none
     )
 
     def burst(prompts: list[list[int]], max_tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
     return burst

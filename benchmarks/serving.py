@@ -33,7 +33,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import Allotment, allot
 from collegium.client import AsyncClient
 from collegium.fabric.channels import channel as channel_to
+from collegium.model import native
 from collegium.model.manifest import ensure_manifest, load_manifest
 from collegium.v1 import inference_pb2, router_pb2, router_pb2_grpc
 
@@ -144,7 +145,8 @@ def peer(python: Path, engine: str, model: Path, dtype: str, num_threads: int) -
         burst([[FIRST_PLAIN_ID] * 4], 4)  # what it compiles at its first request is not measured
         yield burst
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -361,6 +363,10 @@ def claims(results: Sequence[Result], facts: Mapping[str, object]) -> Iterator[s
         if isinstance(bounds, dict):
             bound = float(bounds[count])
             parts.append(f"{100 * speeds['cluster'] / bound:.0f} % of the {bound:.0f} tokens/s that bandwidth allows")
+        peak, work = facts.get("peak_tflop_s"), facts.get("gflop_a_token")
+        if isinstance(peak, float) and isinstance(work, float):
+            share = speeds["cluster"] * work * 1e9 / (peak * 1e12)
+            parts.append(f"{100 * share:.0f} % of the {peak:.1f} TFLOP/s that the units do without memory")
         if "inproc" in speeds:
             parts.append(f"{speeds['cluster'] / speeds['inproc']:.2f}x the same code in one process")
         yield f"{count} requests: the cluster at " + ", ".join(parts)
@@ -394,6 +400,23 @@ def bytes_per_step(model: Path, num_requests: int, item_bytes: int) -> float:
         for layer in manifest.layers
     )
     return item_bytes * (rest + active * manifest.num_params)
+
+
+def flops_per_token(model: Path) -> float:
+    """Floating-point operations of a prompt's token in matrices: attention's, gates', those of the chosen experts."""
+    manifest = load_manifest(ensure_manifest(model))
+    chosen = manifest.top_k * manifest.num_params * len(manifest.layers)
+    rest = bytes_per_step(model, 0, 1) - _head_size(model)
+    return 2 * (rest + chosen)
+
+
+def _head_size(model: Path) -> int:
+    for file in model.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        if "lm_head.weight" in header:
+            return math.prod(header["lm_head.weight"]["shape"])
+    return 0
 
 
 def show(results: list[Result], facts: dict[str, object]) -> None:
@@ -498,6 +521,12 @@ def main() -> None:
             count: round(count * bandwidth / bytes_per_step(args.model, count, item_bytes))
             for count in args.concurrency
         }
+    if args.device == "cpu" and args.max_tokens == 1 and (library := native.library()) is not None:
+        import torch
+
+        facts["isa"] = library.isa
+        facts["peak_tflop_s"] = round(library.peak_flops(getattr(torch, args.dtype), num_cores) / 1e12, 2)
+        facts["gflop_a_token"] = round(flops_per_token(args.model) / 1e9, 3)
     if args.json:
         sys.stdout.write(json.dumps({"conditions": facts, "results": [asdict(r) for r in results]}) + "\n")
     else:

@@ -358,6 +358,28 @@ AMX_TARGET static void down_amx(const struct experts *job, int64_t g, int64_t be
     _tile_release();
 }
 
+/* Products of tiles without memory: returns how many floating-point operations were done. */
+AMX_TARGET static double peak_amx(int64_t rounds)
+{
+    set_tiles(TILE_ROWS);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t r = 0; r < rounds; r++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+    return (double)rounds * 4 * 2 * TILE_ROWS * 16 * TILE_K;
+}
+
 static void pack_amx(void *to, const void *from, int64_t O, int64_t K, int is_bf16)
 {
     if (!is_bf16) {

@@ -93,6 +93,7 @@ struct isa {
     void (*attend)(const struct attend *, int64_t, int64_t, float *);
     void (*pack_positions)(const struct prompt *, int64_t, int64_t);
     void (*attend_positions)(const struct prompt *, int64_t, int64_t, int64_t); /* NULL: attention over prompts is not ours */
+    double (*peak)(int64_t);
 };
 
 static inline float from_bf16(uint16_t bits)
@@ -140,7 +141,8 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 
 #include "amx.h"
 static const struct isa isa_amx = {32,            TILE_K,        linear_amx,    gate_up_amx,   down_amx,       pack_amx,        norm_avx512,
-                                   centre_avx512, rotate_avx512, narrow_amx, attend_avx512, pack_positions, attend_positions};
+                                   centre_avx512, rotate_avx512, narrow_amx, attend_avx512, pack_positions, attend_positions,
+                                   peak_amx};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -148,7 +150,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 17;
+    return 18;
 }
 
 #if defined(__x86_64__)
@@ -375,6 +377,36 @@ int64_t collegium_packed_bytes(int64_t O, int64_t K, int is_bf16)
 void collegium_pack(void *to, const void *from, int64_t O, int64_t K, int is_bf16)
 {
     isa->pack(to, from, O, K, is_bf16);
+}
+
+struct peak {
+    int64_t rounds;
+    int is_bf16;
+    double done[64];
+};
+
+static void peak_task(const void *at, int64_t task)
+{
+    struct peak *peak = (struct peak *)at;
+#if defined(__x86_64__)
+    if (isa == &isa_amx && !peak->is_bf16) { /* which float32 is computed by */
+        peak->done[task] = peak_avx512(peak->rounds);
+        return;
+    }
+#endif
+    peak->done[task] = isa->peak(peak->rounds);
+}
+
+/* How many floating-point operations the units in use do at most, without memory: the number that was done by so many threads, at
+ * most 64, in rounds. Who calls measures the time. */
+double collegium_peak(int64_t rounds, int is_bf16, int num_threads)
+{
+    struct peak peak = {rounds, is_bf16, {0}};
+    double total = 0;
+    run_all(num_threads, peak_task, &peak, num_threads, 0);
+    for (int i = 0; i < num_threads; i++)
+        total += peak.done[i];
+    return total;
 }
 
 /* to [n] float32 = from [n] bfloat16 */

@@ -524,8 +524,25 @@ TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t p
         NAME(look)(job, 0, row, part, scratch);
 }
 
+/* Multiply-adds without memory: returns how many floating-point operations were done. */
+TARGET static double NAME(peak)(int64_t rounds)
+{
+    VF sums[12], x = (VF){0} + 1e-3f, y = (VF){0} + 0.5f;
+    for (int i = 0; i < 12; i++)
+        sums[i] = (VF){0} + (float)i;
+    for (int64_t r = 0; r < rounds; r++)
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++)
+            sums[i] = sums[i] * y + x;
+    float total = 0;
+    for (int i = 0; i < 12; i++)
+        total += sums[i][0];
+    return total > 1e30f ? 0 : (double)rounds * 12 * LANES * 2;
+}
+
 static const struct isa NAME(isa) = {WIDTH,        1,            NAME(linear), NAME(gate_up), NAME(down), NAME(pack), NAME(norm),
-                                     NAME(centre), NAME(rotate), NAME(narrow), NAME(attend),  NULL,       NULL};
+                                     NAME(centre), NAME(rotate), NAME(narrow), NAME(attend),  NULL,       NULL,
+                                     NAME(peak)};
 
 #undef CAT_
 #undef CAT

@@ -207,6 +207,31 @@ def test_the_number_of_threads_changes_no_bit_and_x_is_free_once_the_run_has_beg
             torch.testing.assert_close(answer, answers[0], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("chosen", PACKING, ids=names(PACKING), indirect=True)
+def test_many_experts_of_many_rows_are_divided_among_threads_and_no_bit_changes(chosen: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    experts = [PackedExpert(make_expert(generator, chosen, 96, 70, True)) for _ in range(13)]
+    x = random(generator, chosen, 90, 96)
+    rng = np.random.default_rng(2)
+    counts = [30, 90, 1, 24, 55, 31, 32, 33, 64, 17, 2, 40, 45]
+    pair_rows = np.concatenate([rng.permutation(90)[:count] for count in counts])
+    weights = rng.random(len(pair_rows), dtype=np.float32)
+    answers: list[Tensor] = []
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3, 2):
+            torch.set_num_threads(num_threads)
+            answers.append(run_experts(x, experts, counts, pair_rows, weights, FORMS[0]))
+    finally:
+        torch.set_num_threads(threads)
+    assert answers[0].any()
+    for answer in answers:
+        if kernel_for(chosen) is Kernel.NATIVE:
+            assert torch.equal(answer, answers[0])
+        else:
+            torch.testing.assert_close(answer, answers[0], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collegium.native, "ABI", collegium.native.ABI + 1)

@@ -13,8 +13,9 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_void_p
 
 import numpy as np
 import torch
@@ -216,6 +217,16 @@ class Library:
         ):
             raise MemoryError(f"no memory to sort {len(pair_rows)} pairs by row")
         return out
+
+    def peak_flops(self, dtype: torch.dtype, num_threads: int) -> float:
+        """Measure the operations a second that the units in use do at most for a type, without memory."""
+        declare(self._lib, "collegium_peak", c_double, [c_int64, c_int, c_int])
+        best = 0.0
+        for _ in range(5):
+            began = time.perf_counter()
+            done: float = self._lib.collegium_peak(1_000_000, _is_bf16(dtype), min(num_threads, 64))
+            best = max(best, done / (time.perf_counter() - began))
+        return best
 
     def _check(self) -> None:
         """Compute something small in every way and compare, so that a miscompiled library is never used."""
