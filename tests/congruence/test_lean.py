@@ -39,6 +39,8 @@ from tests.poison import let_go, poisoned
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ALL = sorted(ARCHITECTURES)
 EACH = [(arch, variant) for arch in ALL for variant in (Variant.BASE, Variant.OTHER)]
+# The classes are the other way alone: one variant of each says that it is there.
+IN_TURN = [(arch, (Variant.BASE, Variant.OTHER)[number % 2]) for number, arch in enumerate(ALL)]
 SOME = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")  # plain; shared experts and dense layers; latents; biases
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_every_architecture_is_computed_by_its_program(arch: str, variant: Varia
     assert not [name for name in names if "_proj" in name]  # what was packed is not kept twice
 
 
-@pytest.mark.parametrize(("arch", "variant"), EACH)
+@pytest.mark.parametrize(("arch", "variant"), IN_TURN)
 def test_the_modelling_classes_answer_the_same_when_asked_for(arch: str, variant: Variant, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch, variant)
     references = oracle.choose_prompts(checkpoint, 3, 12)
