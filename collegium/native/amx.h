@@ -421,7 +421,7 @@ AMX_TARGET static void pack_positions(const struct prompt *job, int64_t g, int64
                 const struct by_position *part = job->key + which;
                 int64_t within = which ? pair - job->key[0].width : pair, is_there = within < part->width;
                 const int64_t *rows = at[part->is_by_slot];
-                const uint16_t *from = part->rows + g * part->step + within;
+                const uint16_t *from = is_there ? part->rows + g * part->step + within : NULL;
                 for (int64_t p = half; p < half + 16; p++, key++) {
                     *key = 0;
                     if (is_there && rows[p] >= 0)

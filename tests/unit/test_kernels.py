@@ -250,7 +250,10 @@ def test_every_other_instruction_set_of_this_machine_passes(isa: str) -> None:
     library = native.library()
     if library is not None and library.isa == isa:
         pytest.skip("it is the one under test")
-    chosen = "formula or company or number_of_rows or threads or far_out or not_a_number"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    chosen = (
+        "formula or company or number_of_rows or threads or far_out or not_a_number or decode_rows or latent or share"
+    )
+    files = [__file__, str(Path(__file__).with_name("test_layers.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stdout[-3000:]
