@@ -5,15 +5,15 @@ import importlib
 import sys
 
 from collegium.fabric import lifecycle, logs, settings
-from collegium.fabric.idle import run_idle
+from collegium.fabric.low_priority import run_low
 from expert_svc.settings import Settings
 
 
 async def serve(config: Settings, stop: lifecycle.Stop) -> None:
     """Import what computes, and serve until stopped."""
     if config.idle_start:  # importing torch takes seconds of a core that others serve with
-        importlib.import_module("numpy")  # it may start threads of its own, which must not stay in the idle class
-        await asyncio.to_thread(run_idle, lambda: importlib.import_module("expert_svc.app"), "import")
+        importlib.import_module("numpy")  # it may start threads of its own, which must not keep the low priority
+        await asyncio.to_thread(run_low, lambda: importlib.import_module("expert_svc.app"), "import")
     from expert_svc.app import main
 
     lifecycle.keep_imports()

@@ -226,7 +226,13 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
 
         loop.start()
         _log.info("listening", address=bound, data=tcp_address, experts=sum(len(x.experts) for x in manifest.layers))
-        keeper = HomeKeeper(buffer, membership, on_ready, num_experts=[len(layer.experts) for layer in manifest.layers])
+        keeper = HomeKeeper(
+            buffer,
+            membership,
+            on_ready,
+            num_experts=[len(layer.experts) for layer in manifest.layers],
+            stands_back=config.idle_start,
+        )
         follower = asyncio.create_task(keeper.follow(), name="homes")
         follower.add_done_callback(lambda task: None if task.cancelled() else stop.request())
         try:

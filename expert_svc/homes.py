@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from collegium.buffering.policies import ExpertId
 from collegium.fabric import logs
-from collegium.fabric.idle import run_idle
 from collegium.fabric.leases import Membership
+from collegium.fabric.low_priority import run_low
 from collegium.fabric.views import from_proto
 from collegium.model.architectures import CheckpointError
 from collegium.model.placement import Placement
@@ -34,13 +34,16 @@ class HomeKeeper:
         on_ready: Callable[[], None],
         *,
         num_experts: Sequence[int] | None = None,
+        stands_back: bool = False,
     ):
         """`on_ready` is called whenever a view is taken, once a plan has named this worker and its homes are warm.
 
-        `num_experts`: by MoE layer of the model; None: whatever a placement lists.
+        `num_experts`: by MoE layer of the model; None: whatever a placement lists. `stands_back`: others serve already,
+        and the first homes are loaded at low priority too, as all later ones are.
         """
         self._num_experts = None if num_experts is None else list(num_experts)
         self._buffer, self._membership, self._on_ready = buffer, membership, on_ready
+        self._stands_back = stands_back
         self._ready_plan = 0
 
     async def follow(self) -> None:
@@ -96,7 +99,10 @@ class HomeKeeper:
         if all(self._buffer.is_resident(expert_id) for expert_id in wanted):
             return True
         try:
-            await asyncio.to_thread(run_idle, lambda: self._buffer.warm(wanted, progress), "warm")
+            if self._stands_back or self._ready_plan:
+                await asyncio.to_thread(run_low, lambda: self._buffer.warm(wanted, progress), "warm")
+            else:  # nobody serves yet
+                await asyncio.to_thread(self._buffer.warm, wanted, progress)
         except CheckpointError as error:
             _log.error("an expert cannot be loaded; the worker stays out of the plan", why=str(error), epoch=epoch)
             await asyncio.sleep(_RETRY_S)

@@ -28,7 +28,7 @@ class Settings(ServiceSettings):
         "HOST:PORT that routers reach the data port at, port 0: the bound one; empty: the bound address", default=""
     )
     idle_start: bool = setting(
-        "start in the scheduler's idle class: a worker that is added must not take the core from those that serve",
+        "start at low priority: a worker that is added must not take the core from those that serve",
         default=False,
     )
     failure_domain: str = setting(
