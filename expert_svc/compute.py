@@ -142,6 +142,7 @@ class ComputeLoop:
             with torch.inference_mode():
                 while not self._stopping.is_set():
                     self._turn()
+                self._look(Why(0))  # what the last batch has noted
         except LinkClosed:
             pass  # the port was closed: nothing more can arrive
         except BaseException as error:

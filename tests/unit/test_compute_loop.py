@@ -17,6 +17,7 @@ from collegium.link.tcp import SocketLink
 from collegium.link.tcp_port import TcpPort
 from collegium.model.experts import PackedExpert, run_experts
 from collegium.model.weights import ExpertWeights
+from collegium.native.worker_end import Span
 from expert_svc.buffer import Visit
 from expert_svc.compute import ComputeLoop
 from expert_svc.residents import Residents
@@ -70,7 +71,15 @@ class Worker:
         assert isinstance(link, SocketLink)
         return link
 
-    def send(self, router: int, layer: int, experts: Sequence[int], seq: int = 1, num_prompt_rows: int = 0) -> None:
+    def send(
+        self,
+        router: int,
+        layer: int,
+        experts: Sequence[int],
+        seq: int = 1,
+        num_prompt_rows: int = 0,
+        traceparent: str = "",
+    ) -> None:
         """Send one row that chose these experts."""
         num = len(experts)
         self.routers[router].send(
@@ -84,6 +93,7 @@ class Worker:
                 pair_weights=np.ones(num, np.float32),
                 x=torch.ones(1, MANIFEST.d_model),
                 num_prompt_rows=num_prompt_rows,
+                traceparent=traceparent,
             )
         )
 
@@ -175,6 +185,18 @@ def test_a_reply_names_the_experts_of_its_own_dispatch_that_had_to_be_loaded(sta
     assert worker.answer(0, seq=2) == (Status.OK, [], "")
     worker.loop.stop()  # what the end has noted is told within a tenth of a second, or when it stops
     assert (rig.totals.hits, rig.totals.misses) == (4, 2)
+
+
+def test_the_last_batch_before_a_stop_is_traced_as_any_other(start: Callable[[Rig], Worker]) -> None:
+    rig = Rig(8)
+    worker, spans = start(rig), list[Span]()
+    worker.loop._on_traced = spans.extend
+    rig.source.during = lambda expert_id: worker.loop._stopping.set()
+    worker.send(0, 0, [1], traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
+    worker.loop.start()
+    assert worker.answer(0) == (Status.OK, [1], "")
+    worker.loop.stop()
+    assert [span.layer for span in spans] == [0]
 
 
 def test_hints_are_heard_and_hits_are_computed_while_a_load_is_waited_for(start: Callable[[Rig], Worker]) -> None:
