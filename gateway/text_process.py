@@ -28,6 +28,7 @@ _WALL_FACTOR = 10
 _WAITING_SHARE = 4
 # A job whose caller has gone may end by itself within this time, which costs less than another process.
 _GRACE_S = 0.1
+_DYING_S = 2.0  # from the end of its pipes to its own
 _ROOT = str(Path(collegium.__file__).resolve().parent.parent)
 _log = logs.get("gateway.texts")
 
@@ -141,8 +142,13 @@ class TextProcess:
             self._kill()
             return "time"
         except (asyncio.IncompleteReadError, ConnectionError, RuntimeError):  # uvloop's own, of a pipe that has closed
-            self._kill()
-            status = await process.wait()
+            # Waited for before anything is sent to it: asyncio's own processes lose their status if a signal finds them dead.
+            try:
+                async with asyncio.timeout(_DYING_S):
+                    status = await process.wait()
+            except TimeoutError:  # it has closed its pipes, and lives
+                process.kill()
+                status = await process.wait()
             if status == 3:
                 raise Unavailable(
                     "the checkpoint's tokenizer could not be loaded again; its files have changed or are gone",
