@@ -51,6 +51,9 @@ class Request:
     num_logprobs: int | None = None
     after_tokens: int = 0  # submitted once all earlier requests together have so many tokens
     is_score: bool = False
+    source_ids: Seq[int] = ()  # of a model with an encoder; the prompt is its decoder's
+    forced: Seq[int] = ()  # what an output begins with
+    eos_ids: Seq[int] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +113,7 @@ class OneProcess:
             foresight=foresight if can_prefetch else None,
             num_ahead=num_hinted_layers,
             memory=TokenMemory(num_layers=min(num_hinted_layers, num_layers))
-            if can_prefetch and unsafe_routing is None
+            if can_prefetch and unsafe_routing is None and self.model.both is None
             else None,
         )
         self.workers: list[ComputeLoop] = []
@@ -231,12 +234,15 @@ class OneProcess:
                     choice_index=choice,
                     prompt_ids=list(request.prompt_ids),
                     sampling=request.sampling,
-                    rules=StopRules(max_tokens=request.max_tokens),
+                    source_ids=list(request.source_ids),
+                    rules=StopRules(max_tokens=request.max_tokens, eos_ids=frozenset(request.eos_ids)),
                     num_logprobs=request.num_logprobs,
                     is_score=request.is_score,
                     leader=sequences[0] if sequences else None,
                 )
             )
+            for token in request.forced:
+                sequences[-1].force(token)
         self.engine.commands.submit(sequences)
         return request_id
 

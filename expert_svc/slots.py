@@ -8,34 +8,22 @@ expert.
 import torch
 
 from collegium.fabric import logs
-from collegium.model.architectures import Layout
 from collegium.model.device_experts import DeviceSlots
 from collegium.model.experts import PackedExpert
 from collegium.model.manifest import Manifest
-from collegium.model.weights import ExpertWeights
+from collegium.model.weights import empty_weights
 
 _log = logs.get("slots")
 
 
 def blank_slot(manifest: Manifest, dtype: torch.dtype) -> PackedExpert:
     """Make a slot; its memory is touched, so that it is there when it is needed."""
-    return PackedExpert(_blank(manifest, dtype))
-
-
-def _blank(manifest: Manifest, dtype: torch.dtype) -> ExpertWeights:
-    d_model, d_ffn = manifest.d_model, manifest.d_ffn
-    has_bias = manifest.layout == Layout.FUSED_TRANSPOSED
-    return ExpertWeights(
-        gate_up=torch.zeros(2 * d_ffn, d_model, dtype=dtype),
-        down=torch.zeros(d_model, d_ffn, dtype=dtype),
-        gate_up_bias=torch.zeros(2 * d_ffn, dtype=dtype) if has_bias else None,
-        down_bias=torch.zeros(d_model, dtype=dtype) if has_bias else None,
-    )
+    return PackedExpert(empty_weights(manifest, dtype))
 
 
 def bytes_on_device(manifest: Manifest, dtype: torch.dtype) -> int:
     """Say what a slot takes in a device's memory, where nothing is packed."""
-    blank = _blank(manifest, dtype)
+    blank = empty_weights(manifest, dtype)
     parts = (blank.gate_up, blank.down, blank.gate_up_bias, blank.down_bias)
     return sum(part.nbytes for part in parts if part is not None)
 
@@ -53,14 +41,14 @@ class Slots:
         if device is not None:
             if num_slots is None:
                 raise ValueError("slots on a device are made at the start: say how many")
-            self.slab = DeviceSlots(_blank(manifest, dtype), num_slots=num_slots, device=device)
+            self.slab = DeviceSlots(empty_weights(manifest, dtype), num_slots=num_slots, device=device)
             if self.slab.is_cuda:
                 forms = {str(rows): form.name for rows, form in self.slab.calibrate().items()}
                 _log.info("kernel forms by rows of an expert", device=str(device), **forms)
             self._free: list[PackedExpert] = [*self.slab.slots]
             self.num_made, self.slot_bytes = num_slots, bytes_on_device(manifest, dtype)
             return
-        blank = _blank(manifest, dtype)  # one for all: freed between them, it would leave holes in the heap
+        blank = empty_weights(manifest, dtype)  # one for all: freed between them, it would leave holes in the heap
         self._free = [PackedExpert(blank) for _ in range(num_slots or 0)]
         self.num_made = len(self._free)
         self.slot_bytes = (self._free[0] if self._free else blank_slot(manifest, dtype)).num_bytes

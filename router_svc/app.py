@@ -10,6 +10,7 @@ from collegium.fabric.errors import FailedPrecondition
 from collegium.fabric.faults import Faults
 from collegium.fabric.leases import Membership
 from collegium.fabric.model_shape import shape_of
+from collegium.model.encoder_decoder import SWITCH
 from collegium.model.manifest import Manifest
 from collegium.v1 import balancer_pb2, inference_pb2, router_pb2_grpc
 from router_svc.counters import read_counters
@@ -46,18 +47,21 @@ def plan_memory(config: Settings, model: RouterModel) -> tuple[int, int]:
             "add the rope_scaling that it names to config.json",
         )
     longest = config.max_model_len or model.max_positions
-    num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_blocks_for(longest))
-    if num_blocks < num_blocks_for(longest):
-        if config.max_model_len or num_blocks < 1:
+    num_parts = 1 if model.both is None else 2  # a source beside a target, each as long as that
+    num_blocks = min(config.kv_memory // per_block, config.max_num_seqs * num_parts * num_blocks_for(longest))
+    if num_blocks < num_parts * num_blocks_for(longest):
+        if config.max_model_len or num_blocks < num_parts:
             raise FailedPrecondition(
                 f"--kv-memory {config.kv_memory} holds {num_blocks * BLOCK_TOKENS} tokens, "
-                f"one sequence may have {longest}",
+                f"one sequence may have {longest}" + (" and as many of its source" if model.both else ""),
                 reason="KV_MEMORY_TOO_SMALL",
                 field="--kv-memory",
-                remedy=f"give at least {num_blocks_for(longest) * per_block} bytes, or lower --max-model-len",
+                remedy=f"give at least {num_parts * num_blocks_for(longest) * per_block} bytes, or lower "
+                "--max-model-len",
             )
-        longest = num_blocks * BLOCK_TOKENS
-        _log.warning("--kv-memory is less than one longest sequence; sequences are shortened", max_model_len=longest)
+        longest = num_blocks // num_parts * BLOCK_TOKENS
+        say = _log.info if model.model_type == SWITCH else _log.warning  # whose positions have no bound but this
+        say("--kv-memory is less than one longest sequence; sequences are shortened", max_model_len=longest)
     return num_blocks, longest
 
 
@@ -89,6 +93,9 @@ def describe(config: Settings, model: RouterModel, manifest: Manifest, max_model
         dtype=str(model.dtype).removeprefix("torch."),
         digest=manifest.digest,
         parts=manifest.parts,
+        is_encoder_decoder=model.both is not None,
+        decoder_start_id=0 if model.both is None else model.both.start_id,
+        forced_id=model.forced_id,
     )
 
 
@@ -130,8 +137,13 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         timeout_s=config.expert_timeout_s,
         on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
         num_ahead=config.prefetch_layers,
-        foresight=Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device) if can_foretell else None,
-        memory=TokenMemory(num_layers=min(config.prefetch_layers, len(model.moe_layers))) if can_foretell else None,
+        foresight=Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device)
+        if can_foretell and model.both is None
+        else None,
+        # An encoder's layers come first, and a decoder's token says nothing of their choices.
+        memory=TokenMemory(num_layers=min(config.prefetch_layers, len(model.moe_layers)))
+        if can_foretell and model.both is None
+        else None,
     )
     num_threads = config.threads or torch.get_num_threads()
     engine = Engine(

@@ -89,6 +89,7 @@ class Engine:
             num_blocks=num_blocks,
             num_micro_batches=num_micro_batches,
             unsafe_routing=unsafe_routing,
+            most_rows=max_batch_tokens,
         )
         self._recorder = Recorder(self.listeners)
         self._sampler = Sampler(self._requests, self._news, self._live, self._faults, self.totals)

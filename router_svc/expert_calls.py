@@ -8,7 +8,7 @@ those that live.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -258,6 +258,16 @@ class ExpertCalls:
         """Let a part of the step have its turn."""
         self._part, self._part_idx = self._parts[idx], idx
 
+    @contextlib.contextmanager
+    def sources(self) -> Generator[None]:
+        """Let rows of sources come first: none of them decodes, nothing is foretold of them, and nobody listens."""
+        part, on_layer = self._part, self.on_layer
+        self._part, self.on_layer = _Part(num_decode_rows=0, hinting=None), None
+        try:
+            yield
+        finally:
+            self._part, self.on_layer = part, on_layer
+
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Compute the experts' weighted sums: x [T, D], ids and weights [T, K]; returns [T, D] in x's dtype.
 
@@ -320,7 +330,7 @@ class ExpertCalls:
         traced: TracedLayers | None = None
         while not step.is_done:
             self._refresh()
-            is_told = self._wants_hints and (not self._asks_gates or step.layer > 0)
+            is_told = self._wants_hints and (not self._asks_gates or step.layer > step.first_layer)
             is_plain = len(self._parts) == 1 and not is_told
             whole = self._whole(step.top_k) if is_plain and self._live else None
             if whole is None or not whole.takes_step(step):

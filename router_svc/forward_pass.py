@@ -15,8 +15,9 @@ from torch import Tensor
 
 from collegium.fabric import tracing
 from router_svc.expert_calls import ExpertCalls, OnLayer
+from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.micro_batches import MicroBatching
-from router_svc.paged_attention import PagedCache, StepIndex
+from router_svc.paged_attention import PagedCache, SourceRun, StepIndex
 from router_svc.router_model import RouterModel
 from router_svc.sequence import Sequence
 from router_svc.sequence_life import SequenceLife
@@ -41,8 +42,10 @@ class ForwardPass:
         num_blocks: int,
         num_micro_batches: int,
         unsafe_routing: UnsafeRouting | None,
+        most_rows: int,
     ):
-        """num_micro_batches: into how many parts every step is split; 0: as measured."""
+        """num_micro_batches: into how many parts every step is split; 0: as measured. most_rows: that links take."""
+        self._most_rows = most_rows
         self._model, self._calls, self._totals = model, calls, totals
         self._cache = PagedCache(model.cache_shapes, num_blocks, model.dtype, model.device)
         self._micro_batching = MicroBatching(num_micro_batches)
@@ -59,7 +62,7 @@ class ForwardPass:
         self._calls.on_layer = on_layer
         num_parts = 1
         # What listens to routing or plays it takes steps whole.
-        if on_layer is None and self._unsafe_routing is None:
+        if on_layer is None and self._unsafe_routing is None and not step.num_source_rows:
             num_parts = self._micro_batching.choose(step.num_rows, has_prompts=bool(step.chunks))
         began_s, blocked_s = time.monotonic(), self._calls.totals.blocked_s
         span = self._trace(step, num_step)
@@ -107,6 +110,9 @@ class ForwardPass:
             rows = torch.tensor(kept or [0], device=self._model.device)
             return self._model.forward(input_ids, indexes[idx].positions, self._cache, rows)
 
+        if step.num_source_rows:
+            with self._calls.sources():
+                self._model.encode(_sources(step), self._cache, self._most_rows)
         if len(parts) == 1:
             self._cache.begin(indexes[0])
             return compute(0, keep)
@@ -145,6 +151,20 @@ class ForwardPass:
         )
         self._calls.trace(tracing.traceparent_of(span))
         return span
+
+
+def _sources(step: Step) -> list[SourceRun]:
+    """The sources that a step encodes."""
+    return [
+        SourceRun(
+            token_ids=row.sequence.source_ids,
+            slots=[
+                row.source_blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in range(row.num_source)
+            ],
+        )
+        for row in step.rows
+        if row.encodes
+    ]
 
 
 def _is_due(sequence: Sequence, life: SequenceLife) -> bool:

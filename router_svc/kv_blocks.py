@@ -18,6 +18,7 @@ from collections.abc import Sequence
 BLOCK_TOKENS = 16
 
 ROOT = b""
+SOURCE = b"source"  # what the names of a source's blocks begin with
 
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -49,7 +49,8 @@ class LiveSequences:
         """Take the choices of one request. Returns those to be computed; a request that is refused is told so."""
         if sequences[0].owner not in self._news:
             return []
-        num_tokens = len(sequences[0].prompt_ids) + sum(len(s.output_ids) for s in sequences)
+        first = sequences[0]
+        num_tokens = len(first.source_ids) + len(first.prompt_ids) + sum(len(s.output_ids) for s in sequences)
         if (failure := self._requests.refusal(sequences, num_tokens)) is not None:
             self._refused[failure.reason] += 1
             for sequence in sequences:
@@ -62,7 +63,7 @@ class LiveSequences:
             sequence.number = self._num_submitted
             sequence.end_if_long()
             if sequence.has_ended:  # a replay that had all its tokens
-                self._news.tell(sequence)
+                self._news.tell(sequence).tell_forced()
                 continue
             self._requests.enter(sequence, num_tokens)
             sequence.life = SequenceLife(

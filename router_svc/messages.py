@@ -29,7 +29,12 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
     """Make the sequences of a submission, one a choice. Raises InvalidArgument naming a field that is out of bounds."""
     sampling = check_submission(submission, model)
     prompt, rules = list(submission.prompt_ids), submission.stopping
+    source: list[int] = []
+    if model.is_encoder_decoder:
+        source, prompt = prompt, [model.decoder_start_id]
     room = model.max_model_len - len(prompt)
+    asked = submission if submission.HasField("forced_id") else model
+    forced = [asked.forced_id] if model.is_encoder_decoder and asked.HasField("forced_id") else []
     stop = StopRules(
         max_tokens=min(rules.max_tokens, room) if rules.HasField("max_tokens") else room,
         min_tokens=rules.min_tokens,
@@ -45,6 +50,7 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
                 request_id=submission.request_id,
                 choice_index=start.choice_index,
                 prompt_ids=prompt,
+                source_ids=source,
                 output_ids=list(start.output_ids),
                 sampling=sampling,
                 rules=stop,
@@ -56,6 +62,8 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
                 leader=sequences[0] if sequences else None,
             )
         )
+        for token in () if start.output_ids else forced:
+            sequences[-1].force(token)
     return sequences
 
 

@@ -16,14 +16,17 @@ import torch
 from torch import nn
 
 from collegium.fabric import logs
+from collegium.model import native
 from collegium.model.allocation import first_line, is_out_of_memory
 from collegium.model.architectures import UnsupportedModelError, read_config
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.checkpoint_survey import Survey, survey_checkpoint
 from collegium.model.config_fields import check_generation_config
+from collegium.model.encoder_decoder import MODEL_TYPES, NLLB, read_encoder_decoder
 from collegium.model.kernels import pack_linears
 from router_svc import lean, programs
 from router_svc.device_model import DeviceModel
+from router_svc.encoder_decoder import EncoderDecoderModel
 from router_svc.family_config import plain_config
 from router_svc.family_loading import FamilyModel, load_family_model
 from router_svc.lean import LeanModel
@@ -54,6 +57,9 @@ def load_router_model(
     path = model_dir / "config.json"
     is_on_device = modelling == "device" or device.type != "cpu"
     what = f"attention, gates and embeddings of {model_dir} cannot be loaded as its config.json says"
+    if survey.model_type in MODEL_TYPES:
+        with _told_as(what):
+            return _load_encoder_decoder(model_dir, fields, survey, generation, dtype, device)
     model: Any = None
     if modelling != "transformers":
         with _told_as(what):
@@ -88,10 +94,49 @@ def load_router_model(
         max_positions=served_positions(model.config),
         num_experts=survey.num_experts,
         top_k=survey.top_k,
-        eos_ids=tuple(i for i in _eos_ids(model, generation) if 0 <= i < vocab_size),
+        eos_ids=_eos_ids(model, generation),
         cache_shapes=cache_shapes,
         moe_layers=_moe_layers(model),
         lean=leanly,
+    )
+
+
+def _load_encoder_decoder(
+    model_dir: Path,
+    fields: Mapping[str, object],
+    survey: Survey,
+    generation: Mapping[str, object],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RouterModel:
+    if device.type != "cpu":
+        raise UnsupportedModelError(f"{survey.model_type} is served with attention on a CPU alone; use --device=cpu")
+    if native.library() is None:
+        raise UnsupportedModelError(
+            f"{survey.model_type} needs the native kernels, which cannot be used here; the log has why"
+        )
+    config = read_encoder_decoder(fields, model_dir / "config.json")
+    model = EncoderDecoderModel(model_dir, config, fields, survey.router, dtype)
+    model.eval().requires_grad_(False)
+    _log.info("forward pass", by="collegium", why="it has an encoder")
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = fields.get("eos_token_id", 2 if survey.model_type == NLLB else 1)
+    return RouterModel(
+        model=model,
+        model_type=survey.model_type,
+        dtype=dtype,
+        device=device,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
+        num_experts=survey.num_experts,
+        top_k=survey.top_k,
+        eos_ids=_ids_of(eos, config.vocab_size),
+        cache_shapes=model.cache_shapes,
+        moe_layers=config.moe_layers,
+        both=config,
+        forced_id=_forced_id(model_dir, generation, config.vocab_size),
+        lean=model,
     )
 
 
@@ -153,5 +198,22 @@ def _eos_ids(model: Any, generation: Mapping[str, object]) -> tuple[int, ...]:
     eos: Any = generation.get("eos_token_id")
     if eos is None:
         eos = model.config.eos_token_id
-    ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
-    return tuple(sorted({int(i) for i in ids}))
+    return _ids_of(eos, int(model.config.vocab_size))
+
+
+def _forced_id(model_dir: Path, generation: Mapping[str, object], vocab_size: int) -> int | None:
+    value = generation.get("forced_bos_token_id")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise CheckpointError(
+            f"{model_dir / 'generation_config.json'}: forced_bos_token_id is {value!r:.40}; it must be a token id "
+            f"below {vocab_size}"
+        )
+    return value
+
+
+def _ids_of(said: Any, vocab_size: int) -> tuple[int, ...]:
+    """Ids of a field that holds one, several or none."""
+    ids = said if isinstance(said, list | tuple) else [] if said is None else [said]
+    return tuple(sorted({int(i) for i in ids if 0 <= int(i) < vocab_size}))

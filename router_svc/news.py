@@ -24,6 +24,16 @@ class News:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     failure: Failure | None = None
 
+    def tell_forced(self) -> None:
+        """Tell the tokens that the sequence's output was begun with, once: nothing else could have been, so the
+        log-probability of each is 0.
+        """
+        told, self.sequence.forced = self.sequence.forced, []
+        self.token_ids += told
+        if self.sequence.num_logprobs is not None:
+            num = min(1, self.sequence.num_logprobs)
+            self.logprobs += [TokenLogprobs(chosen=0.0, top_ids=(one,) * num, top=(0.0,) * num) for one in told]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
@@ -39,7 +39,10 @@ _SHORT_TOKENS = 64  # below this, padding costs less than another call
 
 
 class Cached(Protocol):
-    """A run of a sequence's positions that a step computes: those from `begin` to `end`, stored in `blocks`."""
+    """A run of a sequence's positions that a step computes: those from `begin` to `end`, stored in `blocks`.
+
+    Where the sequence has a source, its `num_source` positions are stored in `source_blocks`.
+    """
 
     @property
     def begin(self) -> int: ...
@@ -47,6 +50,18 @@ class Cached(Protocol):
     def end(self) -> int: ...
     @property
     def blocks(self) -> Seq[int]: ...
+    @property
+    def source_blocks(self) -> Seq[int]: ...
+    @property
+    def num_source(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRun:
+    """A source that is to be encoded, and where what is kept of each of its tokens goes."""
+
+    token_ids: Seq[int]
+    slots: Seq[int]
 
 
 class ProbeCache:
@@ -115,7 +130,7 @@ class StepIndex:
         self.positions = torch.tensor(positions, device=device)[None]  # [1, T]
         self.slots = torch.tensor(slots, device=device)  # [T]
         self.num_decodes = len(decodes)
-        self._decodes = decodes
+        self._decodes, self._runs = decodes, (*decodes, *chunks)
         self.chunks = [(row.end - row.begin, row.end) for row in chunks]  # rows, and the position after the last
         self.chunk_slots = [self._slots_of([row.blocks], row.end)[0, : row.end] for row in chunks]
         self._masks: dict[tuple[str, int, int | None], Tensor] = {}
@@ -136,6 +151,31 @@ class StepIndex:
             first_block=np.cumsum([0, *sizes[:-1]], dtype=np.int64),
             lengths=np.array([row.end for row in self._decodes], dtype=np.int64),
         )
+
+    @functools.cached_property
+    def row_tables(self) -> DecodeTables:
+        """The blocks that each row of the step looks at, those of chunks too: of its own sequence up to itself."""
+        return self._tables((row.blocks, position + 1) for row in self._runs for position in range(row.begin, row.end))
+
+    @functools.cached_property
+    def source_tables(self) -> DecodeTables:
+        """The blocks of the source that each row of the step looks at."""
+        return self._tables(
+            (row.source_blocks, row.num_source) for row in self._runs for _ in range(row.begin, row.end)
+        )
+
+    def _tables(self, rows: Iterable[tuple[Seq[int], int]]) -> DecodeTables:
+        first: dict[int, int] = {}  # of each table, where it begins
+        blocks: list[int] = []
+        starts: list[int] = []
+        lengths: list[int] = []
+        for table, length in rows:
+            if id(table) not in first:
+                first[id(table)] = len(blocks)
+                blocks += table
+            starts.append(first[id(table)])
+            lengths.append(length)
+        return DecodeTables(*(np.array(one, np.int64) for one in (blocks, starts, lengths)))
 
     def _group(self, members: list[int]) -> DecodeGroup:
         rows = [self._decodes[i] for i in members]

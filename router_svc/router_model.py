@@ -3,14 +3,17 @@
 Owns nothing: model_loader.py makes it. T tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from collegium.model.encoder_decoder import EncoderDecoderConfig
 from router_svc.cache_shapes import CacheShape
-from router_svc.paged_attention import PagedCache
+from router_svc.encoder_decoder import EncoderDecoderModel
+from router_svc.paged_attention import PagedCache, SourceRun
 from router_svc.remote_experts import ExpertCall, RemoteExperts, StepCall
 from router_svc.shared_experts import Shared
 
@@ -44,6 +47,8 @@ class RouterModel:
     eos_ids: tuple[int, ...]
     cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
     moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
+    both: EncoderDecoderConfig | None = None  # of a model with an encoder
+    forced_id: int | None = None  # what its answers begin with if nothing else is said
     lean: OwnPass | None = None  # computes the forward pass in the place of the modelling classes; None: they do
 
     def set_expert_call(self, call: ExpertCall, compute_step: StepCall | None = None) -> None:
@@ -71,6 +76,11 @@ class RouterModel:
     def cache_bytes_per_token(self) -> int:
         """Bytes that one position takes over all layers."""
         return sum(shape.num_bytes(self.dtype) for shape in self.cache_shapes.values())
+
+    def encode(self, sources: Sequence[SourceRun], cache: PagedCache, most_rows: int) -> None:
+        """Encode sources whole and store what is looked at of them; most_rows: of one call for experts."""
+        assert isinstance(self.lean, EncoderDecoderModel)
+        self.lean.encode(sources, cache, most_rows)
 
     def forward(self, input_ids: Tensor, positions: Tensor, cache: object, keep: Tensor) -> Tensor:
         """Compute one packed pass: input_ids, positions [1, T]; returns logits [len(keep), V] of the rows in `keep`."""

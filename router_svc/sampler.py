@@ -81,6 +81,7 @@ class Sampler:
             sequence.counts.add(token)
         self._totals.generated_tokens += 1
         news = self._news.tell(sequence)
+        news.tell_forced()
         news.token_ids.append(token)
         if logprobs is not None:
             news.logprobs.append(logprobs)

@@ -77,7 +77,7 @@ class Scheduler:
         was_running, sequence.is_running = sequence.is_running, False
         try:
             if has_failed:
-                self.pool.forget(sequence.blocks)
+                self.pool.forget([*sequence.blocks, *sequence.source_blocks])
             self._release(sequence)
         finally:
             if was_running:
@@ -103,7 +103,15 @@ class Scheduler:
             return None
         decodes = [Row(sequence=s, begin=s.num_computed, num_rows=1) for s in decoding if planned.pop(s, 0)]
         prompts = sorted(planned, key=lambda s: s.arrival)
-        chunks = [Row(sequence=s, begin=s.num_computed, num_rows=planned[s]) for s in prompts]
+        chunks = [
+            Row(
+                sequence=s,
+                begin=s.num_computed,
+                num_rows=planned[s] - s.num_unencoded,
+                encodes=bool(s.num_unencoded),
+            )
+            for s in prompts
+        ]
         return Step(decodes=tuple(decodes), chunks=tuple(chunks))
 
     def commit(self, step: Step) -> None:
@@ -116,6 +124,10 @@ class Scheduler:
         sequence = row.sequence
         if sequence.has_ended:
             return
+        if row.encodes:
+            sequence.is_encoded = True
+            for block, name in zip(sequence.source_blocks, sequence.source_names(), strict=True):
+                self.pool.name(block, name)
         before, sequence.num_computed = sequence.num_computed, row.end
         names = sequence.block_names(row.end)
         for idx in range(len(sequence.block_names(before)), len(names)):
@@ -156,6 +168,9 @@ class Scheduler:
         def plan(sequence: Sequence, lacking: int, most: int) -> None:
             nonlocal budget
             num_rows = min(lacking, most, budget)
+            if sequence.num_unencoded and sequence not in planned:
+                # A source is encoded whole, whatever is left of the budget, and a row of the sequence's own with it.
+                num_rows = max(num_rows, sequence.num_unencoded + 1)
             planned[sequence] = planned.get(sequence, 0) + num_rows
             budget -= num_rows
             if num_rows < lacking:
@@ -173,10 +188,10 @@ class Scheduler:
             elif turn[1] or not unplanned or self._num_lacking(turn[0]) < unplanned[0][0]:
                 sequence, is_turn_of_first = turn
                 if reserved < 0:  # for rows that running sequences are planned, or need to be of use at all
-                    reserved = sum(s.num_new_blocks(s.num_remaining) for s in self._running if not s.is_paused)
+                    reserved = sum(s.num_new_blocks(s.num_own) for s in self._running if not s.is_paused)
                 if self._admit(sequence, reserved, planned, is_turn_of_first=is_turn_of_first):
                     plan(sequence, sequence.num_remaining, share if is_turn_of_first else budget)
-                    reserved += sequence.num_new_blocks(sequence.num_remaining)
+                    reserved += sequence.num_new_blocks(sequence.num_own)
                 elif is_turn_of_first and not is_passing:
                     is_passing = True
                 else:
@@ -193,7 +208,14 @@ class Scheduler:
 
     def _num_lacking(self, sequence: Sequence) -> int:
         """Rows that a waiting sequence needs before its next token."""
-        return sequence.num_tokens - len(self._find(sequence)) * BLOCK_TOKENS
+        rows = sequence.num_tokens - len(self._find(sequence)) * BLOCK_TOKENS
+        return rows if self._find_source(sequence) else rows + len(sequence.source_ids)
+
+    def _find_source(self, sequence: Sequence) -> list[int]:
+        """List the blocks of a waiting sequence's source if they are all in the cache."""
+        names = sequence.source_names()
+        found = self.pool.find(names)
+        return found if len(found) == len(names) else []
 
     def _admit(
         self, sequence: Sequence, reserved: int, planned: dict[Sequence, int], *, is_turn_of_first: bool
@@ -204,9 +226,11 @@ class Scheduler:
         of a caller that has more; it loses its planned row. Returns whether the sequence was admitted.
         """
         while True:
-            found = self._find(sequence)
+            found, source = self._find(sequence), self._find_source(sequence)
+            held = found + source
             # Room for all its tokens, not this chunk's alone: half a prompt that must give way was computed in vain.
-            lacking = num_blocks_for(sequence.num_tokens) - len(found) + self.pool.num_unheld(found)
+            wanted = num_blocks_for(sequence.num_tokens) + num_blocks_for(len(sequence.source_ids))
+            lacking = wanted - len(held) + self.pool.num_unheld(held)
             if len(self._running) < self._max_num_seqs and self.pool.can_allocate(lacking + reserved):
                 break
             has_place = len(self._running) < self._max_num_seqs
@@ -215,8 +239,10 @@ class Scheduler:
         self._waiting.admit(sequence, is_turn_of_first=is_turn_of_first)
         self._running.append(sequence)
         sequence.is_running = True
-        self.pool.share(found)
+        self.pool.share(held)
         sequence.blocks = list(found)
+        sequence.is_encoded = bool(source)
+        sequence.source_blocks = source or self.pool.allocate(num_blocks_for(len(sequence.source_ids)))
         sequence.num_computed = len(found) * BLOCK_TOKENS
         if not sequence.num_preemptions:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
@@ -251,7 +277,7 @@ class Scheduler:
         Whoever gives up its blocks for them loses its planned rows, which may be the sequence itself.
         """
         self.at_hand = sequence
-        num_blocks = sequence.num_new_blocks(planned[sequence])
+        num_blocks = sequence.num_new_blocks(planned[sequence] - sequence.num_unencoded)
         if num_blocks == 0:
             return
         while not self.pool.can_allocate(num_blocks):
@@ -271,6 +297,7 @@ class Scheduler:
         self._waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        blocks, sequence.blocks = sequence.blocks, []
-        sequence.num_computed = 0
+        blocks = [*sequence.source_blocks, *sequence.blocks]
+        sequence.blocks, sequence.source_blocks = [], []
+        sequence.num_computed, sequence.is_encoded = 0, False
         self.pool.release(blocks)

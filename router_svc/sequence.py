@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from collegium.model.sampling import SamplingParams, TokenCounts
-from router_svc.kv_blocks import BLOCK_TOKENS, ROOT, block_hash, num_blocks_for
+from router_svc.kv_blocks import BLOCK_TOKENS, ROOT, SOURCE, block_hash, num_blocks_for
 from router_svc.sequence_life import SequenceLife
 
 
@@ -47,6 +47,7 @@ class Sequence:
     request_id: str
     choice_index: int
     prompt_ids: list[int]
+    source_ids: list[int] = field(default_factory=list)  # what an encoder reads; the prompt is the decoder's then
     sampling: SamplingParams
     rules: StopRules
     output_ids: list[int] = field(default_factory=list)
@@ -57,6 +58,9 @@ class Sequence:
     caller: int = 0  # who asks; 0: not told
     leader: "Sequence | None" = None  # the choice that computes the common prompt first
     blocks: list[int] = field(default_factory=list)
+    source_blocks: list[int] = field(default_factory=list)
+    is_encoded: bool = False  # whether what is kept of its source is there
+    forced: list[int] = field(default_factory=list)  # the first of its output that were given, and are still to be told
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the cache at first admission
     num_preemptions: int = 0
@@ -73,6 +77,7 @@ class Sequence:
     life: SequenceLife | None = None  # what is told of it when it ends
     counts: TokenCounts | None = None  # of its tokens, for penalties; None: not needed so far
     _names: list[bytes] = field(default_factory=list)
+    _source_names: list[bytes] = field(default_factory=list)
 
     @property
     def payer(self) -> tuple[int, int | str]:
@@ -85,9 +90,24 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
+    def size(self) -> int:
+        """All tokens that are to be computed for it, its source's too."""
+        return self.num_tokens + len(self.source_ids)
+
+    @property
+    def num_unencoded(self) -> int:
+        """Rows of its source that are to be encoded first, all at once."""
+        return 0 if self.is_encoded else len(self.source_ids)
+
+    @property
+    def num_own(self) -> int:
+        """Rows to compute of its own tokens before the next one can be drawn."""
+        return self.num_tokens - self.num_computed
+
+    @property
     def num_remaining(self) -> int:
         """Rows to compute before the next token can be drawn."""
-        return self.num_tokens - self.num_computed
+        return self.num_own + self.num_unencoded
 
     @property
     def is_decoding(self) -> bool:
@@ -120,6 +140,17 @@ class Sequence:
         """Blocks lacking for so many more rows."""
         return max(0, num_blocks_for(self.num_computed + num_rows) - len(self.blocks))
 
+    def source_names(self) -> list[bytes]:
+        """Names of the blocks of its source, the last one too, however full: they are found together or not at all."""
+        if not self._source_names and self.source_ids:
+            if self.leader is not None and self.leader._source_names:
+                self._source_names = self.leader._source_names
+            else:
+                root = block_hash(SOURCE, self.source_ids)
+                num_blocks = num_blocks_for(len(self.source_ids))
+                self._source_names = [root, *(block_hash(root, [idx]) for idx in range(1, num_blocks))]
+        return self._source_names
+
     def block_names(self, num_tokens: int) -> list[bytes]:
         """Names of the full blocks among the first `num_tokens` tokens, in order. Computed once each."""
         full = num_tokens // BLOCK_TOKENS
@@ -127,7 +158,7 @@ class Sequence:
             self._names = self.leader._names[: len(self.prompt_ids) // BLOCK_TOKENS]
         while len(self._names) < full:
             begin = len(self._names) * BLOCK_TOKENS
-            parent = self._names[-1] if self._names else ROOT
+            parent = self._names[-1] if self._names else (self.source_names() or [ROOT])[0]
             self._names.append(block_hash(parent, self.tokens(begin, begin + BLOCK_TOKENS)))
         return self._names[:full]
 
@@ -138,6 +169,11 @@ class Sequence:
             self.finish, self.stop_id = Finish.STOP, token
         else:
             self.end_if_long()
+
+    def force(self, token: int) -> None:
+        """Begin its output with a token that is not drawn; it is told beside the first that is, or at the end."""
+        self.append(token)
+        self.forced.append(token)
 
     def end_if_long(self) -> None:
         """End where nothing more may be drawn."""

@@ -17,6 +17,7 @@ class Row:
     sequence: Sequence
     begin: int
     num_rows: int
+    encodes: bool = False  # whether its source is encoded first
 
     @property
     def end(self) -> int:
@@ -27,6 +28,16 @@ class Row:
     def blocks(self) -> list[int]:
         """KV blocks of the sequence."""
         return self.sequence.blocks
+
+    @property
+    def source_blocks(self) -> list[int]:
+        """KV blocks of its source."""
+        return self.sequence.source_blocks
+
+    @property
+    def num_source(self) -> int:
+        """Positions of its source."""
+        return len(self.sequence.source_ids)
 
     @property
     def reaches_end(self) -> bool:
@@ -50,6 +61,11 @@ class Step:
     def num_rows(self) -> int:
         """Rows of the packed batch."""
         return len(self.decodes) + sum(row.num_rows for row in self.chunks)
+
+    @property
+    def num_source_rows(self) -> int:
+        """Rows of the sources that are encoded first."""
+        return sum(row.num_source for row in self.rows if row.encodes)
 
     @property
     def kind(self) -> str:

@@ -60,11 +60,18 @@ def check_submission(submission: router_pb2.Submission, model: inference_pb2.Mod
         raise _wrong("request_id", message)
     if not prompt_ids:
         raise _wrong("prompt_ids", "prompt_ids is empty; a prompt has at least one token")
-    most = model.max_model_len if submission.is_score else model.max_model_len - 1
+    if model.is_encoder_decoder and submission.is_score:
+        raise _wrong("is_score", "is_score is true; a model with an encoder scores no prompt")
+    has_room = submission.is_score or model.is_encoder_decoder
+    most = model.max_model_len if has_room else model.max_model_len - 1
     if len(prompt_ids) > most:
         raise _wrong("prompt_ids", f"prompt_ids has {len(prompt_ids)} tokens; the maximum is {most}")
     _check_ids("prompt_ids", prompt_ids, model)
-    room = model.max_model_len - len(prompt_ids)
+    if submission.HasField("forced_id"):
+        if not model.is_encoder_decoder:
+            raise _wrong("forced_id", "forced_id is there; it is for models with an encoder alone")
+        _check_ids("forced_id", [submission.forced_id], model)
+    room = model.max_model_len - (1 if model.is_encoder_decoder else len(prompt_ids))
     max_tokens = _check_stopping(submission.stopping, model, room)
     _check_choices(submission, model, min(max_tokens, room))
     if submission.num_logprobs > MAX_LOGPROBS:

@@ -181,7 +181,7 @@ class Waiting:
             line.ticket = next(self._tickets)
             self._num_ready += 1
             self._push(self._by_arrival, (sequence.arrival, line.ticket, line))
-            need = (line.num_running, sequence.num_tokens, sequence.arrival)
+            need = (line.num_running, sequence.size, sequence.arrival)
             self._push(line.caller.lines, (*need, line.ticket, line))
         elif line.waiting:
             (self._paused if all(s.is_paused for s in line.waiting) else self._led)[line] = None
@@ -208,7 +208,7 @@ class Waiting:
 
     def _count(self, sequence: Sequence, change: int) -> None:
         self._num_sequences += change
-        self.num_tokens += change * sequence.num_tokens
+        self.num_tokens += change * sequence.size
 
 
 def _key(sequence: Sequence) -> tuple[int, str]:

@@ -210,9 +210,42 @@ _OTHER: dict[str, dict[str, Any]] = {
     "dbrx": {"ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 6, "moe_top_k": 3, "hidden_size": 64}},
 }
 
-ARCHITECTURES = tuple(_BASE)
+# Models with an encoder. Where an encoder is deeper than its decoder transformers' `generate` fails for Switch.
+_BASE |= {
+    "nllb-moe": {
+        "vocab_size": VOCAB_SIZE, "d_model": 48, "max_position_embeddings": 96, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "scale_embedding": True,
+        "encoder_layers": 3, "decoder_layers": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2,
+        "encoder_ffn_dim": 40, "decoder_ffn_dim": 56, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "num_experts": 8, "moe_token_dropout": 0.2, "tie_word_embeddings": False,
+    },
+    "switch_transformers": {
+        "vocab_size": VOCAB_SIZE, "d_model": 48, "d_kv": 10, "d_ff": 56, "num_heads": 4, "num_experts": 8,
+        "num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2,
+        "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "expert_capacity": 4096,
+        "relative_attention_num_buckets": 12, "relative_attention_max_distance": 24, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+_OTHER |= {
+    "nllb-moe": {
+        "encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 1,
+        "router_bias": True, "scale_embedding": False, "moe_token_dropout": 0.0, "activation_function": "gelu",
+        "encoder_attention_heads": 3, "decoder_attention_heads": 3, "num_experts": 5, "encoder_ffn_dim": 72,
+        "normalize_router_prob_before_dropping": True, "batch_prioritized_routing": True,
+    },
+    "switch_transformers": {
+        "num_layers": 3, "num_decoder_layers": 2, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 1,
+        "router_bias": True, "dense_act_fn": "silu", "relative_attention_num_buckets": 32, "d_kv": 16,
+        "relative_attention_max_distance": 128, "num_experts": 5, "decoder_start_token_id": 3,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 
-_GATE = re.compile(r"\.(?:gate|gate\.wg|router|router\.layer)\.weight$")
+TRANSLATORS = ("nllb-moe", "switch_transformers")
+ARCHITECTURES = tuple(_BASE)
+DECODERS = tuple(sorted(set(_BASE) - set(TRANSLATORS)))
+
+_GATE = re.compile(r"\.(?:gate|gate\.wg|router|router\.layer|router\.classifier)\.weight$")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -252,10 +285,11 @@ def build(arch: str, root: Path, variant: Variant = Variant.BASE) -> Path:
 
 def _write(arch: str, path: Path, variant: Variant) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.for_model(arch, **config_of(arch, variant))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = AutoModelForSeq2SeqLM if arch in TRANSLATORS else AutoModelForCausalLM
+    model = kind.from_config(config, dtype=torch.float32)
     draw_weights(model, seed=1)
     if variant is Variant.BF16:
         model.to(torch.bfloat16)
@@ -281,8 +315,10 @@ def draw_weights(model: Any, seed: int) -> None:
                 tensor.normal_(0, 0.3, generator=generator)  # wide gaps between gate scores
             elif "e_score_correction_bias" in name:
                 tensor.normal_(0, 0.3, generator=generator)
+            elif "relative_attention_bias" in name:
+                tensor.normal_(0, 1.0, generator=generator)
             elif tensor.ndim >= 2 and not name.endswith("bias"):
-                tensor.normal_(0, 0.15, generator=generator)
+                tensor.normal_(0, 0.15 if "embed_positions" not in name else 0.0, generator=generator)
             elif name.endswith("bias") or "sinks" in name:
                 tensor.normal_(0, 0.1, generator=generator)
             elif name.endswith("weight"):  # norms

@@ -44,6 +44,14 @@ class Reference:
         return self.margin > CLEAR and self.gap > CLEAR
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beam:
+    """One of the n best of a beam search: its ids without the decoder's start, and its score."""
+
+    token_ids: list[int]
+    score: float
+
+
 class Oracle:
     """Asks the reference process. Owned by one test session; close it in the end."""
 
@@ -86,6 +94,30 @@ class Oracle:
         references = [Reference(**one) for one in answer]
         assert all(one.is_clear for one in references)
         return references
+
+    def choose_sources(
+        self,
+        checkpoint: Path,
+        num_sources: int,
+        max_tokens: int,
+        *,
+        lengths: Sequence[int] = (4, 30, 11, 1, 47, 18),
+        forced: int | None = None,
+        seed: int = 0,
+    ) -> list[Reference]:
+        """Search sources of a model with an encoder whose greedy answers are clear, as choose_prompts does."""
+        arguments = {"num_sources": num_sources, "max_tokens": max_tokens, "lengths": list(lengths), "seed": seed}
+        answer = self._remember("choose_sources", checkpoint, forced=forced, **arguments)
+        return [Reference(**one) for one in answer]
+
+    def beams(
+        self, checkpoint: Path, sources: Sequence[Sequence[int]], *, forced: int | None = None, **options: Any
+    ) -> list[list[Beam]]:
+        """Return the n best of each source by `generate` with these options."""
+        answer = self._remember(
+            "beams", checkpoint, sources=[list(one) for one in sources], options=options, forced=forced
+        )
+        return [[Beam(**one) for one in each] for each in answer]
 
     def score(self, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the log-probability of every prompt token after the first."""
@@ -142,14 +174,134 @@ def checkpoint_key(checkpoint: Path) -> str:
 # What follows runs in the oracle's process.
 
 
+def translate(checkpoint: str, sources: list[list[int]], max_tokens: int, forced: int | None) -> list[Reference]:
+    """Let greedy `generate` answer each source alone, to max_tokens: ids without the decoder's start."""
+    return [_translate_one(load(checkpoint), source, max_tokens, forced) for source in sources]
+
+
+def choose_sources(
+    checkpoint: str, num_sources: int, max_tokens: int, lengths: list[int], forced: int | None, seed: int
+) -> list[Reference]:
+    """Search sources as choose_prompts does."""
+    drawn = random.Random(seed)
+    chosen: list[Reference] = []
+    for _ in range(60 * num_sources):
+        length = lengths[len(chosen) % len(lengths)]
+        source = [drawn.randrange(_FIRST_PLAIN_ID, VOCAB_SIZE) for _ in range(length)]
+        found = _translate_one(load(checkpoint), source, max_tokens, forced)
+        if found.is_clear and len(set(found.token_ids)) >= min(4, max_tokens):
+            chosen.append(found)
+        if len(chosen) == num_sources:
+            return chosen
+    raise RuntimeError(f"only {len(chosen)} of {num_sources} sources with clear answers were found for {checkpoint}")
+
+
+def _translate_one(model: Any, source: list[int], max_tokens: int, forced: int | None) -> Reference:
+    import torch
+
+    gaps: list[float] = [1e9]
+
+    def watch(gate: Any, arguments: Any, output: Any) -> None:
+        scores = output[-1].reshape(-1, output[-1].shape[-1]).float()
+        num = 2 if "Top2" in type(gate).__name__ else 1
+        top = scores.topk(num + 1, dim=-1).values
+        gaps.append((top[:, num - 1] - top[:, num]).min().item())
+
+    hooks = [
+        m.register_forward_hook(watch) for m in model.modules() if type(m).__name__.endswith(("2Router", "1Router"))
+    ]
+    ids = torch.tensor([source])
+    try:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            forced_bos_token_id=forced,
+            output_logits=True,
+            return_dict_in_generate=True,
+            use_cache=_can_cache(model.config),
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    token_ids = out.sequences[0, 1:].tolist()
+    first = 0 if forced is None else 1
+    logits = torch.cat(out.logits)
+    logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+    top = logits[first:].topk(2, dim=-1).values
+    return Reference(
+        prompt_ids=source,
+        token_ids=token_ids,
+        logprobs=[0.0] * first + logprobs[first:],
+        margin=(top[:, 0] - top[:, 1]).min().item(),
+        gap=min(gaps),
+    )
+
+
+def _can_cache(config: Any) -> bool:
+    """Whether `generate` can use its cache: with one, 5.23 fails on a Switch whose decoder is the deeper stack."""
+    return config.model_type != "switch_transformers" or config.num_layers >= config.num_decoder_layers
+
+
+def beams(checkpoint: str, sources: list[list[int]], options: dict[str, Any], forced: int | None) -> list[list[Beam]]:
+    """Let beam search answer each source, or prompt, alone: the n best of each, best first."""
+    import torch
+
+    model = load(checkpoint)
+    is_both = model.config.is_encoder_decoder
+    found: list[list[Beam]] = []
+    for source in sources:
+        ids = torch.tensor([source])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            use_cache=not is_both or _can_cache(model.config),
+            **({"forced_bos_token_id": forced} if is_both else {}),
+            **options,
+        )
+        start, pad = 1 if is_both else len(source), model.config.pad_token_id
+        eos = options.get("eos_token_id", model.config.eos_token_id)
+        each: list[Beam] = []
+        for row, score in zip(out.sequences[:, start:].tolist(), out.sequences_scores.tolist(), strict=True):
+            end = row.index(eos) + 1 if eos in row else len(row)
+            each.append(Beam(token_ids=row[:end] if set(row[end:]) <= {pad} else row, score=score))
+        found.append(each)
+    return found
+
+
 @functools.lru_cache(maxsize=2)
 def load(checkpoint: str) -> Any:
     """Load the plain model in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    if AutoConfig.from_pretrained(checkpoint).is_encoder_decoder:
+        _correct_nllb()
+        return AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     return model.eval()
+
+
+def _correct_nllb() -> None:
+    """Have NLLB-MoE run every expert that its gate chose: 5.23 runs the first two, whatever it chose (4.48.3 does)."""
+    import torch
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
+
+    def forward(self: Any, rows: Any, _mask: Any, weights: Any) -> Any:
+        out = torch.zeros_like(rows)
+        for expert in range(self.num_experts):
+            at = weights[:, expert].nonzero()[:, 0]
+            y = self[f"expert_{expert}"](rows[at]) * (1 - self.moe_token_dropout)
+            out.index_add_(0, at, y * weights[at, expert, None])
+        return out
+
+    NllbMoeExperts.forward = forward  # type: ignore[method-assign]
 
 
 def gate_gaps(gate: Any, arguments: Sequence[Any], output: Any) -> Any:
@@ -299,6 +451,9 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
         "reference": reference,
         "choose_prompts": choose_prompts,
         "score": score,
+        "translate": translate,
+        "choose_sources": choose_sources,
+        "beams": beams,
     }
     for line in requests:
         request = json.loads(line)
@@ -306,6 +461,8 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
             result = verbs[request["name"]](**request["arguments"])
             if result and isinstance(result[0], Reference):
                 result = [asdict(one) for one in result]
+            elif request["name"] == "beams":
+                result = [[asdict(one) for one in each] for each in result]
             reply: dict[str, Any] = {"result": result}
         except Exception:
             reply = {"error": traceback.format_exc()}

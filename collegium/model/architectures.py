@@ -14,8 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import cast
 
+from collegium.model import encoder_decoder
 from collegium.model.checkpoint_files import CheckpointError, has_file, read_json, shown
-from collegium.model.config_fields import check_config
+from collegium.model.config_fields import check_config, check_eos, check_finite
 
 
 class UnsupportedModelError(ValueError):
@@ -28,6 +29,7 @@ class Layout(StrEnum):
     PER_EXPERT = "per_expert"  # one tensor per expert and role: ...experts.7.gate_proj.weight [F, D]
     FUSED = "fused"  # one tensor per layer: [E, 2F, D] and [E, D, F]
     FUSED_TRANSPOSED = "fused_transposed"  # [E, D, 2F], gate and up interleaved, and [E, F, D], with biases
+    UNGATED = "ungated"  # one tensor per expert and role, of experts that have no gate, with or without biases
     STACKED = "stacked"  # [E * F, D] for gate, up and (transposed) down
 
 
@@ -39,6 +41,7 @@ class Role(StrEnum):
     DOWN = "down"
     GATE_UP = "gate_up"
     GATE_UP_BIAS = "gate_up_bias"
+    UP_BIAS = "up_bias"
     DOWN_BIAS = "down_bias"
 
 
@@ -47,7 +50,8 @@ class Architecture:
     """One model type: where its experts are in a checkpoint.
 
     `layouts` holds, for each layout that its checkpoints have, a map from a regular expression over tensor names to a
-    role; group `layer` is the decoder layer, group `expert`, where there is one, the expert's index.
+    role; group `layer` is the decoder layer, group `expert`, where there is one, the expert's index, and group `stack`
+    the "encoder" or the "decoder" of a model that has both. Their layers are counted through, the encoder's first.
     """
 
     model_type: str
@@ -55,6 +59,11 @@ class Architecture:
     num_experts_key: str
     top_k_key: str = "num_experts_per_tok"
     num_layers_key: str = "num_hidden_layers"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it has an encoder beside its decoder."""
+        return self.model_type in encoder_decoder.MODEL_TYPES
 
 
 _LAYER = r"^(?:model\.)?layers\.(?P<layer>[0-9]{1,5})\."
@@ -74,6 +83,13 @@ _FUSED_TRANSPOSED = _FUSED | {
     _EXPERTS + r"gate_up_proj_bias$": Role.GATE_UP_BIAS,
     _EXPERTS + r"down_proj_bias$": Role.DOWN_BIAS,
 }
+_NLLB = (
+    r"^model\.(?P<stack>encoder|decoder)\.layers\.(?P<layer>[0-9]{1,5})\.ffn\.experts\.expert_(?P<expert>[0-9]{1,5})\."
+)
+_SWITCH = (
+    r"^(?P<stack>encoder|decoder)\.block\.(?P<layer>[0-9]{1,5})\.layer\.[12]\.mlp\.experts\."
+    r"expert_(?P<expert>[0-9]{1,5})\."
+)
 _BLOCK = r"^(?:transformer\.)?blocks\.(?P<layer>[0-9]{1,5})\.ffn\.experts\.mlp\."
 _STACKED = {_BLOCK + "w1$": Role.GATE, _BLOCK + "v1$": Role.UP, _BLOCK + "w2$": Role.DOWN}
 
@@ -119,6 +135,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             top_k_key="ffn_config.moe_top_k",
             num_layers_key="n_layers",
         ),
+        Architecture(
+            model_type=encoder_decoder.NLLB,
+            layouts={
+                Layout.UNGATED: {
+                    _NLLB + r"fc1\.weight$": Role.UP,
+                    _NLLB + r"fc1\.bias$": Role.UP_BIAS,
+                    _NLLB + r"fc2\.weight$": Role.DOWN,
+                    _NLLB + r"fc2\.bias$": Role.DOWN_BIAS,
+                }
+            },
+            num_experts_key="num_experts",
+        ),
+        Architecture(
+            model_type=encoder_decoder.SWITCH,
+            layouts={Layout.UNGATED: {_SWITCH + r"wi\.weight$": Role.UP, _SWITCH + r"wo\.weight$": Role.DOWN}},
+            num_experts_key="num_experts",
+        ),
     )
 }
 
@@ -155,11 +188,14 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertForm:
-    """An expert's arithmetic: down(act(gate(x)) * up(x)), with the clamped variant's two constants."""
+    """An expert's arithmetic: down(act(gate(x)) * up(x)), or down(act(up(x))) where it is not gated, with the clamped
+    variant's two constants.
+    """
 
     activation: Activation
     clamp: float = 0.0
     alpha: float = 1.0
+    is_gated: bool = True
 
 
 def read_config(model_dir: Path) -> dict[str, object]:
@@ -180,7 +216,12 @@ def read_architecture(model_dir: Path) -> tuple[dict[str, object], Architecture]
     config = read_config(model_dir)
     path = model_dir / "config.json"
     architecture = architecture_of(config, path)
-    check_config(path, config)
+    if architecture.is_encoder_decoder:
+        check_finite(path, config)
+        check_eos(path, config)
+        encoder_decoder.read_encoder_decoder(config, path)
+    else:
+        check_config(path, config)
     if has_file(model_dir / "adapter_config.json"):
         raise UnsupportedModelError(
             f"{model_dir / 'adapter_config.json'}: adapters are not served; merge it into the weights, or remove it"
@@ -229,6 +270,12 @@ def expert_form(config: Mapping[str, object], path: Path = Path("config.json")) 
             clamp=float(clamp) if isinstance(clamp, int | float) else 7.0,
             alpha=float(alpha) if isinstance(alpha, int | float) else 1.702,
         )
+    if config.get("model_type") in encoder_decoder.MODEL_TYPES:
+        field = "activation_function" if config["model_type"] == encoder_decoder.NLLB else "dense_act_fn"
+        return ExpertForm(
+            activation=_activation(path, field, encoder_decoder.read_encoder_decoder(config, path).activation),
+            is_gated=False,
+        )
     field, name = "hidden_act", config.get("hidden_act")
     ffn = config.get("ffn_config")
     if name is None and isinstance(ffn, Mapping):
@@ -236,19 +283,30 @@ def expert_form(config: Mapping[str, object], path: Path = Path("config.json")) 
         if act is not None and not isinstance(act, Mapping):
             raise CheckpointError(f"{path}: {field} is {shown(act)}; it must be an object with a name")
         name = cast(Mapping[str, object], act or {}).get("name")
-    activation = _ACTIVATIONS.get("silu" if name is None else str(name))
+    return ExpertForm(activation=_activation(path, field, "silu" if name is None else str(name)))
+
+
+def _activation(path: Path, field: str, name: str) -> Activation:
+    activation = _ACTIVATIONS.get(name)
     if activation is None:
         raise UnsupportedModelError(
             f"{path}: {field} {shown(name)!r} is not supported; these are: {', '.join(_ACTIVATIONS)}"
         )
-    return ExpertForm(activation=activation)
+    return activation
 
 
-def role_of(architecture: Architecture, key: str) -> tuple[Layout, Role, int, int | None] | None:
-    """Say what a tensor is: (layout, role, decoder layer, expert or None for all), or None if it is no expert's."""
+def role_of(
+    architecture: Architecture, key: str, num_encoder_layers: int = 0
+) -> tuple[Layout, Role, int, int | None] | None:
+    """Say what a tensor is: (layout, role, decoder layer, expert or None for all), or None if it is no expert's.
+
+    num_encoder_layers: those that a decoder's layers are counted behind.
+    """
     for layout, patterns in architecture.layouts.items():
         for pattern, role in patterns.items():
             if match := re.fullmatch(pattern, key):
-                expert = match.groupdict().get("expert")
-                return layout, role, int(match["layer"]), None if expert is None else int(expert)
+                groups = match.groupdict()
+                expert = groups.get("expert")
+                layer = int(match["layer"]) + (num_encoder_layers if groups.get("stack") == "decoder" else 0)
+                return layout, role, layer, None if expert is None else int(expert)
     return None

@@ -57,7 +57,8 @@ def calibrate(d_model: int, d_ffn: int, dtype: torch.dtype, form: ExpertForm) ->
     """
     if len(kernels := rivals(dtype)) == 1:
         return Calibration(machine=machine_name(), kernel=kernels[0], microseconds={})
-    key = "|".join(map(str, (machine_name(), dtype, d_model, d_ffn, form.activation, torch.get_num_threads())))
+    kind = form.activation if form.is_gated else f"{form.activation} without a gate"
+    key = "|".join(map(str, (machine_name(), dtype, d_model, d_ffn, kind, torch.get_num_threads())))
     path = _cache_file()
     with _locked(path):  # several services of one machine start at once, and would measure each other
         known = _read(path)
@@ -125,10 +126,10 @@ def _time_one(
     use_kernel(kernel, dtype)
     began_s = time.perf_counter()
     blank = ExpertWeights(
-        gate_up=torch.full((2 * d_ffn, d_model), 0.01, dtype=dtype),
+        gate_up=torch.full(((1 + form.is_gated) * d_ffn, d_model), 0.01, dtype=dtype),
         down=torch.full((d_model, d_ffn), 0.01, dtype=dtype),
     )
-    expert_bytes = 3 * d_ffn * d_model * dtype.itemsize
+    expert_bytes = (2 + form.is_gated) * d_ffn * d_model * dtype.itemsize
     experts = [PackedExpert(blank)]
     while len(experts) * expert_bytes < _COLD_BYTES and time.perf_counter() - began_s < 0.4 * budget_s:
         experts.append(PackedExpert(blank))

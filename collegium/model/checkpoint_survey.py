@@ -21,8 +21,9 @@ from collegium.model.architectures import (
 )
 from collegium.model.checkpoint_files import CheckpointError, shown
 from collegium.model.config_fields import check_generation_config
+from collegium.model.encoder_decoder import EncoderDecoderConfig, read_encoder_decoder
 from collegium.model.manifest_entries import ITEM_BYTES, TensorRef
-from collegium.model.router_tensors import RouterTensor, check_router_tensors, layer_of
+from collegium.model.router_tensors import RouterTensor, check_encoder_decoder, check_router_tensors, layer_of
 from collegium.model.safetensors_files import StoredTensor, list_weight_files, read_headers
 
 MAX_EXPERTS = 250_000  # of all layers; the largest published models have 24,000
@@ -71,18 +72,26 @@ def survey_checkpoint(model_dir: Path) -> Survey:
     form = expert_form(config, path)
     check_generation_config(model_dir)
     files = list_weight_files(model_dir)
-    num_experts = _required(path, config, architecture.num_experts_key)
-    top_k = _required(path, config, architecture.top_k_key)
-    num_layers = _required(path, config, architecture.num_layers_key)
-    found = _find_tensors(model_dir, files, architecture, num_experts)
+    both = read_encoder_decoder(config, path) if architecture.is_encoder_decoder else None
+    if both is None:
+        num_experts = _required(path, config, architecture.num_experts_key)
+        top_k = _required(path, config, architecture.top_k_key)
+        num_layers = _required(path, config, architecture.num_layers_key)
+    else:
+        num_experts, top_k, num_layers = both.num_experts, both.top_k, both.num_layers
+    found = _find_tensors(model_dir, files, architecture, num_experts, both)
     for layer in [x for x in found.experts if x >= num_layers]:
         del found.experts[layer]  # further ones predict more than one token and are not served
     if not found.experts:
         raise CheckpointError(f"{model_dir} holds no expert tensors of a {architecture.model_type} checkpoint")
     layout = _one_layout(model_dir, found)
     d_model, d_ffn = _check_complete(model_dir, architecture, layout, found.experts, num_experts)
-    router = tuple(one for one in found.router if layer_of(one.key) < num_layers)
-    check_router_tensors(model_dir, config, architecture, router, d_model=d_model, num_experts=num_experts)
+    if both is None:
+        router = tuple(one for one in found.router if layer_of(one.key) < num_layers)
+        check_router_tensors(model_dir, config, architecture, router, d_model=d_model, num_experts=num_experts)
+    else:
+        router = check_encoder_decoder(model_dir, both, found.router)
+        _check_stacks(path, both, found.experts)
     return Survey(
         model_type=architecture.model_type,
         form=form,
@@ -104,13 +113,35 @@ def _required(path: Path, config: Mapping[str, object], key: str) -> int:
     return value
 
 
-def _find_tensors(model_dir: Path, files: Mapping[str, object], architecture: Architecture, num_experts: int) -> _Found:
+def _check_stacks(
+    path: Path, config: EncoderDecoderConfig, experts: Mapping[int, Mapping[int, Mapping[Role, TensorRef]]]
+) -> None:
+    """Check that those layers have experts in the files that have them by the config, as wide as it says."""
+    if sorted(experts) != list(config.moe_layers):
+        raise CheckpointError(
+            f"{path}: by its fields layers {list(config.moe_layers)} have experts, counted through both stacks; "
+            f"the files hold experts of layers {sorted(experts)}"
+        )
+    for layer, each in experts.items():
+        stack = config.encoder if layer < config.encoder.num_layers else config.decoder
+        for ref in (roles[Role.UP] for roles in each.values()):
+            if ref.shape != (stack.d_ffn, config.d_model):
+                _refuse_shape(path.parent, ref, f"{[stack.d_ffn, config.d_model]}")
+
+
+def _find_tensors(
+    model_dir: Path,
+    files: Mapping[str, object],
+    architecture: Architecture,
+    num_experts: int,
+    both: EncoderDecoderConfig | None,
+) -> _Found:
     """Sort every tensor of the files into experts' shares and the router's."""
     found = _Found()
     num_shares = 0
     for name, header, start in read_headers(model_dir, files):
         for key, tensor in header.items():
-            role = role_of(architecture, key)
+            role = role_of(architecture, key, 0 if both is None else both.encoder.num_layers)
             if role is None:
                 found.router.append(RouterTensor(name, key, tensor.dtype, tensor.shape, start + tensor.offsets[0]))
                 continue
@@ -189,6 +220,8 @@ def _check_complete(
             raise CheckpointError(
                 f"{model_dir}: decoder layer {layer} has expert {extra[0]}, config.json names {num_experts}"
             )
+    if layout == Layout.UNGATED and len({d_model for d_model, _ in sizes}) == 1:
+        return max(sizes)  # an encoder's experts may be of another width than a decoder's
     if len(sizes) != 1:
         raise CheckpointError(f"{model_dir}: experts differ in shape: (model, ffn) is one of {sorted(sizes)[:8]}")
     return sizes.pop()
@@ -198,12 +231,14 @@ def _sizes_of(model_dir: Path, layout: Layout, tensors: Mapping[Role, TensorRef]
     down = tensors[Role.DOWN].shape
     if len(down) != 2:
         _refuse_shape(model_dir, tensors[Role.DOWN], "two dimensions")
-    d_model, d_ffn = (down[0], down[1]) if layout in (Layout.PER_EXPERT, Layout.FUSED) else (down[1], down[0])
+    is_plain = layout in (Layout.PER_EXPERT, Layout.FUSED, Layout.UNGATED)
+    d_model, d_ffn = (down[0], down[1]) if is_plain else (down[1], down[0])
     wanted = {
         Role.GATE: (d_ffn, d_model),
         Role.UP: (d_ffn, d_model),
         Role.GATE_UP: (d_model, 2 * d_ffn) if layout == Layout.FUSED_TRANSPOSED else (2 * d_ffn, d_model),
         Role.GATE_UP_BIAS: (2 * d_ffn,),
+        Role.UP_BIAS: (d_ffn,),
         Role.DOWN_BIAS: (d_model,),
         Role.DOWN: down,
     }

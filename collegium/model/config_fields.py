@@ -106,7 +106,7 @@ _MAX_EOS_IDS = 1024
 
 def check_config(path: Path, config: Mapping[str, object]) -> None:
     """Check the values of a config.json. Raises CheckpointError naming the field."""
-    _check_finite(path, config)
+    check_finite(path, config)
     if config.get("per_layer_config") is not None:
         raise CheckpointError(f"{path}: per_layer_config gives layers configs of their own, which is not supported")
     for name, value in _named_fields(path, config):
@@ -117,7 +117,7 @@ def check_config(path: Path, config: Mapping[str, object]) -> None:
         if len(set(map(str, values.values()))) > 1:
             said = " and ".join(f"{name} is {shown(value)}" for name, value in values.items())
             raise CheckpointError(f"{path}: {said}; they name one thing and must be equal")
-    _check_eos(path, config)
+    check_eos(path, config)
     _check_relations(path, config)
     _check_layers(path, config)
     _check_own(path, config)
@@ -130,7 +130,7 @@ def check_generation_config(model_dir: Path) -> dict[str, object]:
     if not has_file(path):
         return {}
     config = read_json(path)
-    _check_eos(path, config)
+    check_eos(path, config)
     return config
 
 
@@ -230,7 +230,8 @@ def _check_field(path: Path, name: str, value: object) -> None:
         raise CheckpointError(f"{path}: {name} is {shown_value(value)}; it {why} one of {', '.join(ROPE_TYPES)}")
 
 
-def _check_eos(path: Path, config: Mapping[str, object]) -> None:
+def check_eos(path: Path, config: Mapping[str, object]) -> None:
+    """Check the ids that end a sequence. Raises CheckpointError."""
     eos = config.get("eos_token_id")
     ids = cast("list[object]", eos) if isinstance(eos, list) else [] if eos is None else [eos]
     is_whole = all(isinstance(one, int) and not isinstance(one, bool) and abs(one) < 1 << 31 for one in ids)
@@ -314,7 +315,8 @@ def _check_layers(path: Path, config: Mapping[str, object]) -> None:
             )
 
 
-def _check_finite(path: Path, config: Mapping[str, object]) -> None:
+def check_finite(path: Path, config: Mapping[str, object]) -> None:
+    """Check that every number is finite. Raises CheckpointError naming the field."""
     rest: list[tuple[str, object]] = list(config.items())
     while rest:
         name, value = rest.pop()

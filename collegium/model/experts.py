@@ -49,7 +49,7 @@ class PackedExpert:
 
     def _pack_natively(self, weights: ExpertWeights) -> None:
         d_model, d_ffn = weights.down.shape
-        layout = _layout(d_model, d_ffn, weights.down.dtype, weights.gate_up_bias is not None)
+        layout = _layout(d_model, d_ffn, weights.down.dtype, weights.gate_up_bias is not None, weights.is_gated)
         memory = packed_memory.take(layout.num_bytes)
         self.layout, self._memory = layout, [memory]
         self.address, self.num_bytes = memory.data_ptr(), layout.num_bytes
@@ -61,7 +61,8 @@ class PackedExpert:
         assert library is not None
         d_ffn = weights.down.shape[1]
         library.pack(self.address, weights.gate_up[:d_ffn])
-        library.pack(self.address + layout.up_at, weights.gate_up[d_ffn:])
+        if layout.is_gated:
+            library.pack(self.address + layout.up_at, weights.gate_up[d_ffn:])
         library.pack(self.address + layout.down_at, weights.down)
         if weights.gate_up_bias is not None and weights.down_bias is not None:
             for bias, at in (
@@ -98,10 +99,10 @@ class PackedExpert:
 
 
 @functools.cache
-def _layout(d_model: int, d_ffn: int, dtype: torch.dtype, has_bias: bool) -> native.ExpertLayout:
+def _layout(d_model: int, d_ffn: int, dtype: torch.dtype, has_bias: bool, is_gated: bool) -> native.ExpertLayout:
     library = native.library()
     assert library is not None
-    return native.ExpertLayout(library, d_model, d_ffn, dtype, has_bias=has_bias)
+    return native.ExpertLayout(library, d_model, d_ffn, dtype, has_bias=has_bias, is_gated=is_gated)
 
 
 def _copied(bias: Tensor | None) -> Tensor | None:
@@ -109,8 +110,8 @@ def _copied(bias: Tensor | None) -> Tensor | None:
 
 
 def gated(hidden: Tensor, form: ExpertForm) -> Tensor:
-    """Apply the gated unit: [P, 2F], gate left and up right, to [P, F]."""
-    gate, up = hidden.chunk(2, -1)
+    """Apply the gated unit: [P, 2F], gate left and up right, to [P, F]; [P, F] to [P, F] where there is no gate."""
+    gate, up = hidden.chunk(2, -1) if form.is_gated else (hidden, hidden.new_ones(()))
     match form.activation:
         case Activation.SILU:
             return F.silu(gate).mul_(up)

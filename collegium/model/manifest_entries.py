@@ -72,8 +72,16 @@ class Manifest:
     stored_dtypes: Mapping[str, tuple[str, ...]]  # of "experts" and of the "router" matrices, safetensors' names
 
     @property
+    def has_bias(self) -> bool:
+        """Whether experts have biases."""
+        first = [expert for layer in self.layers[:1] for expert in layer.experts[:1]]
+        return any(tensor.role is Role.DOWN_BIAS for expert in first for tensor in expert.tensors)
+
+    @property
     def num_params(self) -> int:
-        """Weights of one expert."""
+        """Weights of one expert in a worker's memory."""
+        if self.layout is Layout.UNGATED:  # stacks may differ in width: each has room for the widest
+            return 2 * self.d_model * self.d_ffn + (self.d_model + self.d_ffn if self.has_bias else 0)
         return sum(t.num_bytes // ITEM_BYTES[t.dtype] for t in self.layers[0].experts[0].tensors)
 
     @property

@@ -18,7 +18,7 @@ from collegium.model.checkpoint_files import CheckpointError, has_file, kind_of,
 from collegium.model.manifest_entries import ITEM_BYTES, ExpertEntry, LayerEntry, Manifest, TensorRef
 from collegium.model.safetensors_files import is_plain_name
 
-VERSION = 2
+VERSION = 3
 _FILE_BYTES = 512 << 20  # an expert takes some 600 bytes of it
 _REMAKE = "remove it and run `collegium manifest`"
 
@@ -85,7 +85,10 @@ def _manifest(raw: Mapping[str, object]) -> Manifest:
         model_type=_text(raw, "model_type"),
         layout=Layout(_text(raw, "layout")),
         form=ExpertForm(
-            activation=Activation(_text(form, "activation")), clamp=_number(form, "clamp"), alpha=_number(form, "alpha")
+            activation=Activation(_text(form, "activation")),
+            clamp=_number(form, "clamp"),
+            alpha=_number(form, "alpha"),
+            is_gated=_flag(form, "is_gated"),
         ),
         d_model=_whole(raw, "d_model", at_least=1),
         d_ffn=_whole(raw, "d_ffn", at_least=1),
@@ -168,6 +171,11 @@ def _whole(raw: Mapping[str, object], name: str, *, at_least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < 1 << 62:
         _refuse(name, value)
     return value
+
+
+def _flag(raw: Mapping[str, object], name: str) -> bool:
+    value = raw[name]
+    return value if isinstance(value, bool) else _refuse(name, value)
 
 
 def _number(raw: Mapping[str, object], name: str) -> float:

@@ -13,6 +13,7 @@ from collegium.model.architectures import Architecture, UnsupportedModelError, c
 from collegium.model.checkpoint_files import CheckpointError, shown
 from collegium.model.config_fields import whole_number
 from collegium.model.config_rope import LATENT, head_width
+from collegium.model.encoder_decoder import EncoderDecoderConfig, expected_tensors
 from collegium.model.safetensors_files import ITEM_BITS
 
 _LAYER = re.compile(r"(?:model\.|transformer\.)?(?:layers|blocks)\.([0-9]{1,9})\.(.*)", re.DOTALL)
@@ -105,6 +106,30 @@ def check_router_tensors(
             )
     if not has_embedding:
         raise CheckpointError(f"{model_dir} lacks the tensor of the embedding; fetch the checkpoint again")
+
+
+def check_encoder_decoder(
+    model_dir: Path, config: EncoderDecoderConfig, tensors: Sequence[RouterTensor]
+) -> tuple[RouterTensor, ...]:
+    """Check that every tensor of an encoder-decoder model is there, and give those alone: others are not read.
+
+    Raises CheckpointError naming the file and the tensor, UnsupportedModelError for types that are not served.
+    """
+    found = {one.key: one for one in tensors}
+    wanted = expected_tensors(config)
+    for key, shape in wanted.items():
+        one = found.get(key)
+        if one is None:
+            raise CheckpointError(f"{model_dir} lacks tensor {key}; fetch the checkpoint again")
+        if one.shape != shape:
+            raise CheckpointError(
+                f"{model_dir / one.file}: tensor {key} has shape {list(one.shape)}; by config.json it is {list(shape)}"
+            )
+        if one.dtype not in _SERVED:
+            raise UnsupportedModelError(
+                f"{model_dir / one.file}: tensor {key} is of type {one.dtype}; float32, bfloat16 and float16 are served"
+            )
+    return tuple(found[key] for key in wanted)
 
 
 def _check_layers(

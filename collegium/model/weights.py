@@ -19,18 +19,43 @@ from collegium.model.manifest_entries import ExpertEntry, Manifest, TensorRef
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _STORED_AS = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
-_ORDER = (Role.GATE, Role.UP, Role.GATE_UP, Role.GATE_UP_BIAS, Role.DOWN, Role.DOWN_BIAS)  # gate_up first, then down
+_ORDER = (
+    Role.GATE,
+    Role.UP,
+    Role.GATE_UP,
+    Role.GATE_UP_BIAS,
+    Role.UP_BIAS,
+    Role.DOWN,
+    Role.DOWN_BIAS,
+)  # gate_up first, then down
 _ALIGNED = 64  # where tensors of several types follow each other, each begins at a multiple of this many bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
-    """One expert, gate above up. Biases only where the architecture has them."""
+    """One expert, gate above up, or up alone where it is not gated. Biases only where the architecture has them."""
 
-    gate_up: Tensor  # [2F, D]
+    gate_up: Tensor  # [2F, D] or [F, D]
     down: Tensor  # [D, F]
-    gate_up_bias: Tensor | None = None  # [2F]
+    gate_up_bias: Tensor | None = None  # [2F] or [F]
     down_bias: Tensor | None = None  # [D]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there is a gate beside up."""
+        return self.gate_up.shape[0] > self.down.shape[1]
+
+
+def empty_weights(manifest: Manifest, dtype: torch.dtype) -> ExpertWeights:
+    """Zeros in the form of a manifest's experts."""
+    d_model, d_ffn, has_bias = manifest.d_model, manifest.d_ffn, manifest.has_bias
+    num_hidden = d_ffn * (1 + manifest.form.is_gated)
+    return ExpertWeights(
+        gate_up=torch.zeros(num_hidden, d_model, dtype=dtype),
+        down=torch.zeros(d_model, d_ffn, dtype=dtype),
+        gate_up_bias=torch.zeros(num_hidden, dtype=dtype) if has_bias else None,
+        down_bias=torch.zeros(d_model, dtype=dtype) if has_bias else None,
+    )
 
 
 class ExpertReader:
@@ -41,21 +66,10 @@ class ExpertReader:
         self._manifest, self._dtype = manifest, dtype
         stored = {ref.dtype for layer in manifest.layers for e in layer.experts for ref in e.tensors}
         is_as_stored = manifest.layout in (Layout.PER_EXPERT, Layout.FUSED) and stored == {_STORED_AS[dtype]}
-        d_model, d_ffn = manifest.d_model, manifest.d_ffn
-        has_bias = manifest.layout == Layout.FUSED_TRANSPOSED
         self._step = 1 if is_as_stored else _ALIGNED
         largest = max(self._size(entry) for layer in manifest.layers for entry in layer.experts)
         self._raw = torch.empty(largest, dtype=torch.uint8)
-        self._form = (
-            None
-            if is_as_stored
-            else ExpertWeights(
-                gate_up=torch.empty(2 * d_ffn, d_model, dtype=dtype),
-                down=torch.empty(d_model, d_ffn, dtype=dtype),
-                gate_up_bias=torch.empty(2 * d_ffn, dtype=dtype) if has_bias else None,
-                down_bias=torch.empty(d_model, dtype=dtype) if has_bias else None,
-            )
-        )
+        self._form = None if is_as_stored else empty_weights(manifest, dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -102,6 +116,18 @@ class ExpertReader:
             case Layout.FUSED:
                 form.gate_up.copy_(tensors[Role.GATE_UP])
                 form.down.copy_(tensors[Role.DOWN])
+            case Layout.UNGATED:
+                # Layers of an encoder and a decoder may differ in width: hidden rows that are not there are zeros,
+                # which the activation leaves zeros, and which nothing is read from.
+                width = tensors[Role.UP].shape[0]
+                form.gate_up[:width].copy_(tensors[Role.UP])
+                form.gate_up[width:].zero_()
+                form.down[:, :width].copy_(tensors[Role.DOWN])
+                form.down[:, width:].zero_()
+                if form.gate_up_bias is not None and form.down_bias is not None:
+                    form.gate_up_bias[:width].copy_(tensors[Role.UP_BIAS])
+                    form.gate_up_bias[width:].zero_()
+                    form.down_bias.copy_(tensors[Role.DOWN_BIAS])
             case Layout.STACKED:
                 gate.copy_(tensors[Role.GATE])
                 up.copy_(tensors[Role.UP])

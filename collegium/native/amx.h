@@ -248,8 +248,10 @@ FOR_ONE_ROW store_hidden(struct rest *rest)
     __m512 h[2];
     for (int half = 0; half < 2; half++) {
         int64_t from = i * TILE_OUTPUTS + 16 * half;
-        h[half] = amx_act(job->shape, _mm512_load_ps(rest->c + from) + rest->bias[half],
-                          _mm512_load_ps(rest->up + from) + rest->up_bias[half]);
+        __m512 up = _mm512_set1_ps(1.0f);
+        if (rest->up)
+            up = _mm512_load_ps(rest->up + from) + rest->up_bias[half];
+        h[half] = amx_act(job->shape, _mm512_load_ps(rest->c + from) + rest->bias[half], up);
     }
     if (rest->room < TILE_OUTPUTS) /* what is past the last one is multiplied by zeros, and must be a number */
         memset(to, 0, 2 * TILE_OUTPUTS);
@@ -280,19 +282,21 @@ AMX_TARGET static void gate_up_amx(const struct experts *job, int64_t g, int64_t
             for (int half = 0; half < 2; half++) {
                 const char *bias = gate + s->gate_up_bias_at;
                 bg[half] = (__m512)bias_avx512(bias, 1, at + 16 * half, s->F);
-                bu[half] = (__m512)bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
+                if (s->is_gated)
+                    bu[half] = (__m512)bias_avx512(bias + 2 * s->F, 1, at + 16 * half, s->F);
             }
         for (int64_t r = 0; r < count; r += 2 * TILE_ROWS, which = !which) {
             int64_t num = count - r < 2 * TILE_ROWS ? count - r : 2 * TILE_ROWS;
             const uint16_t *these = rows + r * blocks * TILE_K;
             amx_product(these, blocks, num, gates, blocks, c[which][0], TILE_OUTPUTS,
                         read_ahead(gates, panel_bytes, blocks, r, count), store_hidden, &rest);
-            amx_product(these, blocks, num, ups, blocks, c[which][1], TILE_OUTPUTS,
-                        read_ahead(ups, panel_bytes, blocks, r, count), store_hidden, &rest);
+            if (s->is_gated)
+                amx_product(these, blocks, num, ups, blocks, c[which][1], TILE_OUTPUTS,
+                            read_ahead(ups, panel_bytes, blocks, r, count), store_hidden, &rest);
             while (rest.i < rest.num)
                 store_hidden(&rest);
             rest.c = c[which][0];
-            rest.up = c[which][1];
+            rest.up = s->is_gated ? c[which][1] : NULL;
             for (int half = 0; half < 2; half++) {
                 rest.bias[half] = bg[half];
                 rest.up_bias[half] = bu[half];

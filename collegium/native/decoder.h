@@ -201,6 +201,16 @@ int collegium_attend(const struct layer *l, const float *q, const int64_t *block
     return 0;
 }
 
+/* out [B, H * W]: each of B rows looks at all of its source's positions, in tables as collegium_attend takes them. */
+void collegium_attend_source(const struct layer *l, const float *q, const int64_t *blocks, const int64_t *first_block,
+                             const int64_t *lengths, int64_t B, float *out, int num_threads)
+{
+    struct attention source = l->attention;
+    source.window = 0;
+    source.sinks = source.by_distance = NULL;
+    run_attend(&source, q, blocks, first_block, lengths, B, out, num_threads);
+}
+
 static void pack_positions_task(const void *at, int64_t task)
 {
     const struct prompt *job = at;
@@ -373,13 +383,38 @@ static void choose_experts(const struct gate *gate, float *scores, int64_t E, in
 
 /* --- after attention --- */
 
+static float *add_row(const struct rows *rows, int64_t t)
+{
+    int64_t D = rows->layer->D;
+    float *h = rows->h + t * D, *row = rows->scratch + t * D;
+    for (int64_t i = 0; i < D; i++)
+        h[i] += row[i] * rows->layer->residual;
+    return h;
+}
+
+static void add_and_norm_for_source(const struct rows *rows, int64_t t)
+{
+    int64_t D = rows->layer->D;
+    norm_row(rows->scratch + t * D, add_row(rows, t), &rows->layer->cross.norm, D);
+}
+
+/* h += attended [T, H * W] @ out.T; q [T, H * W] is what h, normed, asks of its source. scratch as collegium_output. */
+void collegium_query_source(const struct layer *l, const float *attended, float *h, int64_t T, float *q, float *scratch,
+                            int num_threads)
+{
+    int64_t D = l->D, width = l->attention.H * l->value_width;
+    int is_bf16 = l->attention.is_bf16;
+    struct rows rows = {.layer = l, .T = T, .h = h, .scratch = scratch};
+    collegium_linear(attended, width, l->out, l->out_bias, scratch, T, D, width, is_bf16, 0, num_threads);
+    for_rows(&rows, add_and_norm_for_source, num_threads, 1);
+    collegium_linear(scratch, D, l->cross.query, l->cross.query_bias, q, T, width, D, is_bf16, 0, num_threads);
+}
+
 static void add_and_norm(const struct rows *rows, int64_t t)
 {
     const struct layer *l = rows->layer;
     int64_t D = l->D, is_bf16 = l->attention.is_bf16;
-    float *h = rows->h + t * D, *row = rows->scratch + t * D;
-    for (int64_t i = 0; i < D; i++)
-        h[i] += row[i] * l->residual;
+    float *h = add_row(rows, t), *row = rows->scratch + t * D;
     norm_row(row, h, &l->output_norm, D);
     isa->narrow(rows->x, t * D, row, D, is_bf16);
     if (is_bf16) /* the gate sees what the experts will */
@@ -403,7 +438,7 @@ static void ask_gate(const struct rows *rows, int64_t t)
         }
 }
 
-/* h += attended [T, H * value_width] @ out.T; x [T, D], in the model's type, is h normed; where there are experts, ids and weights
+/* h += attended [T, H * value_width] @ out.T, the source's where there is one; x [T, D], in the model's type, is h normed; where there are experts, ids and weights
  * [T, K] are what the gate chooses for x. Where scores are not numbers, so are weights, and ids are 0 to K - 1. scratch [T,
  * collegium_scratch_floats]. */
 void collegium_output(const struct layer *l, const float *attended, float *h, int64_t T, void *x, int64_t *ids, float *weights,
@@ -412,7 +447,8 @@ void collegium_output(const struct layer *l, const float *attended, float *h, in
     int64_t D = l->D, width = l->attention.H * l->value_width;
     int is_bf16 = l->attention.is_bf16;
     struct rows rows = {.layer = l, .T = T, .h = h, .scratch = scratch, .x = x, .ids = ids, .weights = weights};
-    collegium_linear(attended, width, l->out, l->out_bias, scratch, T, D, width, is_bf16, 0, num_threads);
+    const void *out = l->cross.query ? l->cross.out : l->out, *bias = l->cross.query ? l->cross.out_bias : l->out_bias;
+    collegium_linear(attended, width, out, bias, scratch, T, D, width, is_bf16, 0, num_threads);
     for_rows(&rows, add_and_norm, num_threads, l->E > 0);
     if (!l->E)
         return;

@@ -150,7 +150,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 18;
+    return 19;
 }
 
 #if defined(__x86_64__)
@@ -612,7 +612,7 @@ static int compute_experts(const struct expert_shape *shape, const float *x, con
     (void)narrow;
 #endif
     if (!is_done) {
-        struct split split = divide(&job, shape->F, 2 * shape->D, shape->is_bf16);
+        struct split split = divide(&job, shape->F, (1 + (shape->is_gated != 0)) * shape->D, shape->is_bf16);
         run_all(split.tasks_per_group * G, gate_up_task, &split, num_threads, 1);
         split = divide(&job, shape->D, shape->F, shape->is_bf16);
         run_all(split.tasks_per_group * G, down_task, &split, num_threads, 0);

@@ -13,6 +13,8 @@ struct attention {
     float scaling;
     int32_t is_bf16;
     const float *sinks;  /* [H] a score of each head's that takes its share and gives nothing; NULL: none */
+    const float *by_distance; /* [H, num_distances] added to a head's scores by how far back a position is; NULL: nothing */
+    int64_t num_distances;    /* farther ones have the last one's */
     void *keys, *values; /* pools: [slots, G * W], and that or [slots, rotary], in the model's type */
 };
 
@@ -41,7 +43,8 @@ struct gate {
 
 struct expert_shape {
     int64_t D, F;
-    int32_t is_bf16, has_bias, activation, unused;
+    int32_t is_bf16, has_bias, activation;
+    int32_t is_gated; /* else there is no up: act(x @ gate.T) @ down.T */
     float clamp, alpha;
     int64_t up_at, down_at, gate_up_bias_at, down_bias_at; /* offsets in an expert's bytes */
 };
@@ -51,6 +54,14 @@ struct mlp {
     const struct expert_shape *shape; /* NULL: there is none */
     const void *weights;
     const void *gate; /* packed [1, D]: its sigmoid is the result's weight; NULL: 1 */
+};
+
+/* Attention to a source of its own, between a decoder's attention to itself and what follows: its keys and values lie in the same
+ * pools, in blocks of their own. */
+struct cross {
+    const void *query, *query_bias; /* [H * W, D]; NULL: there is none */
+    const void *out, *out_bias;     /* [D, H * W] */
+    struct norm norm;
 };
 
 enum head_norms { NO_HEAD_NORMS, EACH_HEAD, ALL_HEADS, EACH_ROTATED }; /* by a weight [width], by one of all heads as one row */
@@ -73,6 +84,7 @@ struct layer {
     const void *out, *out_bias; /* [D, H * value_width] */
     struct gate gate;
     struct mlp mlp;
+    struct cross cross;
 };
 
 int64_t collegium_scratch_floats(const struct layer *layer);
@@ -80,6 +92,10 @@ void collegium_qkv(const struct layer *layer, const float *h, const float *cos, 
                    int64_t T, float *q, float *scratch, int num_threads);
 int collegium_attend(const struct layer *layer, const float *q, const int64_t *blocks, const int64_t *first_block,
                      const int64_t *lengths, int64_t B, float *out, int num_threads);
+void collegium_query_source(const struct layer *layer, const float *attended, float *h, int64_t T, float *q, float *scratch,
+                            int num_threads);
+void collegium_attend_source(const struct layer *layer, const float *q, const int64_t *blocks, const int64_t *first_block,
+                             const int64_t *lengths, int64_t B, float *out, int num_threads);
 void collegium_output(const struct layer *layer, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
                       float *weights, float *scratch, int num_threads);
 int collegium_mlp(const struct layer *layer, const void *x, int64_t T, float *h, int num_threads);

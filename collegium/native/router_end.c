@@ -404,6 +404,8 @@ struct step {
     float *h;                            /* [T, D] */
     float *cos, *sin;                    /* [T, W] */
     const int64_t *slots, *kv_blocks, *first_block, *lengths;
+    const int64_t *source_blocks, *source_first, *source_lengths; /* of attention to sources, where layers have that */
+    const float *position_table;                                  /* [positions, D] added to embeddings; NULL: nothing is */
     float *q, *attended, *scratch;
     int64_t block, layer; /* in: the first; out: the one that was disturbed, or num_blocks and L */
     int64_t blocked_ns, away_ns; /* of this call */
@@ -575,6 +577,8 @@ int collegium_step(struct step *s)
         for (int64_t t = 0; t < e->T; t++) {
             memcpy(s->cos + t * s->W, s->cos_table + s->positions[t] * s->W, s->W * sizeof *s->cos);
             memcpy(s->sin + t * s->W, s->sin_table + s->positions[t] * s->W, s->W * sizeof *s->sin);
+            if (s->position_table)
+                collegium_add(s->h + t * e->D, s->position_table + s->positions[t] * e->D, e->D, 1, 0);
         }
     }
     for (uint64_t seq = e->seq; s->block < s->num_blocks; s->block++) {
@@ -582,6 +586,11 @@ int collegium_step(struct step *s)
         collegium_qkv(block, s->h, s->cos, s->sin, s->slots, e->T, s->q, s->scratch, num_threads);
         if (collegium_attend(block, s->q, s->kv_blocks, s->first_block, s->lengths, e->T, s->attended, num_threads))
             return NO_MEMORY;
+        if (block->cross.query) {
+            collegium_query_source(block, s->attended, s->h, e->T, s->q, s->scratch, num_threads);
+            collegium_attend_source(block, s->q, s->source_blocks, s->source_first, s->source_lengths, e->T, s->attended,
+                                    num_threads);
+        }
         collegium_output(block, s->attended, s->h, e->T, (void *)e->x, (int64_t *)e->ids, (float *)e->weights, s->scratch,
                          num_threads);
         if (!block->E) {

@@ -196,7 +196,7 @@ TARGET static void NAME(linear)(const struct linear *job, int64_t begin, int64_t
     }
 }
 
-/* Panels [begin, end) of the hidden rows of group g: act(x @ gate.T, x @ up.T) */
+/* Panels [begin, end) of the hidden rows of group g: act(x @ gate.T, x @ up.T), or without an up, which is 1 then */
 TARGET static void NAME(gate_up)(const struct experts *job, int64_t g, int64_t begin, int64_t end)
 {
     const struct expert_shape *s = job->shape;
@@ -212,8 +212,10 @@ TARGET static void NAME(gate_up)(const struct experts *job, int64_t g, int64_t b
             bg0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->F);
             bg1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->F);
             bias += s->F * (s->is_bf16 ? 2 : 4);
-            bu0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->F);
-            bu1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->F);
+            if (s->is_gated) {
+                bu0 = NAME(bias)(bias, s->is_bf16, n * WIDTH, s->F);
+                bu1 = NAME(bias)(bias, s->is_bf16, n * WIDTH + LANES, s->F);
+            }
         }
         for (int64_t p = first; p < last;) {
             int mr = NAME(block)(last - p);
@@ -221,7 +223,11 @@ TARGET static void NAME(gate_up)(const struct experts *job, int64_t g, int64_t b
             for (int i = 0; i < mr; i++)
                 rows[i] = job->x + job->pair_rows[p + i] * s->D;
             (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, gate + n * panel_bytes, s->D, acc_g);
-            (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, up + n * panel_bytes, s->D, acc_u);
+            if (s->is_gated)
+                (s->is_bf16 ? NAME(panel_bf16) : NAME(panel_f32))(mr, rows, up + n * panel_bytes, s->D, acc_u);
+            else
+                for (int i = 0; i < 2 * mr; i++)
+                    acc_u[i] = (VF){0} + 1.0f;
             for (int i = 0; i < mr; i++) {
                 VF h0 = NAME(act)(s->activation, acc_g[2 * i] + bg0, acc_u[2 * i] + bu0, s->clamp, s->alpha);
                 VF h1 = NAME(act)(s->activation, acc_g[2 * i + 1] + bg1, acc_u[2 * i + 1] + bu1, s->clamp, s->alpha);
@@ -511,6 +517,11 @@ TARGET static inline __attribute__((always_inline)) void NAME(look)(
         NAME(score_all)(is_bf16, q, a->keys, at, n, W, a->scaling, scores);
         if (a->rotary)
             NAME(score_all)(is_bf16, q + W, a->values, rotated_at, n, a->rotary, a->scaling, scores);
+        if (a->by_distance) {
+            const float *bias = a->by_distance + head * a->num_distances;
+            for (int64_t i = 0; i < n; i++)
+                scores[i] += bias[n - 1 - i < a->num_distances ? n - 1 - i : a->num_distances - 1];
+        }
         NAME(soften)(scores, n, a->sinks ? a->sinks + head : NULL);
         NAME(mix_all)(is_bf16, scores, a->rotary ? a->keys : a->values, at, n, W, job->out + (row * a->H + head) * W);
     }

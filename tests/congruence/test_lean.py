@@ -26,18 +26,17 @@ from tokenizers import Tokenizer
 from benchmarks.one_process import OneProcess, Request
 from collegium.fabric import tracing
 from collegium.model import native
-from collegium.model.architectures import ARCHITECTURES
 from collegium.model.native.step import DecodeStep
 from collegium.native.worker_end import Span
 from router_svc.device_model import DeviceModel
 from router_svc.exchange import WholeExchange
 from router_svc.model_loader import load_router_model
-from tests.checkpoints import Variant
+from tests.checkpoints import DECODERS, Variant
 from tests.oracle import Oracle
 from tests.poison import let_go, poisoned
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-ALL = sorted(ARCHITECTURES)
+ALL = DECODERS
 EACH = [(arch, variant) for arch in ALL for variant in (Variant.BASE, Variant.OTHER)]
 # The classes are the other way alone: one variant of each says that it is there.
 IN_TURN = [(arch, (Variant.BASE, Variant.OTHER)[number % 2]) for number, arch in enumerate(ALL)]

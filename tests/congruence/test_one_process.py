@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from benchmarks.one_process import OneProcess, Request
-from collegium.model.architectures import ARCHITECTURES
 from collegium.model.sampling import SamplingParams
 from router_svc.expert_calls import ExpertsUnavailableError
 from router_svc.model_loader import load_router_model
 from router_svc.router_model import RouterModel
-from tests.checkpoints import Variant
+from tests.checkpoints import DECODERS, Variant
 from tests.oracle import Oracle
 from tests.poison import poisoned
 
@@ -28,7 +27,7 @@ def loaded(checkpoint: Path) -> RouterModel:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("arch", DECODERS)
 def test_tokens_and_logprobs_equal_transformers_under_preemption_and_staggered_arrivals(
     arch: str, num_workers: int, oracle: Oracle
 ) -> None:
@@ -236,7 +235,7 @@ def test_one_long_request_beside_many_short_ones_changes_nothing(oracle: Oracle)
     assert [choice.token_ids for (choice,) in answers] == [r.token_ids for r in references]
 
 
-@pytest.mark.parametrize(("arch", "num_micro_batches"), [*zip(sorted(ARCHITECTURES), itertools.cycle([2, 3, 4]))])
+@pytest.mark.parametrize(("arch", "num_micro_batches"), [*zip(DECODERS, itertools.cycle([2, 3, 4]))])
 def test_micro_batches_change_no_token(arch: str, num_micro_batches: int, oracle: Oracle) -> None:
     checkpoint = oracle.checkpoint(arch, Variant.OTHER if num_micro_batches == 3 else Variant.BASE)
     references = oracle.choose_prompts(checkpoint, NUM_PROMPTS, MAX_TOKENS)

@@ -12,17 +12,16 @@ import torch
 
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.client import Client
-from collegium.model.architectures import ARCHITECTURES
 from collegium.model.manifest import ensure_manifest
 from router_svc.model_loader import load_router_model
-from tests.checkpoints import Variant
+from tests.checkpoints import DECODERS, Variant
 from tests.oracle import Oracle, Reference
 
 MAX_TOKENS = 16
 NUM_PROMPTS = 6
 MOST_ROUNDS = 20
 WORKER_COUNTS = (1, 2, 1, 1, 2, 3, 2, 1, 1, 5, 1, 2, 1, 3, 2)  # a worker takes seconds of a core to start
-ROUNDS = list(zip(sorted(ARCHITECTURES), WORKER_COUNTS, strict=True))
+ROUNDS = list(zip(DECODERS, WORKER_COUNTS, strict=True))
 # Room for 7 blocks of 16 tokens: sequences of up to 56 tokens must take turns.
 TIGHT = ("--max-batch-tokens", "24", "--max-model-len", "112")
 # Workers that hold few of the model's experts at a time; the others hold all their homes.

@@ -15,7 +15,7 @@ struct link;
 struct slot;
 struct shape { /* as kernels.c has it */
     int64_t D, F;
-    int32_t is_bf16, has_bias, activation, unused;
+    int32_t is_bf16, has_bias, activation, is_gated;
     float clamp, alpha;
     int64_t up_at, down_at, gate_up_bias_at, down_bias_at;
 };

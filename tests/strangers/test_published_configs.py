@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from collegium.model.architectures import ARCHITECTURES
+from collegium.model.architectures import ARCHITECTURES, expert_form
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.config_fields import NOT_USED, USED, check_config
+from collegium.model.encoder_decoder import MODEL_TYPES, read_encoder_decoder
 from router_svc.lengths import served_positions
 from router_svc.library_model import config_of
+from tests.checkpoints import DECODERS
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published" / "configs.json").read_text())
 POSITIONS = {
@@ -39,11 +41,31 @@ POSITIONS = {
 }
 
 
+# Fields of facebook/nllb-moe-54b and google/switch-base-8, by their model cards and papers.
+TRANSLATORS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "published" / "encoder_decoder.json").read_text()
+)
+
+
 def test_there_is_one_of_each_architecture() -> None:
-    assert {config["model_type"] for config in CONFIGS.values()} == set(ARCHITECTURES)
+    assert {config["model_type"] for config in (CONFIGS | TRANSLATORS).values()} == set(ARCHITECTURES)
+    assert {config["model_type"] for config in TRANSLATORS.values()} == set(MODEL_TYPES)
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "top_k"),
+    [("NLLB-MoE-54B", (6, 6), 128, 2), ("Switch-base-8", (6, 6), 64, 1)],
+)
+def test_a_published_configuration_with_an_encoder_is_taken(
+    name: str, layers: tuple[int, int], width: int, top_k: int
+) -> None:
+    config = read_encoder_decoder(TRANSLATORS[name])
+    assert (len(config.encoder.sparse), len(config.decoder.sparse)) == layers
+    assert (config.head_width, config.top_k) == (width, top_k)
+    assert not expert_form(TRANSLATORS[name]).is_gated
+
+
+@pytest.mark.parametrize("arch", DECODERS)
 def test_no_field_that_the_modelling_classes_read_is_kept_from_them(arch: str) -> None:
     source = inspect.getsource(importlib.import_module(f"transformers.models.{arch}.modeling_{arch}"))
     known = CONFIG_MAPPING[arch]().to_dict()

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from collegium.link.base import LinkStats, RouterLink
 from collegium.link.frame import Dispatch, Hint, LinkClosed, Reply
-from collegium.model.architectures import ARCHITECTURES
 from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
 from router_svc.model_loader import load_router_model
 from router_svc.remote_experts import RemoteExperts
 from router_svc.token_memory import TokenMemory
-from tests.checkpoints import Variant
+from tests.checkpoints import DECODERS, Variant
 from tests.oracle import Oracle
 
 NUM_ROWS = 7
@@ -39,7 +38,7 @@ def chosen_by(block: nn.Module, x: Tensor) -> Tensor:
 
 
 # Gates that limit the groups they choose from do so in other variants alone.
-GATES = [(arch, Variant.BASE) for arch in sorted(ARCHITECTURES)]
+GATES = [(arch, Variant.BASE) for arch in DECODERS]
 GATES += [(arch, Variant.OTHER) for arch in ("deepseek_v2", "glm4_moe")]
 
 

@@ -34,7 +34,7 @@ def test_sharded_and_single_files_hold_the_same_experts(arch: str, oracle: Oracl
         one = read_expert(single, layer, 1, torch.float32)
         other = read_expert(sharded, layer, 1, torch.float32)
         assert torch.equal(one.gate_up, other.gate_up)
-        assert one.gate_up.shape == (2 * single.d_ffn, single.d_model)
+        assert one.gate_up.shape == ((1 + single.form.is_gated) * single.d_ffn, single.d_model)
         assert one.down.shape == (single.d_model, single.d_ffn)
 
 

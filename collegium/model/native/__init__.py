@@ -50,7 +50,7 @@ class _Shape(ctypes.Structure):
         ("is_bf16", c_int32),
         ("has_bias", c_int32),
         ("activation", c_int32),
-        ("unused", c_int32),
+        ("is_gated", c_int32),
         ("clamp", c_float),
         ("alpha", c_float),
         ("up_at", c_int64),
@@ -242,17 +242,31 @@ class Library:
 
 
 class ExpertLayout:
-    """Where the parts of one expert lie in its packed bytes, gate, up, down, then biases; the arithmetic between."""
+    """Where the parts of one expert lie in its packed bytes, gate, up, down, then biases; the arithmetic between.
 
-    def __init__(self, library: Library, d_model: int, d_ffn: int, dtype: torch.dtype, *, has_bias: bool):
+    An expert that is not gated has no up: what comes first is then the one map into its hidden rows.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        d_model: int,
+        d_ffn: int,
+        dtype: torch.dtype,
+        *,
+        has_bias: bool,
+        is_gated: bool = True,
+    ):
         """Lay out an expert of that shape."""
+        num_maps = 1 + is_gated
         gate, down = library.packed_bytes(d_ffn, d_model, dtype), library.packed_bytes(d_model, d_ffn, dtype)
-        biases = (aligned(2 * d_ffn * dtype.itemsize), aligned(d_model * dtype.itemsize)) if has_bias else (0, 0)
-        self.up_at, self.down_at = gate, 2 * gate
+        biases = (aligned(num_maps * d_ffn * dtype.itemsize), aligned(d_model * dtype.itemsize)) if has_bias else (0, 0)
+        self.up_at, self.down_at = gate, num_maps * gate
         self.gate_up_bias_at = self.down_at + down
         self.down_bias_at = self.gate_up_bias_at + biases[0]
         self.num_bytes = self.down_bias_at + biases[1]
         self.d_model, self.d_ffn, self.dtype, self.has_bias = d_model, d_ffn, dtype, has_bias
+        self.is_gated = is_gated
         self._shapes: dict[ExpertForm, _Shape] = {}
 
     def shape_of(self, form: ExpertForm) -> int:
@@ -265,6 +279,7 @@ class ExpertLayout:
                 is_bf16=_is_bf16(self.dtype),
                 has_bias=self.has_bias,
                 activation=_ACTIVATIONS.index(form.activation),
+                is_gated=self.is_gated,
                 clamp=form.clamp,
                 alpha=form.alpha,
                 up_at=self.up_at,

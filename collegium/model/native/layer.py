@@ -55,7 +55,9 @@ class _Attention(Structure):
         *((name, c_int64) for name in ("H", "G", "W", "rotary", "window", "block_tokens")),
         ("scaling", c_float),
         ("is_bf16", c_int32),
-        *((name, c_void_p) for name in ("sinks", "keys", "values")),
+        *((name, c_void_p) for name in ("sinks", "by_distance")),
+        ("num_distances", c_int64),
+        *((name, c_void_p) for name in ("keys", "values")),
     )
 
 
@@ -76,6 +78,10 @@ class _Mlp(Structure):
     _fields_ = (("shape", c_void_p), ("weights", c_void_p), ("gate", c_void_p))
 
 
+class _Cross(Structure):
+    _fields_ = (*((name, c_void_p) for name in ("query", "query_bias", "out", "out_bias")), ("norm", _Norm))
+
+
 class _Layer(Structure):
     _fields_ = (
         ("attention", _Attention),
@@ -89,6 +95,7 @@ class _Layer(Structure):
         *((name, c_void_p) for name in ("up", "out", "out_bias")),
         ("gate", _Gate),
         ("mlp", _Mlp),
+        ("cross", _Cross),
     )
 
 
@@ -121,6 +128,7 @@ class AttentionWeights:
     window: int = 0  # positions a row looks back at; 0: all
     clip: float = 0.0  # bound of queries, keys and values; 0: none
     sinks: Tensor | None = None  # [H], a score of each head's that takes its share and gives nothing
+    by_distance: Tensor | None = None  # [H, distances], added to scores; farther positions have the last one's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,13 +169,26 @@ class GateWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlpWeights:
-    """An expert that every row has: gate and up [F, D], down [D, F], and their biases."""
+class CrossAttentionWeights:
+    """Attention of a decoder's layer to a source's positions, with the heads of the layer's attention to itself."""
 
-    gate: Tensor
+    norm: NormWeights
+    query: Tensor  # [H * W, D]
+    query_bias: Tensor | None = None
+    key_value: Tensor  # [2 * G * W, D], keys above values: what is kept of a source's position
+    key_value_bias: Tensor | None = None
+    out: Tensor  # [D, H * W]
+    out_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpWeights:
+    """An expert that every row has: gate, where there is one, and up [F, D], down [D, F], and the biases of each."""
+
+    gate: Tensor | None
     up: Tensor
     down: Tensor
-    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    biases: tuple[Tensor, ...] | None = None
     form: ExpertForm
     weigh: Tensor | None = None  # [1, D]: the sigmoid of its product is the result's weight
 
@@ -185,6 +206,7 @@ class LayerWeights:
     gate: GateWeights | None
     mlp: MlpWeights | None = None
     residual: float = 1.0  # what the layer adds to the stream is multiplied by
+    cross: CrossAttentionWeights | None = None
 
 
 class Workspace:
@@ -237,6 +259,9 @@ class LayerBlock:
             self._take_gate(gate)
         if weights.mlp is not None:
             self._take_mlp(weights.mlp)
+        self._key_value: PackedLinear | None = None
+        if weights.cross is not None:
+            self._take_cross(weights.cross)
         self._at = ctypes.addressof(self._struct)
         self.scratch_floats: int = self._lib.collegium_scratch_floats(self._at)
 
@@ -246,6 +271,9 @@ class LayerBlock:
         self.attended_width = weights.num_heads * width
         struct.attention.G, struct.attention.W, struct.attention.window = weights.num_kv_heads, width, weights.window
         struct.attention.sinks = self._keep(weights.sinks, torch.float32)
+        if weights.by_distance is not None:
+            struct.attention.by_distance = self._keep(weights.by_distance, torch.float32)
+            struct.attention.num_distances = weights.by_distance.shape[1]
         struct.head_width = struct.value_width = width
         struct.head_norms, struct.clip = weights.head_norms, weights.clip
         struct.qkv, struct.qkv_bias = self._pack(weights.qkv), self._keep(weights.qkv_bias)
@@ -290,19 +318,35 @@ class LayerBlock:
         library = native.library()
         assert library is not None
         layout = native.ExpertLayout(
-            library, self.d_model, mlp.up.shape[0], self.dtype, has_bias=mlp.biases is not None
+            library,
+            self.d_model,
+            mlp.up.shape[0],
+            self.dtype,
+            has_bias=mlp.biases is not None,
+            is_gated=mlp.gate is not None,
         )
         memory = packed_memory.take(layout.num_bytes)
-        for part, at in ((mlp.gate, 0), (mlp.up, layout.up_at), (mlp.down, layout.down_at)):
+        maps = [(mlp.up, 0)] if mlp.gate is None else [(mlp.gate, 0), (mlp.up, layout.up_at)]
+        for part, at in (*maps, (mlp.down, layout.down_at)):
             library.pack(memory.data_ptr() + at, part.detach())
         if mlp.biases is not None:
-            gate_up = torch.cat(mlp.biases[:2])
-            for part, at in ((gate_up, layout.gate_up_bias_at), (mlp.biases[2], layout.down_bias_at)):
+            *above, down = mlp.biases
+            for part, at in ((torch.cat(above), layout.gate_up_bias_at), (down, layout.down_bias_at)):
                 part = part.detach().contiguous()
                 ctypes.memmove(memory.data_ptr() + at, part.data_ptr(), part.nbytes)
         self._kept += (layout, memory)
         weigh = None if mlp.weigh is None else self._pack(mlp.weigh)
         self._struct.mlp = _Mlp(shape=layout.shape_of(mlp.form), weights=memory.data_ptr(), gate=weigh)
+
+    def _take_cross(self, cross: CrossAttentionWeights) -> None:
+        self._key_value = PackedLinear(cross.key_value.detach(), cross.key_value_bias, kernel=Kernel.NATIVE)
+        self._struct.cross = _Cross(
+            query=self._pack(cross.query),
+            query_bias=self._keep(cross.query_bias),
+            out=self._pack(cross.out),
+            out_bias=self._keep(cross.out_bias),
+            norm=self._norm(cross.norm),
+        )
 
     def _pack(self, weight: Tensor) -> int:
         packed = PackedLinear(weight.detach(), kernel=Kernel.NATIVE)
@@ -374,6 +418,34 @@ class LayerBlock:
             num_threads,
         ):
             raise MemoryError(f"no memory for the latent attention of {len(tables.lengths)} rows")
+
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of a source's positions [S, D], in the model's type: two tensors [S, G * W]."""
+        assert self._key_value is not None
+        keys, values = self._key_value(source).chunk(2, -1)
+        return keys, values
+
+    def attend_source(self, work: Workspace, tables: DecodeTables, num_threads: int) -> None:
+        """Add what the rows have attended to in their own sequence, and set work.attended of their sources."""
+        self._lib.collegium_query_source(
+            self._at,
+            work.attended.data_ptr(),
+            work.h.data_ptr(),
+            work.h.shape[0],
+            work.q.data_ptr(),
+            work.scratch.data_ptr(),
+            num_threads,
+        )
+        self._lib.collegium_attend_source(
+            self._at,
+            work.q.data_ptr(),
+            tables.blocks.ctypes.data,
+            tables.first_block.ctypes.data,
+            tables.lengths.ctypes.data,
+            len(tables.lengths),
+            work.attended.data_ptr(),
+            num_threads,
+        )
 
     def attend_prompt(self, work: Workspace, first: int, num_rows: int, slots: Tensor, num_threads: int) -> bool:
         """Set work.attended of a prompt's rows from `first` on, the last ones of its positions, which lie in slots [L].
@@ -468,6 +540,8 @@ def _declare_once(library: native.Library) -> None:
     native.declare(library.raw, "collegium_scratch_floats", size, [pointer])
     native.declare(library.raw, "collegium_qkv", None, [*[pointer] * 5, size, pointer, pointer, c_int])
     native.declare(library.raw, "collegium_attend", c_int, [*[pointer] * 5, size, pointer, c_int])
+    native.declare(library.raw, "collegium_query_source", None, [*[pointer] * 3, size, *[pointer] * 2, c_int])
+    native.declare(library.raw, "collegium_attend_source", None, [*[pointer] * 5, size, pointer, c_int])
     native.declare(library.raw, "collegium_output", None, [*[pointer] * 3, size, *[pointer] * 4, c_int])
     native.declare(library.raw, "collegium_mlp", c_int, [pointer, pointer, size, pointer, c_int])
     native.declare(

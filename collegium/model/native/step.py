@@ -30,7 +30,9 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("decode", "prefill", "activations")),
         *((name, c_void_p) for name in ("embedding", "cos_table", "sin_table", "tokens", "positions", "final_norm")),
         *((name, c_void_p) for name in ("h", "cos", "sin")),
-        *((name, c_void_p) for name in ("slots", "kv_blocks", "first_block", "lengths", "q", "attended", "scratch")),
+        *((name, c_void_p) for name in ("slots", "kv_blocks", "first_block", "lengths")),
+        *((name, c_void_p) for name in ("source_blocks", "source_first", "source_lengths", "position_table")),
+        *((name, c_void_p) for name in ("q", "attended", "scratch")),
         *((name, c_int64) for name in ("block", "layer", "blocked_ns", "away_ns", "num_threads", "W")),
         ("embedding_scale", c_double),
         ("copies", c_void_p),
@@ -106,12 +108,18 @@ class CopyTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepWeights:
-    """What a step needs of a model beside its layers: embedding [V, D] in the model's type."""
+    """What a step needs of a model beside its layers: embedding [V, D] in the model's type.
+
+    positions: [positions, D] float32, added to embeddings; None: nothing is. first_layer: MoE layers before these, of
+    an encoder.
+    """
 
     embedding: Tensor
     embedding_scale: float
     final_norm: FinalNorm
     rotated: int
+    positions: Tensor | None = None
+    first_layer: int = 0
 
 
 class DecodeStep:
@@ -125,12 +133,16 @@ class DecodeStep:
         """Take memory for `num_rows` rows."""
         self.work = work = Workspace(blocks, num_rows)
         sparse = [block for block in blocks if block.num_experts]
-        self.num_layers, self.num_rows, self.top_k = len(sparse), num_rows, sparse[0].top_k
+        self.first_layer = first = weights.first_layer
+        self.num_layers, self.num_rows, self.top_k = first + len(sparse), num_rows, sparse[0].top_k
         self.cos, self.sin = torch.empty(2, num_rows, weights.rotated)
         self.ids = np.empty((num_rows, self.top_k), np.int64)
         self.weights = np.empty((num_rows, self.top_k), np.float32)
         self._y = torch.empty_like(work.x)
-        self._addresses = [np.array([block.address for block in some], np.int64) for some in (blocks, sparse)]
+        self._addresses = [
+            np.array([0] * skipped + [block.address for block in some], np.int64)
+            for some, skipped in ((blocks, 0), (sparse, first))
+        ]
         self._told = (work.x.data_ptr(), self._y.data_ptr(), self.ids.ctypes.data, self.weights.ctypes.data)
         self._kept: tuple[object, ...] = ()
         self._choosing: tuple[object, ...] = ()
@@ -140,10 +152,11 @@ class DecodeStep:
             blocks=self._addresses[0].ctypes.data,
             layers=self._addresses[1].ctypes.data,
             num_blocks=len(blocks),
-            L=len(sparse),
+            L=self.num_layers,
             embedding=weights.embedding.data_ptr(),
             embedding_scale=weights.embedding_scale,
             final_norm=weights.final_norm.address,
+            position_table=None if weights.positions is None else weights.positions.data_ptr(),
             W=weights.rotated,
             h=work.h.data_ptr(),
             cos=self.cos.data_ptr(),
@@ -161,18 +174,22 @@ class DecodeStep:
         slots: Tensor,
         tables: DecodeTables,
         num_threads: int,
+        sources: DecodeTables | None = None,
     ) -> None:
         """Open a step of tokens [T] at positions [T], both int64; rotation: cosines and sines [positions, W] float32.
 
-        slots, tables: as LayerBlock.project and attend take them.
+        slots, tables, sources: as LayerBlock.project, attend and attend_source take them.
         """
         call = self._call
-        self._kept = (tokens, positions, rotation, slots, tables)
-        call.block, call.layer, call.num_threads = 0, 0, num_threads
+        self._kept = (tokens, positions, rotation, slots, tables, sources)
+        call.block, call.layer, call.num_threads = 0, self.first_layer, num_threads
         call.tokens, call.positions, call.slots = tokens.data_ptr(), positions.data_ptr(), slots.data_ptr()
         call.cos_table, call.sin_table = rotation[0].data_ptr(), rotation[1].data_ptr()
         call.kv_blocks, call.first_block = tables.blocks.ctypes.data, tables.first_block.ctypes.data
         call.lengths = tables.lengths.ctypes.data
+        if sources is not None:
+            call.source_blocks, call.source_first = sources.blocks.ctypes.data, sources.first_block.ctypes.data
+            call.source_lengths = sources.lengths.ctypes.data
 
     @property
     def layer(self) -> int:

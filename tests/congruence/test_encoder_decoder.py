@@ -1,0 +1,140 @@
+"""Tokens and log-probabilities of models with an encoder, against the corrected modelling classes, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from benchmarks.one_process import OneProcess, Request
+from collegium.model.sampling import SamplingParams
+from router_svc.encoder_decoder import EncoderDecoderModel
+from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.paged_attention import PagedCache, SourceRun
+from tests.checkpoints import TRANSLATORS, Variant
+from tests.oracle import Oracle, Reference
+
+MAX_TOKENS = 20
+FORCED = {"nllb-moe": 9, "switch_transformers": None}
+CASES = [(arch, variant) for arch in TRANSLATORS for variant in (Variant.BASE, Variant.OTHER)]
+
+
+def start_of(running: OneProcess) -> int:
+    """The id that the model's decoder begins with."""
+    assert running.model.both is not None
+    return running.model.both.start_id
+
+
+def requests_for(running: OneProcess, references: list[Reference], forced: int | None, every: int = 3) -> list[Request]:
+    """Ask for the references' sources, each some tokens after the one before."""
+    return [
+        Request(
+            prompt_ids=[start_of(running)],
+            source_ids=one.prompt_ids,
+            forced=() if forced is None else (forced,),
+            max_tokens=MAX_TOKENS,
+            num_logprobs=0,
+            after_tokens=every * number,
+        )
+        for number, one in enumerate(references)
+    ]
+
+
+def check(references: list[Reference], running: OneProcess, forced: int | None, every: int = 3) -> None:
+    """Hold the answers to the references' sources against them."""
+    answers = running.run(requests_for(running, references, forced, every))
+    for reference, (answer,) in zip(references, answers, strict=True):
+        assert answer.failure == ""
+        assert answer.token_ids == reference.token_ids
+        assert [one.chosen for one in answer.logprobs] == pytest.approx(reference.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_tokens_and_logprobs_equal_the_reference_for_any_workers_and_arrivals(
+    arch: str, variant: Variant, oracle: Oracle
+) -> None:
+    checkpoint, forced = oracle.checkpoint(arch, variant), FORCED[arch]
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)
+    for num_workers, max_batch_tokens in ((1, 64), (2, 16), (3, 7)):
+        with OneProcess(checkpoint, num_workers=num_workers, max_batch_tokens=max_batch_tokens) as running:
+            check(references, running, forced)
+            totals, pool = running.calls.totals, running.engine.scheduler.pool
+            assert pool.num_free == pool.num_blocks
+            assert totals.python_exchanges == 0 < totals.native_exchanges
+
+
+@pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_preemption_changes_nothing_and_encodes_again(arch: str, variant: Variant, oracle: Oracle) -> None:
+    checkpoint, forced = oracle.checkpoint(arch, variant), FORCED[arch]
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)
+    longest = max(-(-len(one.prompt_ids) // BLOCK_TOKENS) + -(-(MAX_TOKENS + 1) // BLOCK_TOKENS) for one in references)
+    with OneProcess(checkpoint, num_workers=2, kv_tokens=(longest + 4) * BLOCK_TOKENS, max_batch_tokens=64) as running:
+        check([*references, *references], running, forced, every=1)
+        assert running.engine.scheduler.num_preemptions > 0
+        assert running.engine.scheduler.pool.num_free == longest + 4
+
+
+def test_choices_share_what_is_kept_of_their_source_and_a_later_request_finds_it(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = oracle.checkpoint("nllb-moe")
+    reference = oracle.choose_sources(checkpoint, 2, MAX_TOKENS, lengths=(47,), forced=9)[0]
+    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=64) as running:
+        encoded: list[int] = []
+        model = running.model.lean
+        assert isinstance(model, EncoderDecoderModel)
+        encode = model.encode
+
+        def counted(sources: Sequence[SourceRun], cache: PagedCache, most_rows: int) -> None:
+            encoded.append(len(sources))
+            encode(sources, cache, most_rows)
+
+        monkeypatch.setattr(model, "encode", counted)
+        (request,) = requests_for(running, [reference], 9)
+        request.num_choices = 4
+        first, second = running.run([request]), running.run([request])
+        assert encoded == [1]
+        for answers in (first, second):
+            assert all(answer.token_ids == reference.token_ids for answer in answers[0])
+
+
+def test_seeded_draws_do_not_depend_on_the_company(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("switch_transformers")
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS)
+    with OneProcess(checkpoint, num_workers=2, max_batch_tokens=16) as running:
+        asked = requests_for(running, references, None, every=0)
+        for number, one in enumerate(asked):
+            one.sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=number)
+        together = [answer.token_ids for (answer,) in running.run(asked)]
+        alone = [running.run([one])[0][0].token_ids for one in asked]
+    assert together == alone
+    assert together != [one.token_ids for one in references]
+
+
+@pytest.mark.parametrize("arch", TRANSLATORS)
+def test_bfloat16_stays_near_the_reference(arch: str, oracle: Oracle) -> None:
+    checkpoint, forced = oracle.checkpoint(arch), FORCED[arch]
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)
+    with OneProcess(checkpoint, num_workers=1, dtype=torch.bfloat16, max_batch_tokens=64) as running:
+        answers = running.run(requests_for(running, references, forced))
+    begun = 0 if forced is None else 1
+    for reference, (answer,) in zip(references, answers, strict=True):
+        assert answer.token_ids[: begun + 1] == reference.token_ids[: begun + 1] or reference.margin < 0.2
+        assert answer.logprobs[begun].chosen == pytest.approx(reference.logprobs[begun], abs=0.3)
+
+
+def test_five_hundred_cancelled_translations_leave_nothing(oracle: Oracle) -> None:
+    checkpoint = oracle.checkpoint("nllb-moe")
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=9)
+    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=64, kv_tokens=4096) as running:
+        commands, pool = running.engine.commands, running.engine.scheduler.pool
+        for number in range(500):
+            (request,) = requests_for(running, [references[number % 6]], 9)
+            name = running._submit(request)
+            commands.cancel(1, [(name, None)])
+        assert commands.wait_idle(60.0)
+        assert pool.num_free == pool.num_blocks
+        while not running._news.empty():
+            running._news.get_nowait()
+        check(references, running, 9)
