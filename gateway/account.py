@@ -20,13 +20,14 @@ from gateway.relay import Arrival
 
 PROVIDER = "collegium"
 SCORE = "score"
+TRANSLATE = "translate"
 # Failures that are the caller's, or were foreseen: nothing for operators to do about one of them.
 _CALLERS = frozenset({"CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"})
 _log = logs.get("gateway")
 
 
 class Account:
-    """One request's. operation: as gen_ai.operation.name has it, or SCORE."""
+    """One request's. operation: as gen_ai.operation.name has it, or SCORE or TRANSLATE."""
 
     def __init__(self, arrival: Arrival, operation: str) -> None:
         self.arrival = arrival

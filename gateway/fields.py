@@ -19,6 +19,7 @@ MAX_STOP_STRING_BYTES = 1024
 MAX_STOP_IDS = 256
 MAX_REQUEST_ID_CHARS = 128
 _MAX_PENALTY = 2.0
+_MOST_NAMED = 256  # languages in a refusal; NLLB has 202
 
 
 def check_model(name: str, model: pb.Model) -> None:
@@ -125,6 +126,25 @@ def check_num_logprobs(request: pb.GenerateRequest, model: pb.Model) -> int | No
     if request.num_logprobs > MAX_LOGPROBS:
         raise too_large("num_logprobs", request.num_logprobs, MAX_LOGPROBS)
     return min(request.num_logprobs, model.vocab_size)
+
+
+def check_language(code: str, field: str, tokenizer: Tokenizer | None, model: pb.Model) -> int | None:
+    """Check the code of a language, and return its id; None where none is given."""
+    if not code:
+        return None
+    if not model.is_encoder_decoder:
+        raise InvalidArgument("this model has no encoder, and translates nothing", field=field, remedy="leave it out")
+    known = [] if tokenizer is None else tokenizer.languages
+    found = tokenizer.special_id(code) if tokenizer is not None and code in known else None
+    if found is None or found >= model.vocab_size:
+        told = ", ".join(known[:_MOST_NAMED]) + (f" and {len(known) - _MOST_NAMED} more" * (len(known) > _MOST_NAMED))
+        raise InvalidArgument(
+            f"{_quoted(code)} is no language of this model",
+            field=field,
+            remedy=f"give one of {told}" if known else "leave it out: its tokenizer has no codes of languages",
+            reason="UNKNOWN_LANGUAGE",
+        )
+    return found
 
 
 def check_prompt_ids(token_ids: Sequence[int], model: pb.Model, field: str) -> tuple[int, ...]:

@@ -97,6 +97,7 @@ class Generation:
                 if not choice.is_finished
             ],
             num_logprobs=accepted.num_logprobs,
+            forced_id=accepted.forced_id,
             traceparent=traceparent,
             deadline_ms=deadline_ms,
         )

@@ -30,10 +30,12 @@ CLASSES_BY_MODEL_TYPE: Mapping[str, str] = {
     "granitemoe": GENERIC,
     "minimax_m2": GENERIC,
     "mixtral": GENERIC,
+    "nllb-moe": "NllbTokenizer",
     "olmoe": "GPTNeoXTokenizer",
     "phimoe": GENERIC,
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
+    "switch_transformers": "T5Tokenizer",
 }
 # Classes that make their own steps too, and that no published checkpoint of a served model type is known to name.
 _FOREIGN = """

@@ -9,9 +9,9 @@ router may trust what passed here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from collegium.fabric.errors import InvalidArgument
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from gateway import fields
 from gateway.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     turns: tuple[tuple[str, str], ...] = ()  # (role, content)
+    language: str = ""  # of the text, where the model is told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Asked:
     stop_tokens: Mapping[int, str]
     num_choices: int
     num_logprobs: int | None
+    forced_id: int | None
     model: pb.Model
 
     @property
@@ -56,7 +58,17 @@ class Asked:
         """Check the prompt's ids and what they leave room for. Raises InvalidArgument that names the field."""
         model, form = self.model, self.prompt.field
         prompt_ids = fields.check_prompt_ids(prompt_ids, model, form)
-        room = model.max_model_len - len(prompt_ids)
+        if model.is_encoder_decoder:
+            if len(prompt_ids) > model.max_model_len:
+                raise InvalidArgument(
+                    f"the source has {len(prompt_ids)} tokens, and the model takes {model.max_model_len}",
+                    field=form,
+                    remedy="translate it in parts, such as sentences",
+                    reason="PROMPT_TOO_LONG",
+                )
+            room = model.max_model_len - 1  # what a decoder begins with
+        else:
+            room = model.max_model_len - len(prompt_ids)
         if room < 1:
             raise InvalidArgument(
                 f"the prompt has {len(prompt_ids)} tokens, and the model takes {model.max_model_len} with its answer",
@@ -73,6 +85,7 @@ class Asked:
             stop_tokens=self.stop_tokens,
             num_choices=self.num_choices,
             num_logprobs=self.num_logprobs,
+            forced_id=self.forced_id,
         )
 
 
@@ -93,6 +106,7 @@ class Accepted:
     stop_tokens: Mapping[int, str]
     num_choices: int
     num_logprobs: int | None
+    forced_id: int | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -132,6 +146,7 @@ def check_generate(
         stop_tokens=fields.stop_tokens_of(stop_strings, tokenizer, model),
         num_choices=request.num_choices or 1,
         num_logprobs=fields.check_num_logprobs(request, model),
+        forced_id=fields.check_language(request.target_language, "target_language", tokenizer, model),
         model=model,
     )
 
@@ -173,6 +188,10 @@ def check_progress(entries: Sequence[pb.ChoiceProgress], accepted: Accepted, mod
 def check_score(request: pb.ScoreRequest, *, model: pb.Model, tokenizer: Tokenizer | None) -> Prompt:
     """Check a Score request and return its input; check_scored takes the ids."""
     fields.check_model(request.model, model)
+    if model.is_encoder_decoder:
+        raise FailedPrecondition(
+            "this model has an encoder: a text alone has no score", remedy="score with a decoder-only model"
+        )
     form = request.WhichOneof("input")
     if form is None:
         raise InvalidArgument("there is no input", field="input", remedy="set text or token_ids", reason="EMPTY_PROMPT")
@@ -202,8 +221,9 @@ def _prompt(request: pb.GenerateRequest, tokenizer: Tokenizer | None, model: pb.
         )
     if form == "chat":
         return _chat_prompt(request.chat, tokenizer)
+    fields.check_language(request.source_language, "source_language", tokenizer, model)
     if form == "text":
-        return _text_prompt(request.text, tokenizer, model)
+        return replace(_text_prompt(request.text, tokenizer, model), language=request.source_language)
     return _ids_prompt(request.token_ids.ids, model)
 
 

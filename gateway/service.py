@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
@@ -18,11 +18,11 @@ from typing import Any
 
 from grpc import aio
 
-from collegium.fabric.errors import InvalidArgument
+from collegium.fabric.errors import FailedPrecondition, InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from collegium.v1 import inference_pb2_grpc
 from gateway import fields, requests
-from gateway.account import SCORE, Account, Accounts
+from gateway.account import SCORE, TRANSLATE, Account, Accounts
 from gateway.admission import Admission, Ticket
 from gateway.auth import caller_of
 from gateway.choice import Choice
@@ -31,12 +31,13 @@ from gateway.counts import Counts
 from gateway.generation import Generation
 from gateway.pool import RouterPool
 from gateway.relay import Relay, Write
-from gateway.requests import Accepted, Progress
+from gateway.requests import Accepted, Asked, Progress
 from gateway.restore import restore
 from gateway.scoring import Scoring
 from gateway.stops import StopStrings
 from gateway.texts import Texts
 from gateway.tokenizer import Tokenizer
+from gateway.translating import translate
 
 Context = aio.ServicerContext[Any, Any]
 _NOTHING: Mapping[int, Progress] = MappingProxyType({})
@@ -105,6 +106,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             generation.cancel()
         return pb.CancelResponse(was_running=bool(running))
 
+    async def Translate(self, sentences: AsyncIterator[pb.TranslateRequest], context: Context) -> None:
+        """Translate the sentences of a stream, each a request of its own."""
+
+        async def serve(request: pb.GenerateRequest, write: Write) -> None:
+            async with self._account(TRANSLATE, context) as account:
+                await self._generate(request, (), write, account)
+
+        await translate(sentences, self._check_translation, serve, context.write)
+
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score a text in one answer."""
         async with self._account(SCORE, context) as account:
@@ -140,23 +150,36 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         model.CopyFrom(self._pool.model)
         model.has_tokenizer = self._tokenizer is not None
         model.has_chat_template = self._tokenizer is not None and self._tokenizer.has_chat_template
+        if self._tokenizer is not None and model.is_encoder_decoder:
+            model.languages.extend(self._tokenizer.languages)
         return model
 
     def _account(self, operation: str, context: Context, request_id: str = "") -> AbstractAsyncContextManager[Account]:
         caller = caller_of(context, has_keys=self._has_keys)
         return self._accounts.of(operation, context.time_remaining(), request_id, caller=caller)
 
-    async def _generate(
-        self, request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], write: Write, account: Account
-    ) -> None:
+    def _check_translation(self, request: pb.GenerateRequest) -> None:
         model = self._pool.model
-        asked = requests.check_generate(
+        if not model.is_encoder_decoder:
+            raise FailedPrecondition(
+                f"model {model.name} has no encoder, and translates nothing", remedy="use Generate", reason="NO_ENCODER"
+            )
+        self._checked(request)
+
+    def _checked(self, request: pb.GenerateRequest) -> Asked:
+        return requests.check_generate(
             request,
-            model=model,
+            model=self._pool.model,
             tokenizer=self._tokenizer,
             draw_seed=lambda: secrets.randbits(63),
             draw_id=lambda: uuid.uuid4().hex,
         )
+
+    async def _generate(
+        self, request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], write: Write, account: Account
+    ) -> None:
+        model = self._pool.model
+        asked = self._checked(request)
         with self._admission.admitted(
             num_sequences=asked.num_choices, num_output_tokens=asked.num_output_tokens
         ) as ticket:
@@ -169,7 +192,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._stream(generation, ticket, write, account)
 
     async def _choices(self, accepted: Accepted, given: Mapping[int, Progress], model: pb.Model) -> list[Choice]:
-        prompt_end = None if self._tokenizer is None else self._tokenizer.prompt_end(accepted.prompt_ids)
+        begun = () if model.is_encoder_decoder else accepted.prompt_ids  # an answer to a source goes on with nothing
+        prompt_end = None if self._tokenizer is None else self._tokenizer.prompt_end(begun)
         stops = StopStrings(accepted.stop_strings)
         choices = [
             Choice(

@@ -51,14 +51,20 @@ class TextProcess:
         self.num_refusals = 0
 
     async def encode(
-        self, field: str, *, text: str = "", turns: Sequence[tuple[str, str]] = (), max_bytes: int
+        self,
+        field: str,
+        *,
+        text: str = "",
+        turns: Sequence[tuple[str, str]] = (),
+        max_bytes: int,
+        language: str = "",
     ) -> Sequence[int]:
         """Return the ids of a text, or of a conversation where there are turns.
 
-        max_bytes: the largest text that is tokenised. Raises InvalidArgument naming the field,
-        FailedPrecondition if the checkpoint's chat template is broken, or ResourceExhausted.
+        language: as Tokenizer.encode has it. max_bytes: the largest text that is tokenised. Raises InvalidArgument
+        naming the field, FailedPrecondition if the checkpoint's chat template is broken, or ResourceExhausted.
         """
-        prompt: dict[str, object] = {"turns": turns} if turns else {"text": text}
+        prompt: dict[str, object] = {"turns": turns} if turns else {"text": text, "language": language}
         num_chars = len(text) + sum(len(role) + len(content) for role, content in turns)
         limit_s = self._limit_s * (1 + num_chars / 2**20)
         job = json.dumps(prompt | {"limit_s": limit_s, "max_bytes": max_bytes}, ensure_ascii=False).encode()
@@ -142,7 +148,7 @@ class TextProcess:
             self._kill()
             return "time"
         except (asyncio.IncompleteReadError, ConnectionError, RuntimeError):  # uvloop's own, of a pipe that has closed
-            # Waited for before anything is sent to it: asyncio's own processes lose their status if a signal finds them dead.
+            # Before anything is sent to it: asyncio's own processes lose their status if a signal finds them dead.
             try:
                 async with asyncio.timeout(_DYING_S):
                     status = await process.wait()

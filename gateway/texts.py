@@ -39,9 +39,13 @@ class Texts:
         if prompt.field == "token_ids" or self._tokenizer is None:
             return prompt.token_ids
         if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS and self._tokenizer.is_bounded:
-            return self._tokenizer.encode(prompt.text)
+            return self._tokenizer.encode(prompt.text, prompt.language)
         num_chars = len(prompt.text) + sum(len(role) + len(content) for role, content in prompt.turns)
         process = self._short if num_chars <= _LONG_CHARS else self._long
         return await process.encode(
-            prompt.field, text=prompt.text, turns=prompt.turns, max_bytes=self._tokenizer.max_bytes(max_tokens)
+            prompt.field,
+            text=prompt.text,
+            turns=prompt.turns,
+            max_bytes=self._tokenizer.max_bytes(max_tokens),
+            language=prompt.language,
         )

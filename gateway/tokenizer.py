@@ -8,6 +8,7 @@ may run in any thread.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -24,6 +25,7 @@ from gateway.special_tokens import CONFIG, DeclaredTokens, add_declared, declare
 
 # A normalizer may shorten a text before it is cut: three bytes of a wide letter to one, runs of blanks to one blank.
 _NORMALIZED_SHARE = 4
+_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # a code of FLORES-200, by ISO 639-3 and 15924
 _NAMED_TEMPLATES = "additional_chat_templates"
 
 
@@ -31,7 +33,8 @@ class Tokenizer:
     """Text to ids and back."""
 
     __slots__ = (
-        *("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_inner", "_special", "foreign_class", "is_bounded"),
+        *("_bytes_per_token", "_chat", "_cleans_up", "_decoding", "_end", "_inner", "_special"),
+        *("foreign_class", "is_bounded"),
     )
 
     def __init__(
@@ -42,11 +45,14 @@ class Tokenizer:
         special: frozenset[str] | None = None,
         cleans_up: bool = False,
         foreign_class: str = "",
+        end: str = "</s>",
     ) -> None:
         """`special`: texts of all special tokens, if others than those of `inner`; `cleans_up`: as transformers'.
 
         foreign_class: the class of transformers' that would build another pipeline than `inner` has, if one would.
+        end: text of the special token that a source ends with.
         """
+        self._end = end
         inner.no_truncation()
         inner.no_padding()
         if special is None:
@@ -85,7 +91,14 @@ class Tokenizer:
         special = add_declared(inner, declared, in_file, is_repeated=reader.repeats_special_tokens)
         inner.encode_special_tokens = config.get("split_special_tokens") is True
         chat = _template(model_dir, config, declared)
-        return cls(inner, chat, special=special, cleans_up=_cleans_up(inner, config), foreign_class=reader.foreign_name)
+        return cls(
+            inner,
+            chat,
+            special=special,
+            cleans_up=_cleans_up(inner, config),
+            foreign_class=reader.foreign_name,
+            end=declared.names.get("eos_token", "</s>"),
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -114,9 +127,21 @@ class Tokenizer:
         if self._chat is not None:
             self._chat.check()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds."""
-        return self._encode(text, field="text", add_special_tokens=True)
+    @property
+    def languages(self) -> Sequence[str]:
+        """Codes of the languages that are special tokens, such as "eng_Latn"."""
+        return sorted(text for text in self._special if _LANGUAGE.fullmatch(text))
+
+    def encode(self, text: str, language: str = "") -> list[int]:
+        """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds.
+
+        language: one of `languages`; the text then stands between its code and the end token, as NLLB has it.
+        """
+        if not language:
+            return self._encode(text, field="text", add_special_tokens=True)
+        around = [self.special_id(language), self.special_id(self._end)]
+        code, end = ([] if one is None else [one] for one in around)
+        return [*code, *self._encode(text, field="text", add_special_tokens=False), *end]
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], *, max_bytes: int | None = None) -> list[int]:
         """Return the ids of a conversation of (role, content), rendered by the checkpoint's template.

@@ -37,6 +37,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a choice; repeatable.")] = None,
     stop_ids: Annotated[str | None, typer.Option("--stop-ids", help="Ids that end a choice, such as 1,2.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of choices.")] = 1,
+    source_language: Annotated[
+        str, typer.Option("--source-language", help='Of a model that translates: the prompt\'s, such as "eng_Latn".')
+    ] = "",
+    target_language: Annotated[
+        str, typer.Option("--target-language", help="Of a model that translates: the answer's.")
+    ] = "",
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="Log-probabilities of the chosen and the n likeliest tokens.")
     ] = None,
@@ -71,6 +77,8 @@ def generate(
         "stop": [t.typed(text) for text in stop or ()],
         "stop_ids": t.read_ids(stop_ids, "--stop-ids") or (),
         "n": n,
+        "source_language": source_language,
+        "target_language": target_language,
         "logprobs": logprobs,
         "request_id": request_id,
     }

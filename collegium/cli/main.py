@@ -20,6 +20,7 @@ from collegium.cli.scale import scale
 from collegium.cli.score import score
 from collegium.cli.status import status
 from collegium.cli.top import top
+from collegium.cli.translate import translate
 from collegium.fabric import streams
 from collegium.fabric.errors import CollegiumError, SettingsError
 
@@ -37,6 +38,7 @@ _HERE: Mapping[str, Callable[..., None]] = {
     "scale": scale,
     "status": status,
     "top": top,
+    "translate": translate,
 }
 _INTERRUPTED = 130
 # Nobody reads the output, or there is no room for it.

@@ -17,10 +17,13 @@ from collegium.client.results import (
     Scaling,
     Score,
     TokenLogprobs,
+    Translated,
+    Translation,
     Usage,
 )
 from collegium.client.retry import RetryPolicy
 from collegium.client.sync import Client, Stream
+from collegium.client.translate_call import TranslateOptions
 from collegium.fabric.errors import (
     Cancelled,
     CollegiumError,
@@ -61,6 +64,9 @@ __all__ = [
     "Score",
     "Stream",
     "TokenLogprobs",
+    "TranslateOptions",
+    "Translated",
+    "Translation",
     "Unauthenticated",
     "Unavailable",
     "Usage",

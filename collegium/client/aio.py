@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
 from grpc import aio
+from opentelemetry import trace
 from opentelemetry.trace import Span
 
 from collegium.client.connection import Connection, Reach
@@ -28,6 +29,7 @@ from collegium.client.results import (
     Model,
     Scaling,
     Score,
+    Translated,
     read_cluster,
     read_model,
     read_scaling,
@@ -35,6 +37,7 @@ from collegium.client.results import (
 )
 from collegium.client.retry import Attempts, RetryPolicy
 from collegium.client.spans import GenerateSpan, mark_failed, unary_span
+from collegium.client.translate_call import TranslateCall, TranslateOptions, translate_options
 from collegium.fabric.channels import channel
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
 from collegium.v1 import inference_pb2 as pb
@@ -90,6 +93,38 @@ class AsyncClient:
         """Generate, and give everything at the end."""
         async with self.generate(prompt, **options) as stream:
             return await stream.completion()
+
+    async def translate(
+        self,
+        text: str,
+        *,
+        to: str = "",
+        source: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TranslateOptions],
+    ) -> Translated:
+        """Translate one text; see TranslateOptions. to, source: codes of languages, such as "fra_Latn"; empty: as the
+        model's files say. Raises what the text failed by.
+        """
+        found = [one async for one in self.translate_all([text], to=to, source=source, timeout_s=timeout_s, **options)]
+        if found[0].error is not None:
+            raise found[0].error
+        return found[0]
+
+    def translate_all(
+        self,
+        texts: Iterable[str] | AsyncIterable[str],
+        *,
+        to: str = "",
+        source: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TranslateOptions],
+    ) -> AsyncIterator[Translated]:
+        """Translate texts, several at a time; give each in its turn. One that fails has its error, and others go on.
+
+        The texts are taken as they are needed.
+        """
+        return _translations(self._reach, TranslateCall(translate_options(to, source, options)), texts, timeout_s)
 
     async def score(
         self,
@@ -149,6 +184,11 @@ class AsyncChannels(Reach):
         stub = self._stub(address)
         method = stub.Resume if isinstance(request, pb.ResumeRequest) else stub.Generate
         return method(request, timeout=timeout_s, metadata=self.connection.metadata(span))
+
+    def open_translate(self, feed: AsyncIterator[pb.TranslateRequest], address: str, timeout_s: float | None) -> Any:
+        """Open one try's stream of sentences."""
+        metadata = self.connection.metadata(trace.INVALID_SPAN)
+        return self._stub(address).Translate(feed, timeout=timeout_s, metadata=metadata)
 
     async def ask(self, method: str, request: Any, timeout_s: float | None, only: tuple[str, ...] = ()) -> Any:
         """Make a unary call."""
@@ -268,3 +308,82 @@ class AsyncStream(CallView):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._is_cancelled.wait()
+
+
+class _Texts:
+    """The caller's texts, which may take their time. What is waited for when a stream breaks is for the next one."""
+
+    def __init__(self, texts: Iterable[str] | AsyncIterable[str]) -> None:
+        self._texts = aiter(texts) if isinstance(texts, AsyncIterable) else None
+        self._plain = None if isinstance(texts, AsyncIterable) else iter(texts)
+        self._taking: asyncio.Future[str] | None = None
+        self.error: BaseException | None = None  # that they ended by
+
+    async def take(self, call: TranslateCall) -> str | None:
+        """Take the next one; None where there are no more."""
+        try:
+            if self._plain is not None:
+                return next(self._plain)
+            assert self._texts is not None
+            if self._taking is None:
+                self._taking = asyncio.ensure_future(anext(self._texts))
+            text = await asyncio.shield(self._taking)
+            self._taking = None
+            return text
+        except (StopIteration, StopAsyncIteration):
+            call.has_all = True
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.error, call.has_all = error, True
+        return None
+
+    def close(self) -> None:
+        """Wait for no more of them."""
+        if self._taking is not None:
+            self._taking.cancel()
+
+
+async def _translations(
+    reach: AsyncChannels, call: TranslateCall, given: Iterable[str] | AsyncIterable[str], timeout_s: float | None
+) -> AsyncGenerator[Translated, None]:
+    """Run a translate call to its end, over as many streams as it takes."""
+    attempts, texts = reach.attempts(timeout_s), _Texts(given)
+    try:
+        while not call.is_complete:
+            answered, rpc = asyncio.Event(), None
+            try:
+                left_s = attempts.time_left_s(time.monotonic())
+                rpc = reach.open_translate(_feed(call, texts, answered), attempts.address, left_s)
+                async for response in rpc:
+                    attempts.succeed(time.monotonic())
+                    found = call.absorb(response)
+                    answered.set()
+                    yield found
+                call.end_stream()
+            except aio.AioRpcError as error:
+                await asyncio.sleep(attempts.fail(from_rpc_error(error), time.monotonic()))
+            except CollegiumError as error:
+                await asyncio.sleep(attempts.fail(error, time.monotonic()))
+            finally:
+                if rpc is not None:
+                    rpc.cancel()
+    finally:
+        texts.close()
+    if texts.error is not None:
+        raise texts.error
+
+
+async def _feed(
+    call: TranslateCall, texts: _Texts, answered: asyncio.Event
+) -> AsyncGenerator[pb.TranslateRequest, None]:
+    """Sentences on their way into one try's stream."""
+    for request in call.begin():
+        yield request
+    while not call.has_all:
+        while not call.has_room:
+            answered.clear()
+            await answered.wait()
+        text = await texts.take(call)
+        if text is not None:
+            yield call.send(text)

@@ -43,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str]  # strings that end a choice and are not delivered
     stop_ids: Iterable[int]  # ids that end a choice
     n: int  # number of independent choices
+    source_language: str  # of a model with an encoder: the prompt's, such as "eng_Latn"; empty: the model's own
+    target_language: str  # the answer's; empty: as the model's files say, or none
     logprobs: int | None  # 0: of the chosen tokens; n: of the n likeliest as well
     timeout_s: float | None  # for the whole call, retries included; None: the client's
     request_id: str | None  # None: a UUID is made
@@ -60,9 +62,11 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
     request = pb.GenerateRequest(
         request_id=options.get("request_id") or uuid.uuid4().hex,
         model=options.get("model", ""),
-        sampling=_sampling(options),
-        stopping=_stopping(options),
+        sampling=sampling_of(options),
+        stopping=stopping_of(options),
         num_choices=uint("n", options.get("n", 1)),
+        source_language=options.get("source_language", ""),
+        target_language=options.get("target_language", ""),
     )
     if request.num_choices == 0:
         raise InvalidArgument("0 choices are no answer", field="n", remedy="give at least 1")
@@ -100,7 +104,8 @@ def score_request(text: str | None, prompt_ids: Iterable[int] | None, model: str
     return request
 
 
-def _sampling(options: GenerateOptions) -> pb.Sampling:
+def sampling_of(options: GenerateOptions) -> pb.Sampling:
+    """Write down how tokens are chosen."""
     values: Mapping[str, object] = options
     sampling = pb.Sampling()
     for name in _NUMBERS:
@@ -115,7 +120,8 @@ def _sampling(options: GenerateOptions) -> pb.Sampling:
     return sampling
 
 
-def _stopping(options: GenerateOptions) -> pb.Stopping:
+def stopping_of(options: GenerateOptions) -> pb.Stopping:
+    """Write down when choices end."""
     stop = options.get("stop", ())
     stopping = pb.Stopping(
         min_tokens=uint("min_tokens", options.get("min_tokens", 0)),

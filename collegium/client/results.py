@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from collegium.fabric.errors import CollegiumError, from_code
 from collegium.v1 import balancer_pb2
 from collegium.v1 import inference_pb2 as pb
 
@@ -95,6 +96,34 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """One of a sentence's. token_ids: language code and end included; logprob: of all of them together."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprob: float
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translated:
+    """What became of one sentence, the index-th of its call: translations, or the error that it failed by."""
+
+    index: int
+    source: str
+    translations: tuple[Translation, ...]
+    source_tokens: int
+    error: CollegiumError | None = None
+
+    @property
+    def text(self) -> str:
+        """The first translation's text. Raises the error where the sentence failed."""
+        if self.error is not None:
+            raise self.error
+        return self.translations[0].text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Log-probability of each token given those before it; the first, being given, has 0."""
 
@@ -111,6 +140,8 @@ class Model:
     architecture: str
     vocab_size: int
     max_model_len: int
+    is_encoder_decoder: bool
+    languages: tuple[str, ...]
     has_tokenizer: bool
     has_chat_template: bool
     eos_ids: tuple[int, ...]
@@ -206,6 +237,26 @@ def read_usage(usage: pb.Usage) -> Usage:
     )
 
 
+def read_translated(response: pb.TranslateResponse, index: int, source: str) -> Translated:
+    """Read what became of a sentence."""
+    failure = response.failure if response.HasField("failure") else None
+    return Translated(
+        index=index,
+        source=source,
+        translations=tuple(
+            Translation(
+                text=one.text,
+                token_ids=tuple(one.token_ids),
+                logprob=one.logprob,
+                finish_reason=_FINISH_REASONS.get(one.finish_reason),
+            )
+            for one in response.translations
+        ),
+        source_tokens=response.source_tokens,
+        error=None if failure is None else from_code(failure.code, failure.message, failure.reason),
+    )
+
+
 def read_score(response: pb.ScoreResponse) -> Score:
     """Read a score."""
     return Score(token_ids=tuple(response.token_ids), logprobs=tuple(response.logprobs), perplexity=response.perplexity)
@@ -218,6 +269,8 @@ def read_model(model: pb.Model) -> Model:
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         max_model_len=model.max_model_len,
+        is_encoder_decoder=model.is_encoder_decoder,
+        languages=tuple(model.languages),
         has_tokenizer=model.has_tokenizer,
         has_chat_template=model.has_chat_template,
         eos_ids=tuple(model.eos_ids),

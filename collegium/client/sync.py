@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
+from opentelemetry import trace
 from opentelemetry.trace import Span
 
 from collegium.client.connection import Connection, Reach
@@ -27,6 +28,7 @@ from collegium.client.results import (
     Model,
     Scaling,
     Score,
+    Translated,
     read_cluster,
     read_model,
     read_scaling,
@@ -34,6 +36,7 @@ from collegium.client.results import (
 )
 from collegium.client.retry import Addresses, Attempts, RetryPolicy
 from collegium.client.spans import GenerateSpan, mark_failed, unary_span
+from collegium.client.translate_call import TranslateCall, TranslateOptions, translate_options
 from collegium.fabric.channels import blocking_channel
 from collegium.fabric.errors import CollegiumError, FailedPrecondition, from_rpc_error
 from collegium.v1 import inference_pb2 as pb
@@ -89,6 +92,38 @@ class Client:
         """Generate, and give everything at the end."""
         with self.generate(prompt, **options) as stream:
             return stream.completion()
+
+    def translate(
+        self,
+        text: str,
+        *,
+        to: str = "",
+        source: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TranslateOptions],
+    ) -> Translated:
+        """Translate one text; see TranslateOptions. to, source: codes of languages, such as "fra_Latn"; empty: as the
+        model's files say. Raises what the text failed by.
+        """
+        (found,) = self.translate_all([text], to=to, source=source, timeout_s=timeout_s, **options)
+        if found.error is not None:
+            raise found.error
+        return found
+
+    def translate_all(
+        self,
+        texts: Iterable[str],
+        *,
+        to: str = "",
+        source: str = "",
+        timeout_s: float | None = None,
+        **options: Unpack[TranslateOptions],
+    ) -> Iterator[Translated]:
+        """Translate texts, several at a time; give each in its turn. One that fails has its error, and others go on.
+
+        The texts are taken as they are needed, in another thread.
+        """
+        return _translations(self._reach, TranslateCall(translate_options(to, source, options)), texts, timeout_s)
 
     def score(
         self,
@@ -155,6 +190,11 @@ class Channels(Reach):
         stub = self._stub(address)
         method = stub.Resume if isinstance(request, pb.ResumeRequest) else stub.Generate
         return method(request, timeout=timeout_s, metadata=self.connection.metadata(span))
+
+    def open_translate(self, feed: Iterator[pb.TranslateRequest], address: str, timeout_s: float | None) -> Any:
+        """Open one try's stream of sentences."""
+        metadata = self.connection.metadata(trace.INVALID_SPAN)
+        return self._stub(address).Translate(feed, timeout=timeout_s, metadata=metadata)
 
     def ask(self, method: str, request: Any, timeout_s: float | None, only: tuple[str, ...] = ()) -> Any:
         """Make a unary call."""
@@ -271,3 +311,88 @@ class Stream(CallView):
         # A stream that breaks after its last message, or because the caller ended it, is over.
         if not (self.is_cancelled or self._call.is_complete):
             self._is_cancelled.wait(attempts.fail(error, time.monotonic()))
+
+
+class _Texts:
+    """The caller's texts, which may take their time. What is taken for a stream that has broken stays for the next."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts, self._kept = iter(texts), list[str]()
+        self._lock = threading.Lock()
+        self.error: BaseException | None = None  # that they ended by
+
+    def take(self, call: TranslateCall, is_closed: Callable[[], bool]) -> str | None:
+        """Take the next one; None where there are no more, or for a stream that is closed. Blocks on the caller."""
+        with self._lock:
+            if not self._kept and not call.has_all:
+                try:
+                    self._kept.append(next(self._texts))
+                except StopIteration:
+                    call.has_all = True
+                except BaseException as error:
+                    self.error, call.has_all = error, True
+            return self._kept.pop() if self._kept and not is_closed() else None
+
+
+class _Feed:
+    """Sentences on their way into one try's stream, in gRPC's own thread, until it is closed or there are no more."""
+
+    def __init__(self, call: TranslateCall, texts: _Texts) -> None:
+        self._call, self._texts = call, texts
+        self._again = iter(call.begin())
+        self._wake = threading.Condition()
+        self._is_closed = False
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> pb.TranslateRequest:
+        for request in self._again:
+            return request
+        with self._wake:
+            while not (self._call.has_room or self._is_closed):
+                self._wake.wait()
+        text = self._texts.take(self._call, lambda: self._is_closed)
+        if text is None:
+            raise StopIteration
+        return self._call.send(text)
+
+    def answered(self) -> None:
+        """Let the next sentence come."""
+        with self._wake:
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End it."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
+
+
+def _translations(
+    reach: Channels, call: TranslateCall, given: Iterable[str], timeout_s: float | None
+) -> Generator[Translated, None, None]:
+    """Run a translate call to its end, over as many streams as it takes."""
+    attempts, texts = reach.attempts(timeout_s), _Texts(given)
+    while not call.is_complete:
+        feed, rpc = _Feed(call, texts), None
+        try:
+            rpc = reach.open_translate(feed, attempts.address, attempts.time_left_s(time.monotonic()))
+            for response in rpc:
+                attempts.succeed(time.monotonic())
+                found = call.absorb(response)
+                feed.answered()
+                yield found
+            call.end_stream()
+        except grpc.RpcError as error:
+            feed.close()
+            time.sleep(attempts.fail(from_rpc_error(error), time.monotonic()))
+        except CollegiumError as error:
+            feed.close()
+            time.sleep(attempts.fail(error, time.monotonic()))
+        finally:
+            feed.close()
+            if rpc is not None:
+                rpc.cancel()
+    if texts.error is not None:
+        raise texts.error

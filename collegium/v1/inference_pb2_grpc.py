@@ -53,6 +53,11 @@ class InferenceStub:
                 request_serializer=collegium_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=collegium_dot_v1_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Translate = channel.stream_stream(
+                '/collegium.v1.Inference/Translate',
+                request_serializer=collegium_dot_v1_dot_inference__pb2.TranslateRequest.SerializeToString,
+                response_deserializer=collegium_dot_v1_dot_inference__pb2.TranslateResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/collegium.v1.Inference/Score',
                 request_serializer=collegium_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
@@ -112,6 +117,15 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Translate(self, request_iterator, context):
+        """Translate translates sentences of a stream, several at a time, and answers in their order. One that fails is
+        answered by its failure, and the others go on. Idempotent. The stream itself ends with INVALID_ARGUMENT (the first
+        message has no options, or a wrong one), FAILED_PRECONDITION (the model has no encoder), or statuses as Generate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Score(self, request, context):
         """Score returns the log-probability of every token of a given text. Idempotent. Statuses as Generate.
         """
@@ -165,6 +179,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=collegium_dot_v1_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=collegium_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'Translate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Translate,
+                    request_deserializer=collegium_dot_v1_dot_inference__pb2.TranslateRequest.FromString,
+                    response_serializer=collegium_dot_v1_dot_inference__pb2.TranslateResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -277,6 +296,33 @@ class Inference:
             '/collegium.v1.Inference/Cancel',
             collegium_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
             collegium_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Translate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/collegium.v1.Inference/Translate',
+            collegium_dot_v1_dot_inference__pb2.TranslateRequest.SerializeToString,
+            collegium_dot_v1_dot_inference__pb2.TranslateResponse.FromString,
             options,
             channel_credentials,
             insecure,
