@@ -26,6 +26,7 @@ from expert_svc.buffer import ExpertBuffer
 from expert_svc.compute import ComputeLoop
 from expert_svc.memory import make_buffer, make_source
 from expert_svc.tiers import Source
+from router_svc.beams import BeamOptions, BeamSearch
 from router_svc.engine import Engine
 from router_svc.expert_calls import ExpertCalls
 from router_svc.foresight import Foresight
@@ -54,6 +55,8 @@ class Request:
     source_ids: Seq[int] = ()  # of a model with an encoder; the prompt is its decoder's
     forced: Seq[int] = ()  # what an output begins with
     eos_ids: Seq[int] = ()
+    min_tokens: int = 0
+    beams: BeamOptions | None = None  # search; num_choices: as many as it returns
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,6 +68,7 @@ class Answer:
     arrived_s: list[float] = field(default_factory=list)
     failure: str = ""
     has_ended: bool = False
+    score: float | None = None  # of a search
 
 
 class OneProcess:
@@ -214,6 +218,7 @@ class OneProcess:
                 if item.failure is not None:
                     answer.failure = f"{item.failure.code}: {item.failure.message}"
                 answer.has_ended |= is_last
+                answer.score = item.sequence.score
         return answers
 
     def _next(self, until: float) -> Iterator[tuple[News, bool]]:
@@ -235,7 +240,11 @@ class OneProcess:
                     prompt_ids=list(request.prompt_ids),
                     sampling=request.sampling,
                     source_ids=list(request.source_ids),
-                    rules=StopRules(max_tokens=request.max_tokens, eos_ids=frozenset(request.eos_ids)),
+                    rules=StopRules(
+                        max_tokens=request.max_tokens,
+                        min_tokens=request.min_tokens,
+                        eos_ids=frozenset(request.eos_ids),
+                    ),
                     num_logprobs=request.num_logprobs,
                     is_score=request.is_score,
                     leader=sequences[0] if sequences else None,
@@ -243,6 +252,11 @@ class OneProcess:
             )
             for token in request.forced:
                 sequences[-1].force(token)
+        if request.beams is not None:
+            sequences[0].beams = BeamSearch(request.beams, request.forced)
+            sequences[0].best = sequences[1:]
+            for one in sequences[1:]:
+                one.searched_by = sequences[0]
         self.engine.commands.submit(sequences)
         return request_id
 

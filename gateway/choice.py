@@ -38,6 +38,7 @@ class Choice:
         "finish_reason",
         "has_rest",
         "index",
+        "score",
         "stop_reason",
         "token_ids",
     )
@@ -64,6 +65,7 @@ class Choice:
         self._delivered_text = 0
         self.has_rest = False  # of text whose ids are delivered, left out of the last chunk
         self._is_end_delivered = False
+        self.score: float | None = None  # of a beam search
 
     @property
     def is_finished(self) -> bool:
@@ -153,6 +155,7 @@ class Choice:
             logprobs=self._logprobs,
             finish_reason=self.finish_reason if is_end else RUNNING,
             stop_reason=self.stop_reason if is_end else "",
+            score=self.score if is_end else None,
         )
         self._delivered_ids = len(self.token_ids)
         self._delivered_text += len(text)

@@ -19,6 +19,10 @@ MAX_STOP_STRING_BYTES = 1024
 MAX_STOP_IDS = 256
 MAX_REQUEST_ID_CHARS = 128
 _MAX_PENALTY = 2.0
+MAX_BEAMS = 32
+_MAX_LENGTH_PENALTY = 10.0
+# What a search has no use for, and the values that say so.
+_DRAWN = (("temperature", 0), ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
 _MOST_NAMED = 256  # languages in a refusal; NLLB has 202
 
 
@@ -126,6 +130,35 @@ def check_num_logprobs(request: pb.GenerateRequest, model: pb.Model) -> int | No
     if request.num_logprobs > MAX_LOGPROBS:
         raise too_large("num_logprobs", request.num_logprobs, MAX_LOGPROBS)
     return min(request.num_logprobs, model.vocab_size)
+
+
+def check_beams(request: pb.GenerateRequest) -> pb.BeamSearch | None:
+    """Check how a request is searched by beams; None if it is not."""
+    asked, num_choices = request.beam_search, request.num_choices or 1
+    if asked.num_beams > MAX_BEAMS:
+        raise too_large("beam_search.num_beams", asked.num_beams, MAX_BEAMS)
+    if not (math.isfinite(asked.length_penalty) and abs(asked.length_penalty) <= _MAX_LENGTH_PENALTY):
+        raise InvalidArgument(
+            f"{asked.length_penalty:g} cannot be used", field="beam_search.length_penalty", remedy="give -10 to 10"
+        )
+    if asked.early_stopping not in pb.EarlyStopping.values():
+        raise InvalidArgument(
+            f"{asked.early_stopping} is unknown", field="beam_search.early_stopping", remedy="give 0, 1 or 2"
+        )
+    if asked.num_beams < 2:
+        return None
+    if num_choices > asked.num_beams:
+        raise InvalidArgument(
+            f"{num_choices} choices are more than {asked.num_beams} beams",
+            field="num_choices",
+            remedy=f"give at most {asked.num_beams}, or more beams",
+        )
+    for name, neutral in _DRAWN:
+        if request.sampling.HasField(name) and getattr(request.sampling, name) != neutral:
+            raise InvalidArgument(
+                "a beam search draws nothing", field=f"sampling.{name}", remedy="leave it out, or ask for no beams"
+            )
+    return asked
 
 
 def check_language(code: str, field: str, tokenizer: Tokenizer | None, model: pb.Model) -> int | None:

@@ -86,18 +86,21 @@ class Generation:
     def submission(self, submission_id: str, *, deadline_ms: int, traceparent: str) -> router_pb2.Submission:
         """Write down what remains to be done, for a router that knows nothing of this request."""
         accepted = self.accepted
+        is_search = accepted.beam_search is not None
         return router_pb2.Submission(
             request_id=submission_id,
             prompt_ids=accepted.prompt_ids,
             sampling=accepted.sampling,
             stopping=accepted.stopping,
             choices=[
-                router_pb2.ChoiceStart(choice_index=choice.index, output_ids=choice.token_ids)
+                # A search begins anew: what it finds is the same, and begins with what was delivered of it.
+                router_pb2.ChoiceStart(choice_index=choice.index, output_ids=() if is_search else choice.token_ids)
                 for choice in self._choices.values()
-                if not choice.is_finished
+                if is_search or not choice.is_finished
             ],
             num_logprobs=accepted.num_logprobs,
             forced_id=accepted.forced_id,
+            beam_search=accepted.beam_search,
             traceparent=traceparent,
             deadline_ms=deadline_ms,
         )
@@ -124,8 +127,9 @@ class Generation:
         if fault := self._fault_of(news):
             self.fail(Internal(fault, reason="ROUTER_FAULT"))
             return
+        known = 0 if self.accepted.beam_search is None else len(choice.token_ids)
         try:
-            is_stopped = choice.add(news.token_ids, news.logprobs)
+            is_stopped = choice.add(news.token_ids[known:], news.logprobs[known:])
         except Internal as error:  # the tokenizer failed on these ids, and would again on any router
             self._fail(error)
             return
@@ -133,6 +137,7 @@ class Generation:
             if self._seat is not None:
                 self._seat.cancel(choice.index)
         elif news.finish_reason:
+            choice.score = news.score if news.HasField("score") else None
             choice.finish(news.finish_reason, str(news.stop_id) if news.HasField("stop_id") else "")
         self.changed.set()
         is_full = self.num_pending > MAX_PENDING_TOKENS or self.num_pending_chars > MAX_MESSAGE_CHARS

@@ -45,6 +45,7 @@ class Asked:
     num_choices: int
     num_logprobs: int | None
     forced_id: int | None
+    beam_search: pb.BeamSearch | None
     model: pb.Model
 
     @property
@@ -52,7 +53,7 @@ class Asked:
         """Most tokens that all choices together may grow to."""
         room = self.model.max_model_len
         each = min(self.stopping.max_tokens, room) if self.stopping.HasField("max_tokens") else room
-        return self.num_choices * each
+        return max(self.num_choices, 0 if self.beam_search is None else self.beam_search.num_beams) * each
 
     def accept(self, prompt_ids: Sequence[int]) -> Accepted:
         """Check the prompt's ids and what they leave room for. Raises InvalidArgument that names the field."""
@@ -86,6 +87,7 @@ class Asked:
             num_choices=self.num_choices,
             num_logprobs=self.num_logprobs,
             forced_id=self.forced_id,
+            beam_search=self.beam_search,
         )
 
 
@@ -107,6 +109,7 @@ class Accepted:
     num_choices: int
     num_logprobs: int | None
     forced_id: int | None = None
+    beam_search: pb.BeamSearch | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -147,6 +150,7 @@ def check_generate(
         num_choices=request.num_choices or 1,
         num_logprobs=fields.check_num_logprobs(request, model),
         forced_id=fields.check_language(request.target_language, "target_language", tokenizer, model),
+        beam_search=fields.check_beams(request),
         model=model,
     )
 

@@ -94,13 +94,15 @@ def _request_of(options: pb.TranslateOptions) -> pb.GenerateRequest:
         stopping=options.stopping,
         num_choices=options.num_choices,
         num_logprobs=0,
+        beam_search=options.beam_search,
     )
 
 
 async def _translated(index: int, text: bytes, options: pb.TranslateOptions, serve: Serve) -> pb.TranslateResponse:
     response = pb.TranslateResponse(index=index)
     if not text:
-        response.translations.add(finish_reason=pb.FINISH_REASON_STOP)
+        for _ in range(options.num_choices or 1):
+            response.translations.add(finish_reason=pb.FINISH_REASON_STOP)
         return response
     try:
         await _serve_patiently(text, options, serve, response)
@@ -133,6 +135,8 @@ async def _serve_patiently(
             one.token_ids.extend(chunk.token_ids)
             one.logprob += sum(each.chosen for each in chunk.logprobs)
             one.finish_reason = chunk.finish_reason
+            if chunk.HasField("score"):
+                one.score = chunk.score
 
     while True:
         try:

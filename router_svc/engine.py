@@ -9,6 +9,7 @@ spoil it are alone. Whatever fails for one request, at whatever point, ends that
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -80,7 +81,12 @@ class Engine:
         self._requests = Requests(max_queued_seqs=max_queued_seqs, max_queued_tokens=max_queued_tokens)
         self._faults = StepFaults()
         self._live = LiveSequences(
-            self._requests, self._news, self._faults, refused=self.commands.refused, release=self.scheduler.end
+            self._requests,
+            self._news,
+            self._faults,
+            refused=self.commands.refused,
+            release=self.scheduler.end,
+            num_blocks=num_blocks,
         )
         self._forward = ForwardPass(
             model,
@@ -92,7 +98,7 @@ class Engine:
             most_rows=max_batch_tokens,
         )
         self._recorder = Recorder(self.listeners)
-        self._sampler = Sampler(self._requests, self._news, self._live, self._faults, self.totals)
+        self._sampler = Sampler(self._requests, self._news, self._live, self._faults, self.totals, fork=self._fork)
         self._retry_until_s = 0.0  # until when the step at hand is computed again by halves; 0: no fault so far
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -178,8 +184,8 @@ class Engine:
             return
         # Not where the error is caught: its traceback holds the tensors of the step, and there may be no room for more.
         self._retry_until_s = self._retry_until_s or time.monotonic() + self._expert_wait_s
-        if len(step.rows) == 1 or self.commands.is_stopping or time.monotonic() > self._retry_until_s:
-            self._live.fail_all([row.sequence for row in step.rows], failure)
+        if step.num_sequences == 1 or self.commands.is_stopping or time.monotonic() > self._retry_until_s:
+            self._live.fail_all(dict.fromkeys(row.sequence for row in step.rows), failure)
             return
         for half in step.halves():
             self._compute(half)
@@ -188,7 +194,7 @@ class Engine:
         now_s = time.monotonic()
         message = f"{error} (waited {self._expert_wait_s:g} s); see that expert workers run and reach the balancer"
         failure = Failure(code="UNAVAILABLE", reason="NO_EXPERT_WORKER", message=message)
-        for row in step.rows:
+        for row in {id(row.sequence): row for row in step.rows}.values():
             since_s = row.sequence.stalled_since_s = row.sequence.stalled_since_s or now_s
             if now_s - since_s > self._expert_wait_s:
                 self._live.end(row.sequence, None, failure)
@@ -208,6 +214,10 @@ class Engine:
         self._recorder.commit(step, self.num_step)
         self.totals.steps[step.kind] += 1
         self.totals.prefilled_tokens += sum(row.num_rows for row in step.chunks)
+
+    def _fork(self, sequence: Sequence, parents: Seq[int], tables: Seq[list[int]]) -> None:
+        """Have the beams of a sequence go on from others' blocks."""
+        self._forward.copy_blocks(self.scheduler.fork(sequence, parents, tables))
 
     def _tell(self) -> None:
         for sequence in self._news.flush(self.scheduler.load, self.num_step):
@@ -229,7 +239,7 @@ class Engine:
                 case asked.Cancel():
                     self._each(command, lambda one: self._live.end(one, Finish.CANCELLED))
                 case asked.Pause(is_paused=is_paused):
-                    self._each(command, lambda one: self.scheduler.pause(one, is_paused=is_paused))
+                    self._each(command, lambda one: self._pause(one, is_paused=is_paused))
                 case asked.Call(run):
                     run()
         except Exception as error:
@@ -238,6 +248,10 @@ class Engine:
                 self._give_up(command, command_failed(command.name, error))
             except Exception:
                 _log.exception("what a command was about could not be ended", command=command.name)
+
+    def _pause(self, sequence: Sequence, *, is_paused: bool) -> None:
+        if sequence.searched_by is None:
+            self.scheduler.pause(sequence, is_paused=is_paused)
 
     def _each(self, command: asked.Cancel | asked.Pause, run: Callable[[Sequence], None]) -> None:
         """Do what is asked for with each live choice that is named; one for which it fails ends alone."""

@@ -89,6 +89,10 @@ class ForwardPass:
         self._totals.micro_batches += num_parts
         return StepLogits(logits=logits, spans=spans, began_s=began_s, seconds=seconds)
 
+    def copy_blocks(self, copies: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to) each."""
+        self._cache.copy_blocks(copies)
+
     def check(self, row: Row) -> None:
         """Look at what a step has stored for a sequence, before others may share it. Raises UnusableRowsError.
 
@@ -101,7 +105,7 @@ class ForwardPass:
         """Compute a step in parts: logits of its rows in `keep`, of its first row where that is empty."""
         if self._unsafe_routing is not None:
             self._unsafe_routing.begin([(row.sequence.request_id, row.begin, row.end) for row in step.rows])
-        tokens = [[t for row in part.rows for t in row.sequence.tokens(row.begin, row.end)] for part in parts]
+        tokens = [[t for row in part.rows for t in row.token_ids] for part in parts]
         self._calls.begin(num_step, [(ids, len(part.decodes)) for ids, part in zip(tokens, parts, strict=True)])
         indexes = [StepIndex(part.decodes, part.chunks, self._model.device) for part in parts]
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from collegium.fabric import logs, tracing
 from router_svc.failures import Failure, step_failed
+from router_svc.kv_blocks import num_blocks_for
 from router_svc.news import NewsBoard
 from router_svc.requests import Requests
 from router_svc.sequence import Finish, Sequence
@@ -37,10 +38,12 @@ class LiveSequences:
         *,
         refused: Counter[str],
         release: Release,
+        num_blocks: int,
     ):
         """refused: submissions by reason, counted up. release: gives back the place and the blocks of a sequence, which
-        are forgotten where it has failed by a fault: they may be the reason.
+        are forgotten where it has failed by a fault: they may be the reason. num_blocks: that there are.
         """
+        self._num_blocks = num_blocks
         self._requests, self._news, self._refused = requests, news, refused
         self._faults, self._release = faults, release
         self._num_submitted = 0
@@ -51,7 +54,8 @@ class LiveSequences:
             return []
         first = sequences[0]
         num_tokens = len(first.source_ids) + len(first.prompt_ids) + sum(len(s.output_ids) for s in sequences)
-        if (failure := self._requests.refusal(sequences, num_tokens)) is not None:
+        failure = self._requests.refusal(sequences, num_tokens) or self._too_wide(first)
+        if failure is not None:
             self._refused[failure.reason] += 1
             for sequence in sequences:
                 sequence.finish = Finish.CANCELLED
@@ -73,8 +77,24 @@ class LiveSequences:
                 num_prompt=len(sequence.prompt_ids),
                 num_given=len(sequence.output_ids),
             )
-            taken.append(sequence)
+            if sequence.searched_by is None:
+                taken.append(sequence)
         return taken
+
+    def _too_wide(self, sequence: Sequence) -> Failure | None:
+        """Refuse a search whose beams might not fit together: alone, it could not go on by preempting others."""
+        if sequence.beams is None:
+            return None
+        longest = len(sequence.prompt_ids) + sequence.rules.max_tokens
+        num_blocks = num_blocks_for(len(sequence.source_ids))
+        num_blocks += sequence.beams.options.num_beams * num_blocks_for(longest)
+        if num_blocks <= self._num_blocks:
+            return None
+        message = (
+            f"{sequence.beams.options.num_beams} beams of {longest} tokens may take {num_blocks} KV blocks, and the "
+            f"router has {self._num_blocks}; ask for fewer beams or tokens"
+        )
+        return Failure(code="INVALID_ARGUMENT", reason="BEAMS_TOO_LARGE", message=message)
 
     def end(self, sequence: Sequence, finish: Finish | None, failure: Failure | None = None) -> None:
         """Tell that a sequence has ended, and why, and give back all that it holds."""
@@ -110,8 +130,14 @@ class LiveSequences:
             sequence.finish = Finish.CANCELLED
         self._requests.leave(sequence)
         sequence.counts = None
+        for one in sequence.best:  # searched by it: what they have not been told by now, nobody will find
+            if not one.has_ended:
+                self.end(one, Finish.CANCELLED if failure is None else None, failure)
         has_failed = failure is not None and failure.code == "INTERNAL"
-        for give_back in (lambda: self._release(sequence, has_failed=has_failed), lambda: _end_life(sequence, failure)):
+        steps = [lambda: _end_life(sequence, failure)]
+        if sequence.searched_by is None:
+            steps.insert(0, lambda: self._release(sequence, has_failed=has_failed))
+        for give_back in steps:
             try:
                 give_back()
             except Exception:

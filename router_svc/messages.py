@@ -9,10 +9,11 @@ import grpc
 
 from collegium.fabric.errors import CollegiumError
 from collegium.v1 import inference_pb2, router_pb2
+from router_svc.beams import BeamSearch
 from router_svc.choices import StepChoices
 from router_svc.news import Load, News
 from router_svc.sequence import Finish, Sequence, StopRules
-from router_svc.submissions import MAX_CHOICES, check_submission
+from router_svc.submissions import MAX_CHOICES, beam_options, check_submission
 
 _TRACED_CHOICES = 100_000  # of one message of a trace: some 600 kB
 FRAME_NEWS = 1024  # refusals that are gathered into one frame
@@ -64,6 +65,12 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
         )
         for token in () if start.output_ids else forced:
             sequences[-1].force(token)
+    options = beam_options(submission)
+    if options is not None and not sequences[0].has_ended:
+        sequences[0].beams = BeamSearch(options, sequences[0].output_ids)
+        sequences[0].best = sequences[1:]
+        for one in sequences[1:]:
+            one.searched_by = sequences[0]
     return sequences
 
 
@@ -159,4 +166,6 @@ def _news_of(item: News) -> router_pb2.SequenceNews:
         news.finish_reason = _FINISH[sequence.finish]
         if sequence.stop_id is not None:
             news.stop_id = sequence.stop_id
+        if sequence.score is not None:
+            news.score = sequence.score
     return news

@@ -261,6 +261,16 @@ class PagedCache:
         keys, values = self._pools[layer_idx]
         return keys, values
 
+    def copy_blocks(self, copies: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to) each, in every layer."""
+        if not copies:
+            return
+        slots = torch.tensor(copies)[..., None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)  # [copies, 2, tokens]
+        sources, targets = slots[:, 0].flatten(), slots[:, 1].flatten()
+        for pools in self._pools.values():
+            for pool in pools:
+                pool.index_copy_(0, targets.to(pool.device), pool.index_select(0, sources.to(pool.device)))
+
     def check(self, run: Cached) -> None:
         """Look at what a step has stored for a run of positions, before others may share it.
 

@@ -4,10 +4,14 @@ Owns nothing that lasts: counts for penalties are kept with their sequence. A se
 by halves, and ends alone.
 """
 
+import itertools
 import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from collegium.model.sampling import SampleRow, TokenCounts, TokenLogprobs, UnusableLogitsError, sample, token_logprobs
+from router_svc.beams import Beam, BeamSearch
 from router_svc.failures import UNUSABLE_LOGITS, Failure
 from router_svc.news import NewsBoard
 from router_svc.requests import Requests
@@ -33,7 +37,18 @@ class Ends(Protocol):
 class Sampler:
     """Owned by the engine's thread."""
 
-    def __init__(self, requests: Requests, news: NewsBoard, ends: Ends, faults: StepFaults, totals: EngineTotals):
+    def __init__(
+        self,
+        requests: Requests,
+        news: NewsBoard,
+        ends: Ends,
+        faults: StepFaults,
+        totals: EngineTotals,
+        *,
+        fork: Callable[[Sequence, Seq[int], Seq[list[int]]], None],
+    ):
+        """fork: has a sequence's beams go on from the blocks of those before them."""
+        self._fork = fork
         self._requests, self._news, self._ends, self._faults, self._totals = requests, news, ends, faults, totals
 
     def sample(self, step: Step, logits: StepLogits) -> None:
@@ -44,8 +59,18 @@ class Sampler:
                     self._score(row, logits)
                 except Exception as error:
                     self._ends.spoil(row.sequence, error)
-        due = [row for row in step.rows if row.reaches_end and not (row.sequence.is_score or row.sequence.has_ended)]
-        self._draw([row.sequence for row in due], logits)
+        due = dict.fromkeys(
+            row.sequence
+            for row in step.rows
+            if row.reaches_end and not (row.sequence.is_score or row.sequence.has_ended)
+        )
+        self._draw([sequence for sequence in due if sequence.beams is None], logits)
+        for sequence in due:
+            if sequence.beams is not None:
+                try:
+                    self._search(sequence, sequence.beams, logits)
+                except Exception as error:
+                    self._ends.spoil(sequence, error)
 
     def _draw(self, sequences: list[Sequence], logits: StepLogits) -> None:
         """Draw a token for each sequence; sequences for which that fails are tried by halves."""
@@ -72,6 +97,46 @@ class Sampler:
                 self._take(sequence, token, logprobs)
             except Exception as error:
                 self._ends.spoil(sequence, error)
+
+    def _search(self, sequence: Sequence, search: BeamSearch, logits: StepLogits) -> None:
+        """Choose the next beams of a sequence; at its end, tell what has been found."""
+        begin, end = logits.spans[sequence]
+        rows = logits.logits[begin:end].cpu()
+        if not bool(rows.isfinite().all()):
+            self._ends.end(sequence, None, UNUSABLE_LOGITS)
+            return
+        outputs = [beam.tokens.token_ids for beam in search.beams] or [sequence.output_ids]
+        banned = [sequence.banned_ids(one) for one in outputs]
+        tables = sequence.tables
+        chosen = search.advance(rows, banned, sequence.rules.ending_ids, sequence.rules.max_tokens)
+        self._totals.generated_tokens += len(chosen) or 1
+        if sequence.life is not None:
+            sequence.life.token()
+        if search.is_over:
+            self._tell_best(sequence, search)
+            return
+        search.beams = [Beam(tokens=tokens) for _, tokens in chosen]
+        sequence.blocks = []
+        sequence.output_ids = list(search.beams[0].tokens.token_ids)
+        self._fork(sequence, [parent for parent, _ in chosen], tables)
+
+    def _tell_best(self, sequence: Sequence, search: BeamSearch) -> None:
+        ending = sequence.rules.ending_ids
+        for one, found in itertools.zip_longest((sequence, *sequence.best), search.results):
+            if one is None:
+                break
+            news = self._news.tell(one)
+            one.forced = []
+            if found is not None:
+                one.output_ids, one.score = found.token_ids, found.score
+                news.token_ids += found.token_ids
+                if one.num_logprobs is not None:
+                    news.logprobs += [TokenLogprobs(chosen=value, top_ids=(), top=()) for value in found.logprobs]
+            last = one.output_ids[-1] if one.output_ids else -1
+            one.finish = Finish.STOP if last in ending else Finish.LENGTH
+            one.stop_id = last if last in ending else None
+        for one in (*sequence.best, sequence):
+            self._ends.end(one, one.finish)
 
     def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         sequence.append(token)

@@ -8,7 +8,9 @@ waiting; a quarter of it is the oldest prompt's, so that a long one is computed 
 """
 
 import heapq
+import itertools
 from collections import Counter
+from collections.abc import Sequence as Seq
 
 from router_svc.kv_blocks import BLOCK_TOKENS, BlockPool, num_blocks_for
 from router_svc.news import Load
@@ -77,7 +79,7 @@ class Scheduler:
         was_running, sequence.is_running = sequence.is_running, False
         try:
             if has_failed:
-                self.pool.forget([*sequence.blocks, *sequence.source_blocks])
+                self.pool.forget([*sequence.source_blocks, *itertools.chain.from_iterable(sequence.tables)])
             self._release(sequence)
         finally:
             if was_running:
@@ -101,16 +103,22 @@ class Scheduler:
             decoding, planned = self._plan(max_rows)
         if not planned:
             return None
-        decodes = [Row(sequence=s, begin=s.num_computed, num_rows=1) for s in decoding if planned.pop(s, 0)]
+        decodes = [
+            Row(sequence=s, begin=s.num_computed, num_rows=1, beam=beam)
+            for s in decoding
+            for beam in range(planned.pop(s, 0))
+        ]
         prompts = sorted(planned, key=lambda s: s.arrival)
         chunks = [
             Row(
                 sequence=s,
                 begin=s.num_computed,
-                num_rows=planned[s] - s.num_unencoded,
-                encodes=bool(s.num_unencoded),
+                num_rows=(planned[s] - s.num_unencoded) // s.width,
+                encodes=bool(s.num_unencoded) and not beam,
+                beam=beam,
             )
             for s in prompts
+            for beam in range(s.width)
         ]
         return Step(decodes=tuple(decodes), chunks=tuple(chunks))
 
@@ -129,6 +137,8 @@ class Scheduler:
             for block, name in zip(sequence.source_blocks, sequence.source_names(), strict=True):
                 self.pool.name(block, name)
         before, sequence.num_computed = sequence.num_computed, row.end
+        if sequence.beams is not None and sequence.beams.beams:  # its tables are of tokens that may yet be given up
+            return
         names = sequence.block_names(row.end)
         for idx in range(len(sequence.block_names(before)), len(names)):
             self.pool.name(sequence.blocks[idx], names[idx])
@@ -145,8 +155,12 @@ class Scheduler:
             for sequence in self._running:
                 if not sequence.is_paused:
                     (decoding if sequence.is_decoding else prompts).append(sequence)
-            planned = dict.fromkeys(decoding[: self._max_batch_tokens], 1)
-            num_decodes = len(planned)
+            planned: dict[Sequence, int] = {}
+            num_decodes = 0
+            for sequence in decoding:
+                if not planned or num_decodes + sequence.width <= self._max_batch_tokens:
+                    planned[sequence] = sequence.width
+                    num_decodes += sequence.width
             room = self._max_batch_tokens - num_decodes
             budget = min(room, max(max_rows - num_decodes, LEAST_ROWS))
             self._plan_prompts(planned, prompts, budget)
@@ -170,7 +184,10 @@ class Scheduler:
             num_rows = min(lacking, most, budget)
             if sequence.num_unencoded and sequence not in planned:
                 # A source is encoded whole, whatever is left of the budget, and a row of the sequence's own with it.
-                num_rows = max(num_rows, sequence.num_unencoded + 1)
+                num_rows = max(num_rows, sequence.num_unencoded + sequence.width)
+            if sequence.width > 1:  # all beams go on together
+                own = num_rows - (0 if sequence in planned else sequence.num_unencoded)
+                num_rows += max(own - own % sequence.width, min(lacking, sequence.width)) - own
             planned[sequence] = planned.get(sequence, 0) + num_rows
             budget -= num_rows
             if num_rows < lacking:
@@ -226,10 +243,11 @@ class Scheduler:
         of a caller that has more; it loses its planned row. Returns whether the sequence was admitted.
         """
         while True:
-            found, source = self._find(sequence), self._find_source(sequence)
+            found = self._find(sequence) if sequence.width == 1 else []  # what is found is one beam's alone
+            source = self._find_source(sequence)
             held = found + source
             # Room for all its tokens, not this chunk's alone: half a prompt that must give way was computed in vain.
-            wanted = num_blocks_for(sequence.num_tokens) + num_blocks_for(len(sequence.source_ids))
+            wanted = num_blocks_for(sequence.num_tokens) * sequence.width + num_blocks_for(len(sequence.source_ids))
             lacking = wanted - len(held) + self.pool.num_unheld(held)
             if len(self._running) < self._max_num_seqs and self.pool.can_allocate(lacking + reserved):
                 break
@@ -248,6 +266,34 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
             self.num_cached_tokens += sequence.num_cached
         return True
+
+    def fork(self, sequence: Sequence, parents: Seq[int], tables: Seq[list[int]]) -> list[tuple[int, int]]:
+        """Give each new beam of a sequence the blocks of the one that it goes on from, out of the tables before.
+
+        Full blocks are shared. A last one that is not full is for one beam alone: the others get copies, as (from, to),
+        which are to be made at once. Where there are no blocks for these, the sequence is preempted.
+        """
+        beams = sequence.tables
+        for table, parent in zip(beams, parents, strict=True):
+            table[:] = tables[parent]
+            self.pool.share(table)
+        for table in tables:
+            self.pool.release(table)
+        copies: list[tuple[int, int]] = []
+        if sequence.num_computed % BLOCK_TOKENS:
+            owners: set[int] = set()
+            for table, parent in zip(beams, parents, strict=True):
+                if parent not in owners:
+                    owners.add(parent)
+                    continue
+                if not self.pool.can_allocate(1):
+                    self._preempt(sequence)
+                    return []
+                (own,) = self.pool.allocate(1)
+                copies.append((table[-1], own))
+                self.pool.release(table[-1:])
+                table[-1] = own
+        return copies
 
     def _preempt_paused(self) -> bool:
         """Take the place and the blocks of a sequence whose reader has stalled; False where there is none."""
@@ -277,7 +323,8 @@ class Scheduler:
         Whoever gives up its blocks for them loses its planned rows, which may be the sequence itself.
         """
         self.at_hand = sequence
-        num_blocks = sequence.num_new_blocks(planned[sequence] - sequence.num_unencoded)
+        num_rows = planned[sequence] - sequence.num_unencoded
+        num_blocks = sequence.num_new_blocks(num_rows)
         if num_blocks == 0:
             return
         while not self.pool.can_allocate(num_blocks):
@@ -286,7 +333,7 @@ class Scheduler:
             planned.pop(victim, None)
             if victim is sequence:
                 return
-        sequence.blocks += self.pool.allocate(num_blocks)
+        sequence.take_blocks(self.pool.allocate(num_blocks), num_rows)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -297,7 +344,4 @@ class Scheduler:
         self._waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        blocks = [*sequence.source_blocks, *sequence.blocks]
-        sequence.blocks, sequence.source_blocks = [], []
-        sequence.num_computed, sequence.is_encoded = 0, False
-        self.pool.release(blocks)
+        self.pool.release(sequence.give_blocks())

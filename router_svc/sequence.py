@@ -7,11 +7,13 @@ Example: prompt of 5, two tokens generated, all but the last in the cache: num_t
 compute.
 """
 
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from collegium.model.sampling import SamplingParams, TokenCounts
+from router_svc.beams import BeamSearch, ngram_bans
 from router_svc.kv_blocks import BLOCK_TOKENS, ROOT, SOURCE, block_hash, num_blocks_for
 from router_svc.sequence_life import SequenceLife
 
@@ -75,6 +77,10 @@ class Sequence:
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker
     life: SequenceLife | None = None  # what is told of it when it ends
+    beams: BeamSearch | None = None
+    searched_by: "Sequence | None" = None  # whose beams it is one of the best of; itself it is never computed
+    best: list["Sequence"] = field(default_factory=list["Sequence"])  # those that its beams are searched for
+    score: float | None = None
     counts: TokenCounts | None = None  # of its tokens, for penalties; None: not needed so far
     _names: list[bytes] = field(default_factory=list)
     _source_names: list[bytes] = field(default_factory=list)
@@ -100,9 +106,14 @@ class Sequence:
         return 0 if self.is_encoded else len(self.source_ids)
 
     @property
+    def width(self) -> int:
+        """Rows of one position: one for each of its beams."""
+        return 1 if self.beams is None else self.beams.width
+
+    @property
     def num_own(self) -> int:
         """Rows to compute of its own tokens before the next one can be drawn."""
-        return self.num_tokens - self.num_computed
+        return (self.num_tokens - self.num_computed) * self.width
 
     @property
     def num_remaining(self) -> int:
@@ -111,8 +122,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a single row is all that it needs."""
-        return self.num_remaining == 1 and bool(self.output_ids)
+        """Whether a single position is all that it needs."""
+        return self.num_remaining == self.width and bool(self.output_ids)
 
     @property
     def has_ended(self) -> bool:
@@ -137,8 +148,30 @@ class Sequence:
         return self.prompt_ids[begin:] + self.output_ids[: end - prompt]
 
     def num_new_blocks(self, num_rows: int) -> int:
-        """Blocks lacking for so many more rows."""
-        return max(0, num_blocks_for(self.num_computed + num_rows) - len(self.blocks))
+        """Blocks lacking for so many more rows, of all beams together."""
+        wanted = num_blocks_for(self.num_computed + num_rows // self.width)
+        return sum(max(0, wanted - len(blocks)) for blocks in self.tables)
+
+    @property
+    def tables(self) -> list[list[int]]:
+        """Its block tables: of each beam, or its one."""
+        return [beam.blocks for beam in self.beams.beams] if self.beams and self.beams.beams else [self.blocks]
+
+    def take_blocks(self, blocks: list[int], num_rows: int) -> None:
+        """Add as many blocks as num_new_blocks said, to the tables that lack some."""
+        wanted, rest = num_blocks_for(self.num_computed + num_rows // self.width), iter(blocks)
+        for table in self.tables:
+            table += itertools.islice(rest, max(0, wanted - len(table)))
+
+    def give_blocks(self) -> list[int]:
+        """Let go of all its blocks, its source's too, once for each table that has them; nothing is computed then."""
+        given = [*self.source_blocks, *itertools.chain.from_iterable(self.tables)]
+        self.blocks, self.source_blocks = [], []
+        if self.beams is not None:
+            for beam in self.beams.beams:
+                beam.blocks = []
+        self.num_computed, self.is_encoded = 0, False
+        return given
 
     def source_names(self) -> list[bytes]:
         """Names of the blocks of its source, the last one too, however full: they are found together or not at all."""
@@ -180,8 +213,11 @@ class Sequence:
         if not self.is_score and len(self.output_ids) >= self.rules.max_tokens:
             self.finish = Finish.LENGTH
 
-    def banned_ids(self) -> Seq[int]:
-        """Ids that must not be drawn now: those that would end it among its first min_tokens tokens."""
-        if len(self.output_ids) < self.rules.min_tokens:
-            return sorted(self.rules.ending_ids)
-        return ()
+    def banned_ids(self, output_ids: Seq[int] | None = None) -> Seq[int]:
+        """Ids that must not be drawn now, or after this output: those that would end it among its first min_tokens
+        tokens, or repeat an n-gram.
+        """
+        output = self.output_ids if output_ids is None else output_ids
+        ends = sorted(self.rules.ending_ids) if len(output) < self.rules.min_tokens else []
+        size = self.sampling.no_repeat_ngram_size
+        return [*ends, *ngram_bans([*self.prompt_ids, *output], size)] if size else ends

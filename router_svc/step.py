@@ -18,6 +18,7 @@ class Row:
     begin: int
     num_rows: int
     encodes: bool = False  # whether its source is encoded first
+    beam: int = 0  # which of its sequence's tables
 
     @property
     def end(self) -> int:
@@ -26,8 +27,16 @@ class Row:
 
     @property
     def blocks(self) -> list[int]:
-        """KV blocks of the sequence."""
-        return self.sequence.blocks
+        """KV blocks of the sequence, or of the beam."""
+        return self.sequence.tables[self.beam]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that are computed."""
+        sequence = self.sequence
+        if sequence.beams is None or not sequence.beams.beams:
+            return sequence.tokens(self.begin, self.end)
+        return [*sequence.prompt_ids, *sequence.beams.beams[self.beam].tokens.token_ids][self.begin : self.end]
 
     @property
     def source_blocks(self) -> list[int]:
@@ -72,9 +81,16 @@ class Step:
         """What it holds: "decode", "prefill" or "mixed"."""
         return "mixed" if self.decodes and self.chunks else "decode" if self.decodes else "prefill"
 
+    @property
+    def num_sequences(self) -> int:
+        """Whose rows there are."""
+        return len({id(row.sequence) for row in self.rows})
+
     def halves(self) -> "tuple[Step, Step]":
         """Part the sequences into two steps of about as many each. Needs two sequences or more."""
-        middle, num_decodes = len(self.rows) // 2, len(self.decodes)
+        rows, num_decodes = self.rows, len(self.decodes)
+        borders = [at for at in range(1, len(rows)) if rows[at].sequence is not rows[at - 1].sequence]
+        middle = min(borders, key=lambda at: abs(at - len(rows) // 2))
         return (
             Step(decodes=self.decodes[:middle], chunks=self.chunks[: max(0, middle - num_decodes)]),
             Step(decodes=self.decodes[middle:], chunks=self.chunks[max(0, middle - num_decodes) :]),
@@ -93,7 +109,8 @@ class Step:
             for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
                 first, last = max(begin, at), min(end, at + row.num_rows)
                 if first < last:
-                    piece = Row(sequence=row.sequence, begin=row.begin + first - at, num_rows=last - first)
+                    begin_at = row.begin + first - at
+                    piece = Row(sequence=row.sequence, begin=begin_at, num_rows=last - first, beam=row.beam)
                     (decodes if idx < len(self.decodes) else chunks)[part].append(piece)
             at += row.num_rows
         return [Step(decodes=tuple(d), chunks=tuple(c)) for d, c in zip(decodes, chunks, strict=True)]
@@ -112,6 +129,6 @@ class Step:
                 keep += range(at, at + row.num_rows - int(row.reaches_end))
             elif row.reaches_end:
                 keep.append(at + row.num_rows - 1)
-            spans[row.sequence] = (begin, len(keep))
+            spans[row.sequence] = (spans.get(row.sequence, (begin,))[0], len(keep))
             at += row.num_rows
         return keep, spans

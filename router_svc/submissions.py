@@ -5,19 +5,29 @@ value out of bounds would cost the other sequences of the step their answers. A 
 frame whose own fields are out of bounds ends its stream.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from collegium.fabric.errors import InvalidArgument
 from collegium.model.sampling import SamplingParams
 from collegium.v1 import inference_pb2, router_pb2
+from router_svc.beams import BeamOptions, EarlyStopping
 
 MAX_REQUEST_ID_CHARS = 256  # 128 of the caller's, then the gateway's suffix that makes it unique
 MAX_GATEWAY_ID_CHARS = 128
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 256
+MAX_BEAMS = 32
+MAX_LENGTH_PENALTY = 10.0
 MAX_FRAME_ITEMS = 65_536  # of each list of a frame
+_EARLY_STOPPING: Mapping[int, EarlyStopping] = {
+    inference_pb2.EARLY_STOPPING_UNSPECIFIED: False,
+    inference_pb2.EARLY_STOPPING_ALWAYS: True,
+    inference_pb2.EARLY_STOPPING_NEVER: "never",
+}
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -74,12 +84,52 @@ def check_submission(submission: router_pb2.Submission, model: inference_pb2.Mod
     room = model.max_model_len - (1 if model.is_encoder_decoder else len(prompt_ids))
     max_tokens = _check_stopping(submission.stopping, model, room)
     _check_choices(submission, model, min(max_tokens, room))
+    _check_beams(submission)
     if submission.num_logprobs > MAX_LOGPROBS:
         raise _wrong("num_logprobs", f"num_logprobs is {submission.num_logprobs}; the maximum is {MAX_LOGPROBS}")
     if submission.traceparent and not _TRACEPARENT.fullmatch(submission.traceparent):
         shown = repr(submission.traceparent[:60])
         raise _wrong("traceparent", f"traceparent is {shown}; it must be empty or a W3C trace context")
     return _sampling_of(submission.sampling)
+
+
+def beam_options(submission: router_pb2.Submission) -> BeamOptions | None:
+    """Read how a checked submission is searched by beams; None if it is not."""
+    asked = submission.beam_search
+    if asked.num_beams < 2:
+        return None
+    return BeamOptions(
+        num_beams=asked.num_beams,
+        num_return=max(1, len(submission.choices)),
+        length_penalty=asked.length_penalty if asked.HasField("length_penalty") else 1.0,
+        early_stopping=_EARLY_STOPPING[asked.early_stopping],
+    )
+
+
+def _check_beams(submission: router_pb2.Submission) -> None:
+    asked, sampling = submission.beam_search, submission.sampling
+    if asked.num_beams > MAX_BEAMS:
+        raise _wrong("beam_search.num_beams", f"beam_search.num_beams is {asked.num_beams}; the maximum is {MAX_BEAMS}")
+    if not (math.isfinite(asked.length_penalty) and abs(asked.length_penalty) <= MAX_LENGTH_PENALTY):
+        message = f"beam_search.length_penalty is {asked.length_penalty}; it must be from -10 to 10"
+        raise _wrong("beam_search.length_penalty", message)
+    if asked.early_stopping not in _EARLY_STOPPING:
+        message = f"beam_search.early_stopping is {asked.early_stopping}; it must be 0, 1 or 2"
+        raise _wrong("beam_search.early_stopping", message)
+    if asked.num_beams < 2:
+        return
+    if submission.is_score:
+        raise _wrong("beam_search", "beam_search is there; a score draws nothing")
+    indices = [start.choice_index for start in submission.choices] or [0]
+    if len(indices) > asked.num_beams or indices != list(range(len(indices))):
+        message = f"choices are {indices[:8]}; of {asked.num_beams} beams they are 0 to n - 1, at most as many"
+        raise _wrong("choices", message)
+    if any(start.output_ids for start in submission.choices):
+        raise _wrong("choices", "choices have output_ids; a search begins anew")
+    if sampling.temperature or any(getattr(sampling, name) for name in ("presence_penalty", "frequency_penalty")):
+        raise _wrong("sampling", "sampling has a temperature or penalties; a search draws nothing")
+    if sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1:
+        raise _wrong("sampling.repetition_penalty", "sampling.repetition_penalty is there; a search draws nothing")
 
 
 def _check_stopping(stopping: inference_pb2.Stopping, model: inference_pb2.Model, room: int) -> int:
@@ -136,6 +186,7 @@ def _sampling_of(asked: inference_pb2.Sampling) -> SamplingParams:
             presence_penalty=asked.presence_penalty,
             frequency_penalty=asked.frequency_penalty,
             seed=asked.seed,
+            no_repeat_ngram_size=asked.no_repeat_ngram_size,
         )
     except ValueError as error:  # it names the field first
         raise _wrong(f"sampling.{str(error).split()[0]}", f"sampling.{error}") from None

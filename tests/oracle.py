@@ -46,10 +46,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beam:
-    """One of the n best of a beam search: its ids without the decoder's start, and its score."""
+    """One of the n best of a beam search: its ids without the decoder's start, and its score.
+
+    is_clear: whether small changes of the scores, as of rounding, find the same n best.
+    """
 
     token_ids: list[int]
     score: float
+    is_clear: bool = True
 
 
 class Oracle:
@@ -111,12 +115,20 @@ class Oracle:
         return [Reference(**one) for one in answer]
 
     def beams(
-        self, checkpoint: Path, sources: Sequence[Sequence[int]], *, forced: int | None = None, **options: Any
+        self,
+        checkpoint: Path,
+        sources: Sequence[Sequence[int]],
+        *,
+        forced: int | None = None,
+        num_shakes: int = 2,
+        **options: Any,
     ) -> list[list[Beam]]:
-        """Return the n best of each source by `generate` with these options."""
-        answer = self._remember(
-            "beams", checkpoint, sources=[list(one) for one in sources], options=options, forced=forced
-        )
+        """Return the n best of each source by `generate` with these options.
+
+        num_shakes: searches with noise on the scores, by which it is told whether a source is clear.
+        """
+        arguments = {"options": options, "forced": forced, "num_shakes": num_shakes}
+        answer = self._remember("beams", checkpoint, sources=[list(one) for one in sources], **arguments)
         return [[Beam(**one) for one in each] for each in answer]
 
     def score(self, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -246,33 +258,46 @@ def _can_cache(config: Any) -> bool:
     return config.model_type != "switch_transformers" or config.num_layers >= config.num_decoder_layers
 
 
-def beams(checkpoint: str, sources: list[list[int]], options: dict[str, Any], forced: int | None) -> list[list[Beam]]:
+def beams(
+    checkpoint: str, sources: list[list[int]], options: dict[str, Any], forced: int | None, num_shakes: int
+) -> list[list[Beam]]:
     """Let beam search answer each source, or prompt, alone: the n best of each, best first."""
-    import torch
-
-    model = load(checkpoint)
-    is_both = model.config.is_encoder_decoder
     found: list[list[Beam]] = []
     for source in sources:
-        ids = torch.tensor([source])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-            use_cache=not is_both or _can_cache(model.config),
-            **({"forced_bos_token_id": forced} if is_both else {}),
-            **options,
-        )
-        start, pad = 1 if is_both else len(source), model.config.pad_token_id
-        eos = options.get("eos_token_id", model.config.eos_token_id)
-        each: list[Beam] = []
-        for row, score in zip(out.sequences[:, start:].tolist(), out.sequences_scores.tolist(), strict=True):
-            end = row.index(eos) + 1 if eos in row else len(row)
-            each.append(Beam(token_ids=row[:end] if set(row[end:]) <= {pad} else row, score=score))
-        found.append(each)
+        plain, *shaken = (_search(load(checkpoint), source, options, forced, seed) for seed in range(1 + num_shakes))
+        is_clear = all([one for one, _ in each] == [one for one, _ in plain] for each in shaken)
+        found.append([Beam(token_ids=ids, score=score, is_clear=is_clear) for ids, score in plain])
     return found
+
+
+def _search(
+    model: Any, source: list[int], options: dict[str, Any], forced: int | None, seed: int
+) -> list[tuple[list[int], float]]:
+    """The n best and their scores. seed: of noise on the scores as large as rounding may be; 0: none."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def shake(_ids: Any, scores: Any) -> Any:
+        return scores + torch.randn(scores.shape, generator=generator) * CLEAR / 2
+
+    is_both = model.config.is_encoder_decoder
+    ids, end = torch.tensor([source]), options["eos_token_id"]
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        use_cache=not is_both or _can_cache(model.config),
+        logits_processor=LogitsProcessorList([shake] if seed else []),  # type: ignore[list-item]
+        **({"forced_bos_token_id": forced} if is_both else {}),
+        **options,
+    )
+    rows = out.sequences[:, 1 if is_both else len(source) :].tolist()
+    ended = [row[: row.index(end) + 1] if end in row else row for row in rows]
+    return list(zip(ended, out.sequences_scores.tolist(), strict=True))
 
 
 @functools.lru_cache(maxsize=2)

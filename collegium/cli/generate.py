@@ -37,6 +37,16 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a choice; repeatable.")] = None,
     stop_ids: Annotated[str | None, typer.Option("--stop-ids", help="Ids that end a choice, such as 1,2.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of choices.")] = 1,
+    num_beams: Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")] = 1,
+    length_penalty: Annotated[
+        float | None, typer.Option("--length-penalty", help="Of beam search: length to this power divides a score.")
+    ] = None,
+    early_stopping: Annotated[
+        str, typer.Option("--early-stopping", help='Of beam search: "true", "false" or "never".')
+    ] = "false",
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
+    ] = 0,
     source_language: Annotated[
         str, typer.Option("--source-language", help='Of a model that translates: the prompt\'s, such as "eng_Latn".')
     ] = "",
@@ -77,6 +87,10 @@ def generate(
         "stop": [t.typed(text) for text in stop or ()],
         "stop_ids": t.read_ids(stop_ids, "--stop-ids") or (),
         "n": n,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "early_stopping": t.read_early_stopping(early_stopping),
+        "no_repeat_ngram_size": no_repeat_ngram_size,
         "source_language": source_language,
         "target_language": target_language,
         "logprobs": logprobs,
@@ -121,7 +135,8 @@ def _show_stream(stream: Stream, *, has_text: bool) -> None:
 
 def _show_choices(completion: Completion) -> None:
     for choice in completion.choices:
-        t.print_line(f"--- choice {choice.index}, {choice.finish_reason}")
+        score = "" if choice.score is None else f", score {choice.score:.4f}"
+        t.print_line(f"--- choice {choice.index}, {choice.finish_reason}{score}")
         t.print_line(choice.text or " ".join(map(str, choice.token_ids)))
         _show_logprobs(choice.token_ids, choice.logprobs)
 
@@ -158,6 +173,7 @@ def _choice_as_json(choice: Choice) -> dict[str, t.Json]:
         "text": choice.text,
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
+        **({} if choice.score is None else {"score": choice.score}),
     }
     if choice.logprobs:
         written["logprobs"] = [_logprobs_as_json(entry) for entry in choice.logprobs]

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 import typer
 
@@ -57,6 +57,14 @@ def read_ids(text: str | None, field: str = "--prompt-ids") -> list[int] | None:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise InvalidArgument(f"{text!r} are no token ids", field=field, remedy="give numbers, such as 1,2,3") from None
+
+
+def read_early_stopping(text: str) -> bool | Literal["never"]:
+    """Read true, false or never; InvalidArgument names the flag."""
+    known: Mapping[str, bool | Literal["never"]] = {"true": True, "false": False, "never": "never"}
+    if text.lower() not in known:
+        raise InvalidArgument(f"{text!r} is unknown", field="--early-stopping", remedy="give true, false or never")
+    return known[text.lower()]
 
 
 def typed(text: str) -> str:

@@ -27,6 +27,16 @@ def translate(
     source: Annotated[str, typer.Option("--from", help="Language of the lines; empty: the model's own.")] = "",
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
     n: Annotated[int, typer.Option("--n", "-n", help="Translations of each line, a line each.")] = 1,
+    num_beams: Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")] = 1,
+    length_penalty: Annotated[
+        float | None, typer.Option("--length-penalty", help="Of beam search: length to this power divides a score.")
+    ] = None,
+    early_stopping: Annotated[
+        str, typer.Option("--early-stopping", help='Of beam search: "true", "false" or "never".')
+    ] = "false",
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
+    ] = 0,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Most tokens of a translation.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0: greedy, the default.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k likeliest tokens.")] = None,
@@ -45,6 +55,10 @@ def translate(
     options: TranslateOptions = {
         "model": model,
         "n": n,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "early_stopping": t.read_early_stopping(early_stopping),
+        "no_repeat_ngram_size": no_repeat_ngram_size,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -117,6 +131,7 @@ def _as_json(one: Translated) -> dict[str, t.Json]:
             "token_ids": list(each.token_ids),
             "logprob": each.logprob,
             "finish_reason": each.finish_reason,
+            "score": each.score,
         }
         for each in one.translations
     ]

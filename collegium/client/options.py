@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 
 _UINT32 = 2**32 - 1
 _UINT64 = 2**64 - 1
+_EARLY_STOPPING: Mapping[object, pb.EarlyStopping] = {
+    False: pb.EARLY_STOPPING_UNSPECIFIED,
+    True: pb.EARLY_STOPPING_ALWAYS,
+    "never": pb.EARLY_STOPPING_NEVER,
+}
 
 
 class Message(TypedDict):
@@ -42,7 +47,13 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool  # go on past end-of-sequence ids
     stop: str | Sequence[str]  # strings that end a choice and are not delivered
     stop_ids: Iterable[int]  # ids that end a choice
-    n: int  # number of independent choices
+    n: int  # number of independent choices, or of the best that a beam search finds
+    num_beams: int  # above 1: beam search, by the rules of transformers' generate; nothing comes before its end
+    length_penalty: (
+        float | None
+    )  # of beam search: a score is the sum of log-probabilities over the length to this power
+    early_stopping: bool | Literal["never"]  # of beam search, as transformers has it
+    no_repeat_ngram_size: int  # no run of so many tokens comes twice; 0: any may
     source_language: str  # of a model with an encoder: the prompt's, such as "eng_Latn"; empty: the model's own
     target_language: str  # the answer's; empty: as the model's files say, or none
     logprobs: int | None  # 0: of the chosen tokens; n: of the n likeliest as well
@@ -67,6 +78,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
         num_choices=uint("n", options.get("n", 1)),
         source_language=options.get("source_language", ""),
         target_language=options.get("target_language", ""),
+        beam_search=beam_search_of(options),
     )
     if request.num_choices == 0:
         raise InvalidArgument("0 choices are no answer", field="n", remedy="give at least 1")
@@ -113,11 +125,29 @@ def sampling_of(options: GenerateOptions) -> pb.Sampling:
         if value is not None:
             setattr(sampling, name, value)
     top_k, seed = options.get("top_k"), options.get("seed")
+    sampling.no_repeat_ngram_size = uint("no_repeat_ngram_size", options.get("no_repeat_ngram_size", 0))
     if top_k is not None:
         sampling.top_k = uint("top_k", top_k)
     if seed is not None:
         sampling.seed = uint("seed", seed, _UINT64)
     return sampling
+
+
+def beam_search_of(options: GenerateOptions) -> pb.BeamSearch | None:
+    """Write down how outputs are searched; None where they are drawn."""
+    num_beams = uint("num_beams", options.get("num_beams", 1))
+    if num_beams == 0:
+        raise InvalidArgument("0 beams find nothing", field="num_beams", remedy="give at least 1")
+    if num_beams == 1:
+        return None
+    early = options.get("early_stopping", False)
+    if early not in _EARLY_STOPPING:
+        raise InvalidArgument(f"{early!r} is unknown", field="early_stopping", remedy='give True, False or "never"')
+    search = pb.BeamSearch(num_beams=num_beams, early_stopping=_EARLY_STOPPING[early])
+    length_penalty = options.get("length_penalty")
+    if length_penalty is not None:
+        search.length_penalty = length_penalty
+    return search
 
 
 def stopping_of(options: GenerateOptions) -> pb.Stopping:

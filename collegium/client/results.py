@@ -41,6 +41,7 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     stop_reason: str | None
+    score: float | None = None  # of a beam search, once it has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class Choice:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     stop_reason: str | None
+    score: float | None = None  # of a beam search, once it has ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,7 @@ class Translation:
     token_ids: tuple[int, ...]
     logprob: float
     finish_reason: FinishReason | None
+    score: float | None = None  # of a beam search: logprob over the number of ids to length_penalty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +228,7 @@ def read_chunk(chunk: pb.Chunk) -> Chunk:
         ),
         finish_reason=_FINISH_REASONS.get(chunk.finish_reason),
         stop_reason=chunk.stop_reason or None,
+        score=chunk.score if chunk.HasField("score") else None,
     )
 
 
@@ -249,6 +253,7 @@ def read_translated(response: pb.TranslateResponse, index: int, source: str) -> 
                 token_ids=tuple(one.token_ids),
                 logprob=one.logprob,
                 finish_reason=_FINISH_REASONS.get(one.finish_reason),
+                score=one.score if one.HasField("score") else None,
             )
             for one in response.translations
         ),
@@ -342,6 +347,7 @@ def join_chunks(chunks: Iterable[Chunk], num_choices: int) -> tuple[Choice, ...]
             logprobs=tuple(entry for chunk in parts for entry in chunk.logprobs),
             finish_reason=parts[-1].finish_reason if parts else None,
             stop_reason=parts[-1].stop_reason if parts else None,
+            score=parts[-1].score if parts else None,
         )
         for index, parts in of_choice.items()
     )

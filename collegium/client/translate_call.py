@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
-from collegium.client.options import GenerateOptions, sampling_of, stopping_of, uint
+from collegium.client.options import GenerateOptions, beam_search_of, sampling_of, stopping_of, uint
 from collegium.client.results import Translated, read_translated
 from collegium.fabric.errors import Internal, InvalidArgument, Unavailable
 from collegium.v1 import inference_pb2 as pb
@@ -23,7 +23,11 @@ class TranslateOptions(TypedDict, total=False):
 
     model: str  # name from list_models; empty: the only model
     n: int  # number of translations
-    max_tokens: int | None  # as in GenerateOptions, as all below
+    num_beams: int  # as in GenerateOptions, as all below
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"]
+    no_repeat_ngram_size: int
+    max_tokens: int | None
     min_tokens: int
     temperature: float | None
     top_k: int | None
@@ -53,6 +57,7 @@ def translate_options(to: str, source: str, options: TranslateOptions) -> pb.Tra
         sampling=sampling_of(like),
         stopping=stopping_of(like),
         num_choices=num_choices,
+        beam_search=beam_search_of(like),
     )
 
 

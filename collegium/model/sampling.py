@@ -39,6 +39,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # in [-2, 2], once per token of the output
     frequency_penalty: float = 0.0  # in [-2, 2], per occurrence in the output
     seed: int = 0  # 64 bits
+    no_repeat_ngram_size: int = 0  # 0: n-grams may repeat
 
     def __post_init__(self) -> None:
         for name, is_good, domain in (
@@ -50,6 +51,7 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
             ("seed", 0 <= self.seed < 2**64, "in [0, 2^64)"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, ">= 0"),
         ):
             value: float = getattr(self, name)
             if not (is_good and math.isfinite(value)):

@@ -42,7 +42,7 @@ class SequenceRef(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choice_index: _Optional[int] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms", "caller", "forced_id")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms", "caller", "forced_id", "beam_search")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class Submission(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
     FORCED_ID_FIELD_NUMBER: _ClassVar[int]
+    BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.Sampling
@@ -65,7 +66,8 @@ class Submission(_message.Message):
     deadline_ms: int
     caller: int
     forced_id: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., caller: _Optional[int] = ..., forced_id: _Optional[int] = ...) -> None: ...
+    beam_search: _inference_pb2.BeamSearch
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., caller: _Optional[int] = ..., forced_id: _Optional[int] = ..., beam_search: _Optional[_Union[_inference_pb2.BeamSearch, _Mapping]] = ...) -> None: ...
 
 class ChoiceStart(_message.Message):
     __slots__ = ("choice_index", "output_ids")
@@ -86,7 +88,7 @@ class AttachResponse(_message.Message):
     def __init__(self, news: _Optional[_Iterable[_Union[SequenceNews, _Mapping]]] = ..., load: _Optional[_Union[RouterLoad, _Mapping]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class SequenceNews(_message.Message):
-    __slots__ = ("request_id", "choice_index", "token_ids", "logprobs", "finish_reason", "failure", "cached_prompt_tokens", "stop_id")
+    __slots__ = ("request_id", "choice_index", "token_ids", "logprobs", "finish_reason", "failure", "cached_prompt_tokens", "stop_id", "score")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,7 @@ class SequenceNews(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     choice_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -103,7 +106,8 @@ class SequenceNews(_message.Message):
     failure: Failure
     cached_prompt_tokens: int
     stop_id: int
-    def __init__(self, request_id: _Optional[str] = ..., choice_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., cached_prompt_tokens: _Optional[int] = ..., stop_id: _Optional[int] = ...) -> None: ...
+    score: float
+    def __init__(self, request_id: _Optional[str] = ..., choice_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., cached_prompt_tokens: _Optional[int] = ..., stop_id: _Optional[int] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "reason")
