@@ -9,11 +9,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 EarlyStopping = Literal["never"] | bool
-_NOWHERE = -1e9
+_NOWHERE = float("-inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,20 +90,24 @@ class BeamSearch:
         going_on: list[tuple[int, Hypothesis]] = []
         ended: list[Hypothesis] = []
         for rank, (total, at) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
-            if total <= _NOWHERE:
+            if total == _NOWHERE or (rank >= options.num_beams <= len(going_on)):
                 break
             parent, token = divmod(at, scores.shape[1])
+            is_end = is_last or token in ending_ids
+            if len(going_on) == options.num_beams if not is_end else rank >= options.num_beams:
+                continue
             one = Hypothesis(
                 token_ids=[*before[parent].token_ids, token],
                 logprobs=[*before[parent].logprobs, float(raw[parent, token])],
                 total=total,
             )
-            if not (is_last or token in ending_ids):
-                going_on.append((parent, one))
-            elif rank < options.num_beams:
+            if is_end:
                 ended.append(one)
-        self._end(ended, length)
-        going_on = going_on[: options.num_beams]
+            else:
+                going_on.append((parent, one))
+        if not (going_on or ended):  # every token is banned: what there is cannot be longer
+            ended, length = before, length - 1
+        self._end(ended, max(1, length))
         best = going_on[0][1].total if going_on else _NOWHERE
         self._judge(best, length, max_tokens)
         is_full = all(one.has_ended for one in self._best) and options.early_stopping is True
@@ -128,8 +133,12 @@ class BeamSearch:
 
 
 def ngram_bans(tokens: Seq[int], size: int) -> list[int]:
-    """Ids that would make an n-gram of so many tokens a second time."""
+    """Ids that would make an n-gram of so many tokens a second time. Takes time in proportion to both."""
     if not size or len(tokens) < size:
         return []
-    end = tuple(tokens[len(tokens) - size + 1 :])
-    return [tokens[i + size - 1] for i in range(len(tokens) - size + 1) if tuple(tokens[i : i + size - 1]) == end]
+    ids = np.array(tokens)
+    num = len(ids) - size + 1
+    found = np.ones(num, bool)  # by where it begins, whether what came before is what the tokens end with
+    for at in range(size - 1):
+        found &= ids[at : at + num] == ids[num + at]
+    return sorted(set(ids[size - 1 :][found].tolist()))

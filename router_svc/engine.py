@@ -87,6 +87,7 @@ class Engine:
             refused=self.commands.refused,
             release=self.scheduler.end,
             num_blocks=num_blocks,
+            most_rows=max_batch_tokens,
         )
         self._forward = ForwardPass(
             model,
@@ -178,7 +179,8 @@ class Engine:
             self._faults.tell(num_rows=step.num_rows)
             failure = step_failed(error)
         else:
-            self._pace.note(step.num_rows, has_prompts=bool(step.chunks), seconds=logits.seconds)
+            num_rows = step.num_rows + step.num_source_rows
+            self._pace.note(num_rows, has_prompts=bool(step.chunks), seconds=logits.seconds)
             self._commit(step, logits)
             self._sampler.sample(step, logits)
             return

@@ -78,13 +78,14 @@ class ForwardPass:
             if span is not None:
                 span.end()
         seconds = time.monotonic() - began_s
-        self._micro_batching.note(
-            step.num_rows,
-            has_prompts=bool(step.chunks),
-            num_parts=num_parts,
-            seconds=seconds,
-            blocked_s=self._calls.totals.blocked_s - blocked_s,
-        )
+        if not step.num_source_rows:  # which are no part of what it compares
+            self._micro_batching.note(
+                step.num_rows,
+                has_prompts=bool(step.chunks),
+                num_parts=num_parts,
+                seconds=seconds,
+                blocked_s=self._calls.totals.blocked_s - blocked_s,
+            )
         self._totals.forward_seconds += seconds
         self._totals.micro_batches += num_parts
         return StepLogits(logits=logits, spans=spans, began_s=began_s, seconds=seconds)

@@ -39,11 +39,13 @@ class LiveSequences:
         refused: Counter[str],
         release: Release,
         num_blocks: int,
+        most_rows: int,
     ):
         """refused: submissions by reason, counted up. release: gives back the place and the blocks of a sequence, which
-        are forgotten where it has failed by a fault: they may be the reason. num_blocks: that there are.
+        are forgotten where it has failed by a fault: they may be the reason. num_blocks: that there are; most_rows: of
+        a step.
         """
-        self._num_blocks = num_blocks
+        self._num_blocks, self._most_rows = num_blocks, most_rows
         self._requests, self._news, self._refused = requests, news, refused
         self._faults, self._release = faults, release
         self._num_submitted = 0
@@ -85,13 +87,16 @@ class LiveSequences:
         """Refuse a search whose beams might not fit together: alone, it could not go on by preempting others."""
         if sequence.beams is None:
             return None
+        if (width := sequence.beams.options.num_beams) > self._most_rows:
+            message = f"{width} beams go on together, and the router computes {self._most_rows} rows in a step"
+            return Failure(code="INVALID_ARGUMENT", reason="BEAMS_TOO_LARGE", message=f"{message}; ask for fewer")
         longest = len(sequence.prompt_ids) + sequence.rules.max_tokens
         num_blocks = num_blocks_for(len(sequence.source_ids))
-        num_blocks += sequence.beams.options.num_beams * num_blocks_for(longest)
+        num_blocks += width * num_blocks_for(longest)
         if num_blocks <= self._num_blocks:
             return None
         message = (
-            f"{sequence.beams.options.num_beams} beams of {longest} tokens may take {num_blocks} KV blocks, and the "
+            f"{width} beams of {longest} tokens may take {num_blocks} KV blocks, and the "
             f"router has {self._num_blocks}; ask for fewer beams or tokens"
         )
         return Failure(code="INVALID_ARGUMENT", reason="BEAMS_TOO_LARGE", message=message)

@@ -34,7 +34,8 @@ class Recorder:
         at = 0
         for row in step.rows:
             first = max(row.begin, row.sequence.num_recorded)
-            self._rows += range(at + first - row.begin, at + row.num_rows)
+            if not row.beam:  # of several, the best one's: a position is told once
+                self._rows += range(at + first - row.begin, at + row.num_rows)
             at += row.num_rows
         return self._note
 
@@ -56,6 +57,8 @@ class Recorder:
         positions: list[int] = []
         num_decode_rows = 0
         for idx, row in enumerate(step.rows):
+            if row.beam:
+                continue
             new = range(max(row.begin, row.sequence.num_recorded), row.end)
             sequences += [row.sequence.number] * len(new)
             positions += new

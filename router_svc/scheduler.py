@@ -163,7 +163,7 @@ class Scheduler:
                     num_decodes += sequence.width
             room = self._max_batch_tokens - num_decodes
             budget = min(room, max(max_rows - num_decodes, LEAST_ROWS))
-            self._plan_prompts(planned, prompts, budget)
+            self._plan_prompts(planned, prompts, budget, room)
             is_shortened = budget < room and sum(planned.values()) == num_decodes + budget
             for sequence in list(self._running):  # the oldest first: it takes blocks from the youngest
                 if sequence in planned:
@@ -172,24 +172,31 @@ class Scheduler:
                 self.num_shortened += is_shortened
                 return decoding, planned
 
-    def _plan_prompts(self, planned: dict[Sequence, int], prompts: list[Sequence], budget: int) -> None:
-        """Share out the rows for prompts: running ones, the oldest first in the list, and those that are admitted."""
-        if budget == 0:
+    def _plan_prompts(self, planned: dict[Sequence, int], prompts: list[Sequence], budget: int, room: int) -> None:
+        """Share out the rows for prompts: running ones, the oldest first in the list, and those that are admitted.
+
+        All beams of a search go on together, beyond the budget if need be, but not beyond the room, which is kept for
+        the oldest.
+        """
+        if budget <= 0 or (prompts and prompts[0].width > room):
             return
         share = max(1, budget // _OLDEST_SHARE)
         unplanned: list[tuple[int, int, Sequence]] = []  # heap of (rows lacking, tie, sequence)
 
         def plan(sequence: Sequence, lacking: int, most: int) -> None:
-            nonlocal budget
+            nonlocal budget, room
+            if sequence.width > room:  # its turn comes once it is the oldest
+                return
             num_rows = min(lacking, most, budget)
             if sequence.num_unencoded and sequence not in planned:
                 # A source is encoded whole, whatever is left of the budget, and a row of the sequence's own with it.
                 num_rows = max(num_rows, sequence.num_unencoded + sequence.width)
-            if sequence.width > 1:  # all beams go on together
+            if sequence.width > 1:
                 own = num_rows - (0 if sequence in planned else sequence.num_unencoded)
                 num_rows += max(own - own % sequence.width, min(lacking, sequence.width)) - own
             planned[sequence] = planned.get(sequence, 0) + num_rows
             budget -= num_rows
+            room -= num_rows
             if num_rows < lacking:
                 heapq.heappush(unplanned, (lacking - num_rows, sequence.arrival, sequence))
 
@@ -221,7 +228,8 @@ class Scheduler:
     def _find(self, sequence: Sequence) -> list[int]:
         """List the blocks of a waiting sequence that are in the cache."""
         self.at_hand = sequence
-        return [] if sequence.is_score else self.pool.find(sequence.block_names(sequence.num_tokens - 1))
+        is_search = sequence.beams is not None and bool(sequence.beams.beams)  # what is found is one beam's alone
+        return [] if sequence.is_score or is_search else self.pool.find(sequence.block_names(sequence.num_tokens - 1))
 
     def _num_lacking(self, sequence: Sequence) -> int:
         """Rows that a waiting sequence needs before its next token."""
@@ -243,7 +251,7 @@ class Scheduler:
         of a caller that has more; it loses its planned row. Returns whether the sequence was admitted.
         """
         while True:
-            found = self._find(sequence) if sequence.width == 1 else []  # what is found is one beam's alone
+            found = self._find(sequence)
             source = self._find_source(sequence)
             held = found + source
             # Room for all its tokens, not this chunk's alone: half a prompt that must give way was computed in vain.

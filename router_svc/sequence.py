@@ -220,4 +220,4 @@ class Sequence:
         output = self.output_ids if output_ids is None else output_ids
         ends = sorted(self.rules.ending_ids) if len(output) < self.rules.min_tokens else []
         size = self.sampling.no_repeat_ngram_size
-        return [*ends, *ngram_bans([*self.prompt_ids, *output], size)] if size else ends
+        return [*ends, *ngram_bans([*self.prompt_ids, *output], size)] if size else ends or ()

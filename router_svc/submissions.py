@@ -21,6 +21,7 @@ MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 256
 MAX_BEAMS = 32
+MAX_NGRAM = 64
 MAX_LENGTH_PENALTY = 10.0
 MAX_FRAME_ITEMS = 65_536  # of each list of a frame
 _EARLY_STOPPING: Mapping[int, EarlyStopping] = {
@@ -108,6 +109,9 @@ def beam_options(submission: router_pb2.Submission) -> BeamOptions | None:
 
 def _check_beams(submission: router_pb2.Submission) -> None:
     asked, sampling = submission.beam_search, submission.sampling
+    if (size := sampling.no_repeat_ngram_size) > MAX_NGRAM:
+        message = f"sampling.no_repeat_ngram_size is {size}; the maximum is {MAX_NGRAM}"
+        raise _wrong("sampling.no_repeat_ngram_size", message)
     if asked.num_beams > MAX_BEAMS:
         raise _wrong("beam_search.num_beams", f"beam_search.num_beams is {asked.num_beams}; the maximum is {MAX_BEAMS}")
     if not (math.isfinite(asked.length_penalty) and abs(asked.length_penalty) <= MAX_LENGTH_PENALTY):

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.one_process import OneProcess, Request
 from collegium.model.sampling import SamplingParams
-from router_svc.beams import BeamOptions
+from router_svc.beams import Beam as LiveBeam
+from router_svc.beams import BeamOptions, BeamSearch
 from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.step import Step
 from tests.checkpoints import Variant
 from tests.oracle import Beam, Oracle
 
@@ -115,11 +118,68 @@ def test_the_n_best_and_their_scores_are_those_of_generate(
 @pytest.mark.parametrize(("arch", "forced"), [("nllb-moe", 9), ("mixtral", None)])
 def test_preemption_changes_no_beam(arch: str, forced: int | None, oracle: Oracle) -> None:
     checkpoint, options = oracle.checkpoint(arch), CASES[0][3]
-    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=32, kv_tokens=28 * BLOCK_TOKENS) as running:
+    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=32, kv_tokens=18 * BLOCK_TOKENS) as running:
         sources = sources_of(running, len(arch))
         end, references = references_of(oracle, checkpoint, sources, forced, options)
         check(running, references, requests_for(running, sources, forced, options, end))
         assert running.engine.scheduler.num_preemptions > 0
+
+
+def test_a_step_has_no_more_rows_than_links_take_however_many_beams_there_are(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = oracle.checkpoint("mixtral")
+    most = 11  # rows: two searches fit, and a part of a third
+    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=most, kv_tokens=20 * BLOCK_TOKENS) as running:
+        scheduler, num_rows = running.engine.scheduler, list[int]()
+        schedule = scheduler.schedule
+
+        def counted(shared_rows: int | None = None) -> Step | None:
+            if (step := schedule(shared_rows)) is not None:
+                num_rows.append(step.num_rows)
+            return step
+
+        monkeypatch.setattr(scheduler, "schedule", counted)
+        searched = requests_for(running, sources_of(running, 3) * 2, None, CASES[0][3])
+        plain = requests_for(running, sources_of(running, 4), None, {"num_beams": 1, "num_return_sequences": 1})
+        for number, one in enumerate(plain):
+            one.beams, one.after_tokens = None, 5 * number
+        for number, one in enumerate(searched):
+            one.after_tokens = number
+        together = running.run([*searched, *plain])
+        assert scheduler.num_preemptions > 0 and most // 2 < max(num_rows) <= most
+        for request, answers in zip([*searched, *plain], together, strict=True):
+            request.after_tokens = 0
+            (alone,) = running.run([request])
+            assert [one.token_ids for one in answers] == [one.token_ids for one in alone]
+        (wide,) = running.run(requests_for(running, [[9]], None, {"num_beams": 12, "num_return_sequences": 1}))
+        assert "12 beams go on together, and the router computes 11 rows in a step" in wide[0].failure
+
+
+@pytest.mark.parametrize(("arch", "forced"), [("nllb-moe", 9), ("mixtral", None)])
+def test_one_beam_is_greedy_decoding_through_preemption_too(arch: str, forced: int | None, oracle: Oracle) -> None:
+    checkpoint, options = oracle.checkpoint(arch), {"num_beams": 1, "num_return_sequences": 1}
+    with OneProcess(checkpoint, num_workers=1, max_batch_tokens=32, kv_tokens=9 * BLOCK_TOKENS) as running:
+        searched = requests_for(running, sources_of(running, 8) * 2, forced, options)
+        greedy = requests_for(running, sources_of(running, 8) * 2, forced, options)
+        for one, other in zip(searched, greedy, strict=True):
+            other.beams, one.after_tokens, other.after_tokens = None, 0, 0
+            one.max_tokens = other.max_tokens = 40
+        plain = running.run(greedy)  # which leaves blocks to be found
+        num_preemptions = running.engine.scheduler.num_preemptions
+        answers = running.run(searched)
+        assert running.engine.scheduler.num_preemptions > num_preemptions
+        assert [one.token_ids for (one,) in answers] == [one.token_ids for (one,) in plain]
+
+
+def test_beams_that_may_go_on_with_nothing_have_ended() -> None:
+    search = BeamSearch(BeamOptions(num_beams=2, num_return=2))
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]])
+    for beam, (_, tokens) in zip((0, 1), search.advance(logits, [[]], frozenset(), 9), strict=True):
+        assert tokens.token_ids == [(2, 3)[beam]]
+        search.beams.append(LiveBeam(tokens=tokens))
+    assert search.advance(logits.expand(2, 4), [range(4)] * 2, frozenset(), 9) == []
+    assert search.is_over and [one.token_ids for one in search.results] == [[2], [3]]
 
 
 def test_a_search_that_could_never_fit_is_refused_and_cancelled_ones_leave_nothing(oracle: Oracle) -> None:

@@ -55,6 +55,10 @@ def stopping(**fields: Any) -> dict[str, Any]:
     return {"stopping": ipb.Stopping(**({"max_tokens": 6, "ignore_eos": True} | fields))}
 
 
+def beams(**fields: Any) -> dict[str, Any]:
+    return {"beam_search": ipb.BeamSearch(**fields)}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"request_id": ""}, "request_id"),
     ({"request_id": "x" * 257}, "request_id"),
@@ -93,6 +97,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *((sampling(repetition_penalty=value), "sampling.repetition_penalty") for value in (NAN, INF, 0.0, -1.0)),
     *((sampling(presence_penalty=value), "sampling.presence_penalty") for value in (NAN, INF, 2.1, -2.1)),
     *((sampling(frequency_penalty=value), "sampling.frequency_penalty") for value in (NAN, -INF, 2.1, -2.1)),
+    (sampling(no_repeat_ngram_size=65), "sampling.no_repeat_ngram_size"),
+    ({"forced_id": 5}, "forced_id"),  # of a model without an encoder, any
+    ({"forced_id": 2**32 - 1}, "forced_id"),
+    (beams(num_beams=33), "beam_search.num_beams"),
+    *((beams(num_beams=2, length_penalty=value), "beam_search.length_penalty") for value in (NAN, INF, 11, -11)),
+    (beams(num_beams=2, early_stopping=3), "beam_search.early_stopping"),
+    (beams(num_beams=2) | {"is_score": True}, "beam_search"),
+    (beams(num_beams=2) | {"choices": starts(0, 1, 2)}, "choices"),
+    (beams(num_beams=2) | {"choices": starts(1)}, "choices"),
+    (beams(num_beams=2) | {"choices": starts(0, output_ids=[5])}, "choices"),
+    (beams(num_beams=2) | sampling(temperature=1.0), "sampling"),
+    (beams(num_beams=2) | sampling(frequency_penalty=1.0), "sampling"),
+    (beams(num_beams=2) | sampling(repetition_penalty=1.5), "sampling.repetition_penalty"),
     ({"traceparent": "x" * 100_000}, "traceparent"),
     ({"traceparent": TRACEPARENT + "\n"}, "traceparent"),
     ({"traceparent": TRACEPARENT.replace("0123456789abcdef0123456789abcdef", "0" * 32)}, "traceparent"),
@@ -109,6 +126,9 @@ SERVED: list[dict[str, Any]] = [
     {"choices": starts(0, output_ids=[5] * 6)},
     {"choices": starts(0, output_ids=[5] * 5)},
     {"num_logprobs": 20},
+    beams(num_beams=3) | {"choices": starts(0, 1)},
+    beams(num_beams=1, length_penalty=-10) | {"choices": starts(0, 1)},
+    sampling(no_repeat_ngram_size=64),
     {"num_logprobs": 20, "is_score": True},
     {"deadline_ms": 2**64 - 1},
     {"deadline_ms": 2**63},
