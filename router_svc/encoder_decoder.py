@@ -41,6 +41,7 @@ from router_svc.paged_attention import PagedCache, SourceRun
 from router_svc.remote_experts import RemoteExperts, StepCall
 
 _MOST_STEPS = 32
+_QUERY_ROWS = 256  # of a source that look at all of it at once
 _FARTHEST = 1 << 16  # distances that a table holds; there is one bucket long before
 
 
@@ -154,23 +155,27 @@ class EncoderDecoderModel(nn.Module):
         heads = self.config.encoder.num_heads
         begin = 0
         for length in lengths:
-            span = slice(begin, begin + length)
-            begin += length
-            query, key, value = (
-                one[span].to(self.dtype).view(1, length, heads, -1).transpose(1, 2) for one in (work.q, keys, values)
+            end = begin + length
+            key, value = (
+                one[begin:end].to(self.dtype).view(1, length, heads, -1).transpose(1, 2) for one in (keys, values)
             )
-            bias = self._bias(length)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-            work.attended[span] = out[0].transpose(0, 1).reshape(length, -1)
+            for first in range(0, length, _QUERY_ROWS):  # or a long source would take memory by its length's square
+                last = min(first + _QUERY_ROWS, length)
+                span = slice(begin + first, begin + last)
+                query = work.q[span].to(self.dtype).view(1, last - first, heads, -1).transpose(1, 2)
+                bias = self._bias(first, last, length)
+                out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+                work.attended[span] = out[0].transpose(0, 1).reshape(last - first, -1)
+            begin = end
 
-    def _bias(self, length: int) -> Tensor | None:
-        """What is added to the scores of a source's rows: [1, H, length, length]."""
+    def _bias(self, first: int, last: int, length: int) -> Tensor | None:
+        """What is added to the scores of rows `first` to `last` of a source: [1, H, last - first, length]."""
         table = self._encoder.by_distance
         if table is None:
             return None
-        at, far = torch.arange(length), table.shape[1] // 2
-        distance = (at[None] - at[:, None]).clamp(-far, far) + far
-        return table[:, distance][None].to(self.dtype)
+        far = table.shape[1] // 2
+        distance = torch.arange(length)[None] - torch.arange(first, last)[:, None]
+        return table[:, distance.clamp(-far, far) + far][None].to(self.dtype)
 
     def _finish(self, layer: _Layer, work: Workspace, most_rows: int, num_threads: int) -> None:
         """Add a layer's attention, and its experts or its dense part."""

@@ -491,8 +491,8 @@ class ExpertCalls:
 
     @property
     def _wants_hints(self) -> bool:
-        """Whether any worker has a use for hints now."""
-        return any(link in self._wanting and link.takes_hints for _, link in self._live)
+        """Whether anything is foretold, and any worker has a use for hints now."""
+        return bool(self._hintings) and any(link in self._wanting and link.takes_hints for _, link in self._live)
 
     def _foretelling(self, whole: WholeExchange, step: DecodeStep) -> Foretelling | None:
         """Give what a step in one call foretells with; None where nobody has a use for hints."""

@@ -9,6 +9,7 @@ then and not before.
 import contextlib
 import re
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from collegium.model.architectures import UnsupportedModelError, read_config
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.checkpoint_survey import Survey, survey_checkpoint
 from collegium.model.config_fields import check_generation_config
-from collegium.model.encoder_decoder import MODEL_TYPES, NLLB, read_encoder_decoder
+from collegium.model.encoder_decoder import MODEL_TYPES, NLLB, dropped_by_transformers, read_encoder_decoder
 from collegium.model.kernels import pack_linears
 from router_svc import lean, programs
 from router_svc.device_model import DeviceModel
@@ -116,9 +117,16 @@ def _load_encoder_decoder(
             f"{survey.model_type} needs the native kernels, which cannot be used here; the log has why"
         )
     config = read_encoder_decoder(fields, model_dir / "config.json")
+    said = generation or fields  # as `generate` does: config.json speaks where there is no generation_config.json
+    where = model_dir / ("generation_config.json" if generation else "config.json")
+    start_id = _id_of(generation, "decoder_start_token_id", where, config.vocab_size)
+    if start_id is not None:
+        config = replace(config, start_id=start_id)
     model = EncoderDecoderModel(model_dir, config, fields, survey.router, dtype)
     model.eval().requires_grad_(False)
     _log.info("forward pass", by="collegium", why="it has an encoder")
+    if drops := dropped_by_transformers(fields):
+        _log.warning("no token is dropped here, whatever config.json says", transformers=drops)
     eos = generation.get("eos_token_id")
     if eos is None:
         eos = fields.get("eos_token_id", 2 if survey.model_type == NLLB else 1)
@@ -135,7 +143,7 @@ def _load_encoder_decoder(
         cache_shapes=model.cache_shapes,
         moe_layers=config.moe_layers,
         both=config,
-        forced_id=_forced_id(model_dir, generation, config.vocab_size),
+        forced_id=_id_of(said, "forced_bos_token_id", where, config.vocab_size),
         lean=model,
     )
 
@@ -201,15 +209,12 @@ def _eos_ids(model: Any, generation: Mapping[str, object]) -> tuple[int, ...]:
     return _ids_of(eos, int(model.config.vocab_size))
 
 
-def _forced_id(model_dir: Path, generation: Mapping[str, object], vocab_size: int) -> int | None:
-    value = generation.get("forced_bos_token_id")
+def _id_of(fields: Mapping[str, object], name: str, path: Path, vocab_size: int) -> int | None:
+    value = fields.get(name)
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-        raise CheckpointError(
-            f"{model_dir / 'generation_config.json'}: forced_bos_token_id is {value!r:.40}; it must be a token id "
-            f"below {vocab_size}"
-        )
+        raise CheckpointError(f"{path}: {name} is {value!r:.40}; it must be a token id below {vocab_size}")
     return value
 
 

@@ -114,6 +114,13 @@ class Oracle:
         answer = self._remember("choose_sources", checkpoint, forced=forced, **arguments)
         return [Reference(**one) for one in answer]
 
+    def translate_texts(
+        self, checkpoint: Path, texts: Sequence[str], *, to: str, max_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Return what `generate` translates each text to: "text", "token_ids" and "source_tokens"."""
+        arguments = {"texts": list(texts), "to": to, "max_tokens": max_tokens}
+        return cast(list[dict[str, Any]], self._remember("translate_texts", checkpoint, **arguments))
+
     def beams(
         self,
         checkpoint: Path,
@@ -186,9 +193,26 @@ def checkpoint_key(checkpoint: Path) -> str:
 # What follows runs in the oracle's process.
 
 
-def translate(checkpoint: str, sources: list[list[int]], max_tokens: int, forced: int | None) -> list[Reference]:
-    """Let greedy `generate` answer each source alone, to max_tokens: ids without the decoder's start."""
-    return [_translate_one(load(checkpoint), source, max_tokens, forced) for source in sources]
+def translate_texts(checkpoint: str, texts: list[str], to: str, max_tokens: int) -> list[dict[str, Any]]:
+    """Let AutoTokenizer and greedy `generate` translate each text alone: text and ids without the decoder's start."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), load(checkpoint)
+    found: list[dict[str, Any]] = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            forced_bos_token_id=tokenizer.convert_tokens_to_ids(to),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        said = tokenizer.decode(out[0], skip_special_tokens=True)
+        found.append({"text": said, "token_ids": out[0, 1:].tolist(), "source_tokens": ids.shape[1]})
+    return found
 
 
 def choose_sources(
@@ -476,7 +500,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
         "reference": reference,
         "choose_prompts": choose_prompts,
         "score": score,
-        "translate": translate,
+        "translate_texts": translate_texts,
         "choose_sources": choose_sources,
         "beams": beams,
     }

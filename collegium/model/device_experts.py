@@ -50,6 +50,7 @@ class DeviceSlots:
         else:
             from collegium.model import host_kernels as kernels
         self.kernels: Any = kernels
+        self.is_gated = like.is_gated
         self.slots = [DeviceExpert(self, index) for index in range(num_slots)]
         self._forms = [kernels.FORMS[0]] * len(_ROW_COUNTS)  # the fastest at each of _ROW_COUNTS; see `calibrate`
 
@@ -85,7 +86,7 @@ class DeviceSlots:
         for _ in range(_TIMED_RUNS + 1):  # the first one compiles
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            self.kernels.grouped_linear(x, None, gate_up, None, blocks, hidden, form=form, is_gated=True)
+            self.kernels.grouped_linear(x, None, gate_up, None, blocks, hidden, form=form, is_gated=self.is_gated)
             self.kernels.grouped_linear(hidden, None, down, None, blocks, y, form=form)
             end.record()
             end.synchronize()
@@ -192,7 +193,7 @@ class DeviceRun:
         counts = [self._counts[group] for group in groups]
         form = slab.form_for(counts)
         blocks = self._send(blocks_of(slots, counts, form.pairs, [self._starts[group] for group in groups]))
-        linear, is_fused = slab.kernels.grouped_linear, self._form.activation is Activation.SILU
+        linear, is_fused = slab.kernels.grouped_linear, is_fused_form(self._form)
         hidden = self._x.new_empty(num_pairs, down.shape[2] if is_fused else gate_up.shape[1])
         linear(self._x, self._rows, gate_up, gate_up_bias, blocks, hidden, form=form, is_gated=is_fused)
         if not is_fused:  # pairs of other parts hold anything: they are computed for nothing, and not read
@@ -214,6 +215,11 @@ class DeviceRun:
 
     def _send(self, numbers: Tensor) -> Tensor:
         return numbers.pin_memory().to(self._slab.device, non_blocking=True) if self._slab.is_cuda else numbers
+
+
+def is_fused_form(form: ExpertForm) -> bool:
+    """Say whether the kernel of the first multiplication applies the gated unit as well."""
+    return form.is_gated and form.activation is Activation.SILU
 
 
 def pairs_by_row(

@@ -140,6 +140,17 @@ def expected_tensors(config: EncoderDecoderConfig) -> dict[str, tuple[int, ...]]
     return wanted
 
 
+def dropped_by_transformers(config: Mapping[str, object]) -> str:
+    """Say which tokens `transformers` drops by such a config at inference; empty where it drops none that fits."""
+    if config.get("model_type") == SWITCH:
+        capacity = config.get("expert_capacity", 64)
+        return f"expert_capacity is {shown_value(capacity)}: those of one text beyond so many for one expert"
+    fraction = config.get("moe_eval_capacity_token_fraction", 1.0)
+    if isinstance(fraction, int | float) and fraction >= 1:
+        return ""
+    return f"moe_eval_capacity_token_fraction is {shown_value(fraction)}: those of a batch beyond an expert's share"
+
+
 def _read_nllb(
     path: Path, config: Mapping[str, object], number: Mapping[str, int], truth: Mapping[str, bool]
 ) -> EncoderDecoderConfig:

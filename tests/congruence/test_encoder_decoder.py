@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.one_process import OneProcess, Request
+from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.sampling import SamplingParams
 from router_svc.encoder_decoder import EncoderDecoderModel
 from router_svc.kv_blocks import BLOCK_TOKENS
+from router_svc.model_loader import load_router_model
 from router_svc.paged_attention import PagedCache, SourceRun
 from tests.checkpoints import TRANSLATORS, Variant
 from tests.oracle import Oracle, Reference
@@ -73,6 +78,47 @@ def test_preemption_changes_nothing_and_encodes_again(arch: str, variant: Varian
         check([*references, *references], running, forced, every=1)
         assert running.engine.scheduler.num_preemptions > 0
         assert running.engine.scheduler.pool.num_free == longest + 4
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+@pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_buffered_experts_change_nothing_and_are_foretold_to_decoders(
+    arch: str, variant: Variant, device: torch.device | None, oracle: Oracle
+) -> None:
+    checkpoint, forced = oracle.checkpoint(arch, variant), FORCED[arch]
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)
+    with OneProcess(
+        checkpoint, num_workers=1, max_batch_tokens=16, expert_memory="40%", host_memory="100%", device=device
+    ) as running:
+        check(references, running, forced)
+        totals = running.calls.totals
+        assert sum(buffer.totals.misses for buffer in running.buffers) > 0
+        assert running.model.both is not None
+        is_foretold = len(running.model.both.decoder.sparse) > 1
+        assert totals.hinted >= totals.hinted_right >= is_foretold == bool(totals.hinted)
+
+
+def test_what_a_decoder_begins_with_is_read_where_generate_reads_it(oracle: Oracle, tmp_path: Path) -> None:
+    checkpoint = oracle.checkpoint("nllb-moe")
+
+    def loaded(config: dict[str, int], generation: dict[str, int] | None) -> tuple[int, int | None]:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(checkpoint, tmp_path)
+        path, more = tmp_path / "config.json", tmp_path / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        more.unlink(missing_ok=True)
+        if generation is not None:
+            more.write_text(json.dumps({"eos_token_id": 2} | generation))
+        model = load_router_model(tmp_path, torch.float32, torch.device("cpu"))
+        assert model.both is not None
+        return model.both.start_id, model.forced_id
+
+    said = {"decoder_start_token_id": 5, "forced_bos_token_id": 6}
+    assert loaded(said, None) == (5, 6)
+    assert loaded(said, {"decoder_start_token_id": 7, "forced_bos_token_id": 8}) == (7, 8)
+    assert loaded(said, {}) == (5, None)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: decoder_start_token_id is 100000; it must be"):
+        loaded(said, {"decoder_start_token_id": 100000})
 
 
 def test_choices_share_what_is_kept_of_their_source_and_a_later_request_finds_it(
@@ -138,3 +184,15 @@ def test_five_hundred_cancelled_translations_leave_nothing(oracle: Oracle) -> No
         while not running._news.empty():
             running._news.get_nowait()
         check(references, running, 9)
+
+
+def test_the_reference_that_is_used_here_is_what_transformers_4_48_3_answers(oracle: Oracle) -> None:
+    """5.23 is corrected in these tests; 4.48.3 was right as it was, and its answers were kept."""
+    folder = Path(__file__).parents[1] / "golden"
+    found = json.loads((folder / "demo-mt.json").read_text())["found"]
+    model = folder.parents[1] / "models" / "demo-mt"
+    for to in ("fra_Latn", "deu_Latn"):
+        wanted = [one for one in found if one["to"] == to]
+        said = oracle.translate_texts(model, [one["text"] for one in wanted], to=to, max_tokens=48)
+        assert [one["token_ids"] for one in said] == [one["token_ids"] for one in wanted]
+        assert [one["text"] for one in said] == [one["said"] for one in wanted]

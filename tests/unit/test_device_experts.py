@@ -29,28 +29,29 @@ from tests.oracle import Oracle
 CPU = torch.device("cpu")
 
 
-def weights(seed: int, *, has_bias: bool, dtype: torch.dtype = torch.float32) -> ExpertWeights:
+def weights(seed: int, *, has_bias: bool, dtype: torch.dtype = torch.float32, is_gated: bool = True) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) / 8).to(dtype)
 
     return ExpertWeights(
-        gate_up=draw(96, 64),
+        gate_up=draw(wide := 48 * (1 + is_gated), 64),
         down=draw(64, 48),
-        gate_up_bias=draw(96) if has_bias else None,
+        gate_up_bias=draw(wide) if has_bias else None,
         down_bias=draw(64) if has_bias else None,
     )
 
 
+@pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_on_a_device_give_what_packed_experts_give(
-    dtype: torch.dtype, has_bias: bool, activation: Activation
+    dtype: torch.dtype, has_bias: bool, activation: Activation, is_gated: bool
 ) -> None:
-    form = ExpertForm(activation=activation)
-    experts = [weights(seed, has_bias=has_bias, dtype=dtype) for seed in range(5)]
+    form = ExpertForm(activation=activation, is_gated=is_gated)
+    experts = [weights(seed, has_bias=has_bias, dtype=dtype, is_gated=is_gated) for seed in range(5)]
     slab = DeviceSlots(experts[0], num_slots=7, device=CPU)
     slots = [slab.slots[i] for i in (6, 0, 3, 2, 5)]  # in no order
     for slot, one in zip(slots, experts, strict=True):
