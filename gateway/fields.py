@@ -20,6 +20,7 @@ MAX_STOP_IDS = 256
 MAX_REQUEST_ID_CHARS = 128
 _MAX_PENALTY = 2.0
 MAX_BEAMS = 32
+MAX_NGRAM = 64
 _MAX_LENGTH_PENALTY = 10.0
 # What a search has no use for, and the values that say so.
 _DRAWN = (("temperature", 0), ("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
@@ -61,6 +62,8 @@ def check_sampling(sampling: pb.Sampling, draw_seed: Callable[[], int]) -> pb.Sa
     _check_number(sampling, "repetition_penalty", "more than 0; 1 changes nothing", lambda v: v > 0)
     _check_number(sampling, "presence_penalty", "-2 to 2", lambda v: abs(v) <= _MAX_PENALTY)
     _check_number(sampling, "frequency_penalty", "-2 to 2", lambda v: abs(v) <= _MAX_PENALTY)
+    if sampling.no_repeat_ngram_size > MAX_NGRAM:
+        raise too_large("sampling.no_repeat_ngram_size", sampling.no_repeat_ngram_size, MAX_NGRAM)
     checked = pb.Sampling()
     checked.CopyFrom(sampling)
     if not checked.HasField("seed"):

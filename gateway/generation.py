@@ -127,6 +127,8 @@ class Generation:
         if fault := self._fault_of(news):
             self.fail(Internal(fault, reason="ROUTER_FAULT"))
             return
+        if news.HasField("score"):  # which goes with the tokens, as does what ends it by a stop string
+            choice.score = news.score
         known = 0 if self.accepted.beam_search is None else len(choice.token_ids)
         try:
             is_stopped = choice.add(news.token_ids[known:], news.logprobs[known:])
@@ -137,7 +139,6 @@ class Generation:
             if self._seat is not None:
                 self._seat.cancel(choice.index)
         elif news.finish_reason:
-            choice.score = news.score if news.HasField("score") else None
             choice.finish(news.finish_reason, str(news.stop_id) if news.HasField("stop_id") else "")
         self.changed.set()
         is_full = self.num_pending > MAX_PENDING_TOKENS or self.num_pending_chars > MAX_MESSAGE_CHARS

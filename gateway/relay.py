@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from grpc import aio
 
@@ -82,6 +82,11 @@ class Relay:
         finally:
             delivery.count()
 
+    async def tell(self, write: Callable[[Any], Awaitable[None]], message: object) -> None:
+        """Write a message of a stream that cannot be resumed. Raises as write_in_time does."""
+        remedy = "read the stream, or send again what is not answered"
+        await write_in_time(write, message, self._stall_timeout_s, remedy)
+
     async def score(self, scoring: Scoring, token_ids: Sequence[int], arrival: Arrival) -> pb.ScoreResponse:
         """Serve a scoring to its end."""
         if not scoring.is_finished:
@@ -139,6 +144,21 @@ class Relay:
             changing.cancel()
 
 
+async def write_in_time(
+    write: Callable[[Any], Awaitable[None]], message: object, stall_timeout_s: float, remedy: str
+) -> None:
+    """Write a message of a stream. Raises Cancelled where the caller does not read, CancelledError where it is gone."""
+    try:
+        async with asyncio.timeout(stall_timeout_s):
+            await write(message)
+    except aio.InternalError:  # the call is over at the other end; this task's own cancellation is under way
+        raise asyncio.CancelledError("the caller went away") from None
+    except TimeoutError:
+        raise Cancelled(
+            f"the caller has not read for {stall_timeout_s:g} s", reason="CALLER_STALLED", remedy=remedy
+        ) from None
+
+
 class _Delivery:
     """The caller's side of a generation."""
 
@@ -175,17 +195,8 @@ class _Delivery:
     async def _deliver(self, response: pb.GenerateResponse) -> None:
         self.count()
         self._measure(sum(len(chunk.token_ids) for chunk in response.chunks))
-        try:
-            async with asyncio.timeout(self._stall_timeout_s):
-                await self._write(response)
-        except aio.InternalError:  # the call is over at the other end; this task's own cancellation is under way
-            raise asyncio.CancelledError("the caller went away") from None
-        except TimeoutError:
-            raise Cancelled(
-                f"the caller has not read for {self._stall_timeout_s:g} s",
-                reason="CALLER_STALLED",
-                remedy="read the stream, or Resume from what was received",
-            ) from None
+        remedy = "read the stream, or Resume from what was received"
+        await write_in_time(self._write, response, self._stall_timeout_s, remedy)
 
     def count(self) -> None:
         """Count the tokens that have come since the last time."""

@@ -218,6 +218,7 @@ def check_scored(token_ids: Sequence[int], field: str, model: pb.Model) -> tuple
 
 
 def _prompt(request: pb.GenerateRequest, tokenizer: Tokenizer | None, model: pb.Model) -> Prompt:
+    fields.check_language(request.source_language, "source_language", tokenizer, model)
     form = request.WhichOneof("prompt")
     if form is None:
         raise InvalidArgument(
@@ -225,7 +226,6 @@ def _prompt(request: pb.GenerateRequest, tokenizer: Tokenizer | None, model: pb.
         )
     if form == "chat":
         return _chat_prompt(request.chat, tokenizer)
-    fields.check_language(request.source_language, "source_language", tokenizer, model)
     if form == "text":
         return replace(_text_prompt(request.text, tokenizer, model), language=request.source_language)
     return _ids_prompt(request.token_ids.ids, model)

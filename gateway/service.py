@@ -113,7 +113,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             async with self._account(TRANSLATE, context) as account:
                 await self._generate(request, (), write, account)
 
-        await translate(sentences, self._check_translation, serve, context.write)
+        async def tell(response: pb.TranslateResponse) -> None:
+            await self._relay.tell(context.write, response)
+
+        await translate(sentences, self._check_translation, serve, tell)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score a text in one answer."""

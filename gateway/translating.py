@@ -28,7 +28,8 @@ async def translate(requests: AsyncIterator[pb.TranslateRequest], check: Check, 
 
     Raises InvalidArgument or FailedPrecondition where the stream itself is wrong.
     """
-    under_way: asyncio.Queue[asyncio.Task[pb.TranslateResponse] | None] = asyncio.Queue(MAX_UNDER_WAY - 1)
+    # Beside those in it, one is told and one waits for a place.
+    under_way: asyncio.Queue[asyncio.Task[pb.TranslateResponse] | None] = asyncio.Queue(MAX_UNDER_WAY - 2)
     tasks: set[asyncio.Task[pb.TranslateResponse]] = set()
 
     async def read() -> None:
@@ -79,13 +80,14 @@ def _options_of(request: pb.TranslateRequest, before: pb.TranslateOptions | None
         return before
     if not request.HasField("options"):
         raise InvalidArgument("the first message has no options", field="options", remedy="begin with them")
-    probe = _request_of(request.options)
+    probe = request_of(request.options)
     probe.token_ids.ids.append(0)
     check(probe)
     return request.options
 
 
-def _request_of(options: pb.TranslateOptions) -> pb.GenerateRequest:
+def request_of(options: pb.TranslateOptions) -> pb.GenerateRequest:
+    """Make the request that each sentence is, but for its text."""
     return pb.GenerateRequest(
         model=options.model,
         source_language=options.source_language,
@@ -93,7 +95,7 @@ def _request_of(options: pb.TranslateOptions) -> pb.GenerateRequest:
         sampling=options.sampling,
         stopping=options.stopping,
         num_choices=options.num_choices,
-        num_logprobs=0,
+        num_logprobs=0 if options.logprobs or options.beam_search.num_beams > 1 else None,
         beam_search=options.beam_search,
     )
 
@@ -121,7 +123,7 @@ async def _serve_patiently(
     text: bytes, options: pb.TranslateOptions, serve: Serve, response: pb.TranslateResponse
 ) -> None:
     """Serve a sentence into a response. Where there is no room, it asks again: nothing else of its stream comes in."""
-    request = _request_of(options)
+    request = request_of(options)
     request.text = text
 
     async def collect(news: pb.GenerateResponse) -> None:
@@ -133,7 +135,8 @@ async def _serve_patiently(
             one = response.translations[chunk.choice_index]
             one.text += chunk.text
             one.token_ids.extend(chunk.token_ids)
-            one.logprob += sum(each.chosen for each in chunk.logprobs)
+            if request.HasField("num_logprobs"):
+                one.logprob += sum(each.chosen for each in chunk.logprobs)
             one.finish_reason = chunk.finish_reason
             if chunk.HasField("score"):
                 one.score = chunk.score

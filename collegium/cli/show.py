@@ -56,11 +56,16 @@ def stream_completion(
     """Stream a completion through the SDK to a file as it comes. Raises the SDK's errors."""
     ca = None if tls is None or tls.ca is None else str(tls.ca)
     with Client(targets, api_key=api_key, tls_ca=ca) as client:
+        model = client.get_model()
         prompt: dict[str, Any] = {"prompt": demand.prompt}
-        if not client.get_model().has_tokenizer:
+        if not model.has_tokenizer:
             prompt = {"prompt_ids": list(_TOKEN_IDS)}
         else:
             out.write(demand.prompt)
+        if model.is_encoder_decoder:  # what comes is no continuation
+            others = [language for language in model.languages if not language.startswith("eng_")]
+            prompt |= {"target_language": others[-1]} if others else {}
+            out.write(f"\n{others[-1] if others else 'answer'}: ")
         start_s = time.monotonic()
         first_s, num_tokens, finish = 0.0, 0, ""
         sampling: dict[str, Any] = {}

@@ -67,6 +67,7 @@ def translate(
     }
     progress, num_failed = _Progress(), 0
     with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
+        options["logprobs"] = json
         for one in client.translate_all(_lines(sys.stdin.buffer), to=to, source=source, **options):
             if json:
                 t.print_json(_as_json(one))

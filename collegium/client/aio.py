@@ -311,37 +311,47 @@ class AsyncStream(CallView):
 
 
 class _Texts:
-    """The caller's texts, which may take their time. What is waited for when a stream breaks is for the next one."""
+    """The caller's texts, which may take their time. What was taken for a stream that has broken is for the next."""
 
     def __init__(self, texts: Iterable[str] | AsyncIterable[str]) -> None:
-        self._texts = aiter(texts) if isinstance(texts, AsyncIterable) else None
-        self._plain = None if isinstance(texts, AsyncIterable) else iter(texts)
-        self._taking: asyncio.Future[str] | None = None
+        self._texts = _each(texts)
+        self._kept: list[str] = []
+        self._taking: asyncio.Task[None] | None = None
         self.error: BaseException | None = None  # that they ended by
 
-    async def take(self, call: TranslateCall) -> str | None:
-        """Take the next one; None where there are no more."""
+    async def send_next(self, call: TranslateCall, stream: int) -> pb.TranslateRequest | None:
+        """Write the next one down; None where there are no more, or for a stream that is over."""
+        if not self._kept and not call.has_all:
+            self._taking = self._taking or asyncio.create_task(self._take(call))
+            await asyncio.shield(self._taking)
+        request = call.send(self._kept[0], stream) if self._kept else None
+        if request is not None:
+            self._kept.clear()
+        return request
+
+    async def _take(self, call: TranslateCall) -> None:
         try:
-            if self._plain is not None:
-                return next(self._plain)
-            assert self._texts is not None
-            if self._taking is None:
-                self._taking = asyncio.ensure_future(anext(self._texts))
-            text = await asyncio.shield(self._taking)
-            self._taking = None
-            return text
-        except (StopIteration, StopAsyncIteration):
+            self._kept.append(await anext(self._texts))
+        except StopAsyncIteration:
             call.has_all = True
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
             self.error, call.has_all = error, True
-        return None
+        finally:
+            self._taking = None
 
     def close(self) -> None:
         """Wait for no more of them."""
         if self._taking is not None:
             self._taking.cancel()
+
+
+async def _each(texts: Iterable[str] | AsyncIterable[str]) -> AsyncGenerator[str, None]:
+    if isinstance(texts, AsyncIterable):
+        async for text in texts:
+            yield text
+    else:
+        for text in texts:
+            yield text
 
 
 async def _translations(
@@ -366,6 +376,7 @@ async def _translations(
             except CollegiumError as error:
                 await asyncio.sleep(attempts.fail(error, time.monotonic()))
             finally:
+                answered.set()  # a feed that waits for it would wait for ever
                 if rpc is not None:
                     rpc.cancel()
     finally:
@@ -377,13 +388,16 @@ async def _translations(
 async def _feed(
     call: TranslateCall, texts: _Texts, answered: asyncio.Event
 ) -> AsyncGenerator[pb.TranslateRequest, None]:
-    """Sentences on their way into one try's stream."""
-    for request in call.begin():
+    """Sentences on their way into one try's stream, until a later one is opened or there are no more."""
+    stream, again = call.begin()
+    for request in again:
         yield request
-    while not call.has_all:
-        while not call.has_room:
+    while call.is_current(stream):
+        if not call.has_room:
             answered.clear()
             await answered.wait()
-        text = await texts.take(call)
-        if text is not None:
-            yield call.send(text)
+            continue
+        request = await texts.send_next(call, stream)
+        if request is None:
+            return
+        yield request

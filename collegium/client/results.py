@@ -99,11 +99,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """One of a sentence's. token_ids: language code and end included; logprob: of all of them together."""
+    """One of a sentence's. token_ids: language code and end included; logprob: of all of them together, where it was
+    asked for or searched by.
+    """
 
     text: str
     token_ids: tuple[int, ...]
-    logprob: float
+    logprob: float | None
     finish_reason: FinishReason | None
     score: float | None = None  # of a beam search: logprob over the number of ids to length_penalty
 
@@ -143,8 +145,6 @@ class Model:
     architecture: str
     vocab_size: int
     max_model_len: int
-    is_encoder_decoder: bool
-    languages: tuple[str, ...]
     has_tokenizer: bool
     has_chat_template: bool
     eos_ids: tuple[int, ...]
@@ -152,6 +152,8 @@ class Model:
     num_experts: int
     top_k: int
     dtype: str
+    is_encoder_decoder: bool = False  # prompts are sources then
+    languages: tuple[str, ...] = ()  # codes that its tokenizer knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +253,7 @@ def read_translated(response: pb.TranslateResponse, index: int, source: str) -> 
             Translation(
                 text=one.text,
                 token_ids=tuple(one.token_ids),
-                logprob=one.logprob,
+                logprob=one.logprob if one.HasField("logprob") else None,
                 finish_reason=_FINISH_REASONS.get(one.finish_reason),
                 score=one.score if one.HasField("score") else None,
             )

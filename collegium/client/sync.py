@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -314,24 +314,27 @@ class Stream(CallView):
 
 
 class _Texts:
-    """The caller's texts, which may take their time. What is taken for a stream that has broken stays for the next."""
+    """The caller's texts, which may take their time. What was taken for a stream that has broken is for the next."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts, self._kept = iter(texts), list[str]()
         self._lock = threading.Lock()
         self.error: BaseException | None = None  # that they ended by
 
-    def take(self, call: TranslateCall, is_closed: Callable[[], bool]) -> str | None:
-        """Take the next one; None where there are no more, or for a stream that is closed. Blocks on the caller."""
+    def send_next(self, call: TranslateCall, stream: int) -> pb.TranslateRequest | None:
+        """Write the next one down; None where there are no more, or for a stream that is over. Blocks on the caller."""
         with self._lock:
-            if not self._kept and not call.has_all:
+            if not self._kept and not call.has_all and call.is_current(stream):
                 try:
                     self._kept.append(next(self._texts))
                 except StopIteration:
                     call.has_all = True
                 except BaseException as error:
                     self.error, call.has_all = error, True
-            return self._kept.pop() if self._kept and not is_closed() else None
+            request = call.send(self._kept[0], stream) if self._kept else None
+            if request is not None:
+                self._kept.clear()
+            return request
 
 
 class _Feed:
@@ -339,7 +342,8 @@ class _Feed:
 
     def __init__(self, call: TranslateCall, texts: _Texts) -> None:
         self._call, self._texts = call, texts
-        self._again = iter(call.begin())
+        self._stream, again = call.begin()
+        self._again = iter(again)
         self._wake = threading.Condition()
         self._is_closed = False
 
@@ -352,10 +356,10 @@ class _Feed:
         with self._wake:
             while not (self._call.has_room or self._is_closed):
                 self._wake.wait()
-        text = self._texts.take(self._call, lambda: self._is_closed)
-        if text is None:
+        request = None if self._is_closed else self._texts.send_next(self._call, self._stream)
+        if request is None:
             raise StopIteration
-        return self._call.send(text)
+        return request
 
     def answered(self) -> None:
         """Let the next sentence come."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, cast
 
 from collegium.client.options import GenerateOptions, beam_search_of, sampling_of, stopping_of, uint
 from collegium.client.results import Translated, read_translated
-from collegium.fabric.errors import Internal, InvalidArgument, Unavailable
+from collegium.fabric.errors import CollegiumError, Internal, InvalidArgument, Unavailable
 from collegium.v1 import inference_pb2 as pb
 
+_MOST_BYTES = 1 << 20  # far beyond any model's length, and below what a gateway takes as one message
+_STAND_IN = b"\xff"  # which every gateway refuses alone
 MOST_UNDER_WAY = 128  # sentences; no more are taken from the caller before the first of them is answered
 
 
@@ -23,6 +26,7 @@ class TranslateOptions(TypedDict, total=False):
 
     model: str  # name from list_models; empty: the only model
     n: int  # number of translations
+    logprobs: bool  # tell the log-probability of each; a search by beams does anyway
     num_beams: int  # as in GenerateOptions, as all below
     length_penalty: float | None
     early_stopping: bool | Literal["never"]
@@ -58,17 +62,33 @@ def translate_options(to: str, source: str, options: TranslateOptions) -> pb.Tra
         stopping=stopping_of(like),
         num_choices=num_choices,
         beam_search=beam_search_of(like),
+        logprobs=options.get("logprobs", False),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A sentence that is not answered yet; error: what it fails by at home, where a stand-in is sent for it."""
+
+    raw: bytes
+    error: CollegiumError | None = None
+
+    @property
+    def request(self) -> pb.TranslateRequest:
+        return pb.TranslateRequest(text=self.raw if self.error is None else _STAND_IN)
+
+
 class TranslateCall:
-    """The call's memory. `sent` and `absorb` may be called from two threads."""
+    """The call's memory. May be called from two threads: one sends, the other takes answers.
+
+    Streams have numbers: a sentence is written down for the newest one alone, so that what an earlier one had taken
+    from the caller when it broke goes into the next.
+    """
 
     def __init__(self, options: pb.TranslateOptions) -> None:
         self._options = options
-        self._unanswered: deque[bytes] = deque()
-        self._num_answered = 0
-        self._first_of_stream = 0
+        self._unanswered: deque[_Sent] = deque()
+        self._num_answered = self._first_of_stream = self._stream = 0
         self._lock = threading.Lock()
         self.has_all = False  # of the caller's sentences
 
@@ -82,19 +102,39 @@ class TranslateCall:
         """Whether another sentence may be sent."""
         return len(self._unanswered) < MOST_UNDER_WAY
 
-    def begin(self) -> list[pb.TranslateRequest]:
-        """What a new stream begins with: the options, and what was sent on an earlier one and not answered."""
+    def begin(self) -> tuple[int, list[pb.TranslateRequest]]:
+        """Open a stream: its number, and what it begins with: the options, and what was not answered before."""
         with self._lock:
+            self._stream += 1
             self._first_of_stream = self._num_answered
-            again = [pb.TranslateRequest(text=text) for text in self._unanswered]
-        return [pb.TranslateRequest(options=self._options), *again]
+            return self._stream, [
+                pb.TranslateRequest(options=self._options),
+                *(one.request for one in self._unanswered),
+            ]
 
-    def send(self, text: str) -> pb.TranslateRequest:
-        """Write the next sentence down. What is no UTF-8 is sent as it is, for the gateway to refuse it alone."""
+    def is_current(self, stream: int) -> bool:
+        """Whether no later stream has been opened."""
+        return stream == self._stream
+
+    def send(self, text: str, stream: int) -> pb.TranslateRequest | None:
+        """Write the next sentence down; None where a later stream has been opened, which is to send it.
+
+        What is no UTF-8 is sent as it is, for the gateway to refuse it alone.
+        """
         raw = _bytes_of(text)
+        error: CollegiumError | None = None
+        if len(raw) > _MOST_BYTES:
+            error = InvalidArgument(
+                f"the text has {len(raw):,} bytes; a sentence may have {_MOST_BYTES:,}",
+                field="text",
+                remedy="translate it in parts, such as sentences",
+                reason="PROMPT_TOO_LONG",
+            )
         with self._lock:
-            self._unanswered.append(raw)
-        return pb.TranslateRequest(text=raw)
+            if stream != self._stream:
+                return None
+            self._unanswered.append(_Sent(raw, error))
+            return self._unanswered[-1].request
 
     def absorb(self, response: pb.TranslateResponse) -> Translated:
         """Take an answer."""
@@ -102,9 +142,10 @@ class TranslateCall:
             index = self._first_of_stream + response.index
             if index != self._num_answered or not self._unanswered:
                 raise Internal(f"sentence {index} is answered, not {self._num_answered}", reason="STREAM_GAP")
-            source = self._unanswered.popleft()
+            sent = self._unanswered.popleft()
             self._num_answered += 1
-        return read_translated(response, index, source.decode("utf-8", "replace"))
+        found = read_translated(response, index, sent.raw.decode("utf-8", "replace"))
+        return found if sent.error is None else replace(found, error=sent.error)
 
     def end_stream(self) -> None:
         """Note that the stream ended well; Unavailable where answers are missing."""

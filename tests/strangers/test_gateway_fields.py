@@ -19,9 +19,11 @@ from gateway.requests import Prompt, check_generate, check_progress, check_score
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
+from gateway.translating import request_of
 
 DEMO = Path(__file__).parents[2] / "models" / "demo-lm"
 MODEL = pb.Model(name="lm", vocab_size=4096, max_model_len=16, eos_ids=[0])
+TRANSLATOR = pb.Model(name="mt", vocab_size=4096, max_model_len=16, eos_ids=[0], is_encoder_decoder=True)
 MOST = 2**32 - 1
 NAN, INFINITE = float("nan"), float("inf")
 LONG = 2**17
@@ -43,6 +45,25 @@ BEYOND: dict[str, dict[str, Sequence[object] | str]] = {
         "stopping": NESTED,
         "num_choices": [65, MOST],
         "num_logprobs": [21, MOST],
+        "source_language": ["eng_Latn", "x" * LONG],  # of a model without an encoder, any
+        "target_language": ["eng_Latn", "x" * LONG],
+        "beam_search": NESTED,
+    },
+    "BeamSearch": {
+        "num_beams": [33, MOST],
+        "length_penalty": [10.1, -10.1, NAN, INFINITE],
+        "early_stopping": [3, -1],
+    },
+    "TranslateRequest": {"options": NESTED, "text": [b"\xff", b"word " * LONG]},
+    "TranslateOptions": {
+        "model": ["other", "x" * LONG],
+        "source_language": ["eng_Latn", "x" * LONG],  # of a tokenizer that knows none, any
+        "target_language": ["eng_Latn", "x" * LONG],
+        "sampling": NESTED,
+        "stopping": NESTED,
+        "num_choices": [65, MOST],
+        "beam_search": NESTED,
+        "logprobs": "yes or no",
     },
     "TokenIds": {"ids": [[], [4096], [MOST], [1] * 17, [1] * LONG]},
     "ChatPrompt": {"messages": [[], [pb.ChatMessage(role="user")] * 16_385]},
@@ -56,6 +77,7 @@ BEYOND: dict[str, dict[str, Sequence[object] | str]] = {
         "presence_penalty": [2.1, -2.1, NAN],
         "frequency_penalty": [2.1, -2.1, NAN],
         "seed": "a number of 64 bits like any other",
+        "no_repeat_ngram_size": [65, MOST],
     },
     "Stopping": {
         "max_tokens": [0],  # above the model's length it is that
@@ -115,7 +137,9 @@ def test_every_field_of_every_request_has_a_row() -> None:
 
 def good(name: str, form: str) -> Any:
     """Make a request that is served, with every message within that can be there at once; form: of the prompt."""
-    generate = pb.GenerateRequest(sampling=pb.Sampling(seed=1), stopping=pb.Stopping(max_tokens=13))
+    generate = pb.GenerateRequest(
+        sampling=pb.Sampling(seed=1), stopping=pb.Stopping(max_tokens=13), beam_search=pb.BeamSearch(num_beams=1)
+    )
     if form == "chat":
         generate.chat.messages.add(role="user", content=b"hi")
     elif form == "text":
@@ -128,6 +152,12 @@ def good(name: str, form: str) -> Any:
         "ScoreRequest": pb.ScoreRequest(text=b"hi") if form == "text" else pb.ScoreRequest(token_ids={"ids": [1, 2]}),
         "ScaleWorkersRequest": pb.ScaleWorkersRequest(num_workers=256),
         "CancelRequest": pb.CancelRequest(request_id="r"),
+        "TranslateRequest": pb.TranslateRequest(
+            text=b"hi",
+            options=pb.TranslateOptions(
+                sampling=generate.sampling, stopping=generate.stopping, beam_search=generate.beam_search
+            ),
+        ),
     }.get(name, getattr(pb, name)())
 
 
@@ -138,6 +168,10 @@ def take(request: Any, tokenizer: Tokenizer) -> None:
             generate(request, (), tokenizer)
         case pb.ResumeRequest():
             generate(request.request, request.progress, tokenizer)
+        case pb.TranslateRequest():
+            sentence = request_of(request.options)
+            sentence.text = request.text
+            generate(sentence, (), tokenizer, TRANSLATOR)
         case pb.ScoreRequest():
             prompt = check_score(request, model=MODEL, tokenizer=tokenizer)
             check_scored(ids_of(prompt, tokenizer), prompt.field, MODEL)
@@ -151,8 +185,10 @@ def take(request: Any, tokenizer: Tokenizer) -> None:
             pass
 
 
-def generate(request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], tokenizer: Tokenizer) -> None:
-    asked = check_generate(request, model=MODEL, tokenizer=tokenizer, draw_seed=lambda: 1, draw_id=lambda: "drawn")
+def generate(
+    request: pb.GenerateRequest, progress: Sequence[pb.ChoiceProgress], tokenizer: Tokenizer, model: pb.Model = MODEL
+) -> None:
+    asked = check_generate(request, model=model, tokenizer=tokenizer, draw_seed=lambda: 1, draw_id=lambda: "drawn")
     accepted = asked.accept(ids_of(asked.prompt, tokenizer))
     given = check_progress(progress, accepted, MODEL)
     end = tokenizer.prompt_end(accepted.prompt_ids)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
 from collegium.client import RetryPolicy
+from collegium.client.aio import _Texts as AsyncTexts
 from collegium.client.generate_call import GenerateCall
 from collegium.client.options import GenerateOptions, generate_request, score_request
 from collegium.client.results import join_chunks, read_chunk
 from collegium.client.retry import Addresses, Attempts
+from collegium.client.sync import _Texts as SyncTexts
+from collegium.client.translate_call import TranslateCall
 from collegium.fabric.errors import (
     Cancelled,
     CollegiumError,
@@ -247,3 +253,86 @@ def test_chunks_join_into_choices() -> None:
     assert (first.token_ids, first.text, first.finish_reason, first.stop_reason) == ((1, 2), "ab", "stop", "2")
     assert first.logprobs[0].top == ((1, -1.0),)
     assert (second.token_ids, second.finish_reason) == ((9,), "length")
+
+
+# Translations.
+
+
+def answered(index: int, text: str) -> pb.TranslateResponse:
+    return pb.TranslateResponse(index=index, translations=[pb.Translation(text=text)])
+
+
+def test_what_a_broken_stream_has_not_answered_goes_into_the_next_and_what_it_takes_late_does_not_get_lost() -> None:
+    call = TranslateCall(pb.TranslateOptions(target_language="fra"))
+    first, begun = call.begin()
+    assert [one.options.target_language for one in begun] == ["fra"]
+    for text in "abc":
+        request = call.send(text, first)
+        assert request is not None and request.text == text.encode()
+    assert call.absorb(answered(0, "A")).index == 0
+    second, begun = call.begin()
+    assert [one.text for one in begun[1:]] == [b"b", b"c"]
+    assert call.send("d", first) is None
+    assert call.send("d", second) is not None
+    found = [call.absorb(answered(index, text)) for index, text in enumerate("BCD")]
+    assert [(one.index, one.source, one.text) for one in found] == [(1, "b", "B"), (2, "c", "C"), (3, "d", "D")]
+    with pytest.raises(Unavailable):
+        call.end_stream()
+    call.has_all = True
+    call.end_stream()
+
+
+def test_a_text_that_comes_when_its_stream_is_over_is_the_next_streams() -> None:
+    may_come, call = threading.Event(), TranslateCall(pb.TranslateOptions())
+
+    def slowly() -> Iterator[str]:
+        may_come.wait()
+        yield "late"
+
+    texts = SyncTexts(slowly())
+    first, _ = call.begin()
+    late: list[object] = []
+    waiting = threading.Thread(target=lambda: late.append(texts.send_next(call, first)))
+    waiting.start()
+    second, begun = call.begin()
+    assert len(begun) == 1
+    may_come.set()
+    waiting.join()
+    request = texts.send_next(call, second)
+    assert late == [None] and request is not None and request.text == b"late"
+    assert texts.send_next(call, second) is None and call.has_all and not call.is_complete
+
+
+def test_a_text_that_comes_when_its_stream_is_over_is_the_next_streams_of_an_async_client() -> None:
+    async def run() -> None:
+        may_come, call = asyncio.Event(), TranslateCall(pb.TranslateOptions())
+
+        async def slowly() -> AsyncIterator[str]:
+            await may_come.wait()
+            yield "late"
+
+        texts = AsyncTexts(slowly())
+        first, _ = call.begin()
+        waiting = asyncio.create_task(texts.send_next(call, first))
+        cancelled = asyncio.create_task(texts.send_next(call, first))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        second, _ = call.begin()
+        may_come.set()
+        assert await waiting is None
+        request = await texts.send_next(call, second)
+        assert request is not None and request.text == b"late"
+        assert await texts.send_next(call, second) is None and call.has_all and not call.is_complete
+
+    asyncio.run(run())
+
+
+def test_a_text_that_no_message_can_carry_fails_alone() -> None:
+    call = TranslateCall(pb.TranslateOptions())
+    stream, _ = call.begin()
+    sent = [call.send(text, stream) for text in ("a", "b" * (1 << 21), "c")]
+    assert all(one is not None and one.ByteSize() < 100 for one in sent)
+    failed = pb.TranslateResponse(index=1, failure=pb.TranslateFailure(code=3, message="no UTF-8"))
+    found = [call.absorb(one) for one in (answered(0, "A"), failed, answered(2, "C"))]
+    assert isinstance(found[1].error, InvalidArgument) and "2,097,152 bytes" in str(found[1].error)
+    assert [found[0].text, found[2].text] == ["A", "C"]

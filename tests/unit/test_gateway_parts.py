@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from grpc import aio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collegium.fabric.errors import ResourceExhausted, SettingsError
+from collegium.fabric.errors import Cancelled, ResourceExhausted, SettingsError
 from collegium.v1 import balancer_pb2
 from collegium.v1 import inference_pb2 as ipb
 from collegium.v1 import router_pb2 as pb
@@ -21,6 +23,7 @@ from gateway.auth import KeyRing
 from gateway.choose import RUN_TOKENS, Candidate, PrefixTable, choose
 from gateway.cluster import from_view
 from gateway.outbox import Outbox
+from gateway.relay import write_in_time
 from gateway.scoring import perplexity
 from gateway.settings import GatewaySettings
 
@@ -353,3 +356,20 @@ def test_perplexity_of_nothing_is_one_and_of_the_impossible_infinite() -> None:
     assert perplexity([-1.0, -3.0]) == pytest.approx(7.389056)
     assert perplexity([float("-inf"), -1.0]) == float("inf")
     assert perplexity([-1e6]) == float("inf")
+
+
+def test_a_caller_who_does_not_read_is_cancelled_and_one_who_is_gone_is_no_error() -> None:
+    async def run() -> None:
+        async def stalled(message: object) -> None:
+            await asyncio.sleep(3600)
+
+        async def gone(message: object) -> None:
+            raise aio.InternalError("the call is over")
+
+        with pytest.raises(Cancelled, match=r"not read for 0.01 s") as caught:
+            await write_in_time(stalled, None, 0.01, "read it")
+        assert caught.value.reason == "CALLER_STALLED"
+        with pytest.raises(asyncio.CancelledError):
+            await write_in_time(gone, None, 60.0, "read it")
+
+    asyncio.run(run())

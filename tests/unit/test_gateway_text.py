@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -167,6 +168,18 @@ def test_text_that_was_held_back_comes_out_at_the_end() -> None:
     last = one.take()
     assert last is not None
     assert (last.text, list(last.token_ids), last.finish_reason) == ("hello", [], pb.FINISH_REASON_LENGTH)
+
+
+def test_a_found_text_that_a_stop_string_ends_has_its_score() -> None:
+    token_ids = encode("one two END three")
+    accepted = dataclasses.replace(long_generation(1, 1).accepted, beam_search=pb.BeamSearch(num_beams=4))
+    generation = Generation(accepted, [choice(stops=StopStrings(["END"]))], model="m")
+    news = {"token_ids": token_ids, "finish_reason": pb.FINISH_REASON_LENGTH, "score": -1.5}
+    generation.take_news(router_pb2.SequenceNews(**news))  # type: ignore[arg-type]
+    response = generation.take()
+    assert response is not None
+    (chunk,) = response.chunks
+    assert (chunk.text, chunk.score, chunk.finish_reason) == ("one two ", -1.5, pb.FINISH_REASON_STOP)
 
 
 def test_without_a_tokenizer_there_are_ids_and_no_text() -> None:
