@@ -100,6 +100,7 @@ _TOPS = ("num_experts_per_tok", "moe_k", "moe_topk")
 _PER_LAYER = ("moe_topk", "num_experts", "moe_intermediate_size", "num_experts_per_tok")
 _SAME = (_EXPERT_COUNTS, _TOPS, ("d_model", "hidden_size"), ("n_heads", "num_attention_heads"))
 _DENSE = {"deepseek_v3": 3, "glm4_moe": 1}  # first layers without experts where config.json does not say it
+_ERNIE_LAYERS = 28  # of ernie4_5_moe, where config.json does not say it
 _TOPK_METHODS = ("greedy", "group_limited_greedy")  # of deepseek_v2; deepseek_v3 has one
 _MAX_EOS_IDS = 1024
 
@@ -280,6 +281,8 @@ def _check_own(path: Path, config: Mapping[str, object]) -> None:
                 raise CheckpointError(f"{path}: attn_config lacks {name}, which dbrx needs")
         if config.get("tie_word_embeddings") is True:
             raise CheckpointError(f"{path}: tie_word_embeddings is true, which dbrx does not have")
+    if model_type == "dots1" and config.get("n_shared_experts") is None:
+        raise CheckpointError(f"{path} lacks n_shared_experts, which dots1 needs")
     if model_type == "qwen2_moe" and config.get("shared_expert_intermediate_size") == 0:
         raise CheckpointError(f"{path}: shared_expert_intermediate_size is 0; it must be from 1 to {_DIM}")
     if model_type == "deepseek_v2" and config.get("topk_method", "greedy") not in _TOPK_METHODS:
@@ -290,8 +293,9 @@ def _check_own(path: Path, config: Mapping[str, object]) -> None:
         for name in ("n_group", "topk_group"):
             if config.get(name, 1) is None:
                 raise CheckpointError(f"{path}: {name} is null; it must be a whole number")
-    if (width := head_width(config)) is not None and width > 4 and width % 2:
-        raise CheckpointError(f"{path}: heads are {width} wide; the width must be even")
+    if (width := head_width(config)) is not None and (not width or width % 2):
+        heads = "" if "num_attention_heads" in config else ", as num_attention_heads is the architecture's own"
+        raise CheckpointError(f"{path}: heads are {width} wide{heads}; the width must be even and at least 2")
 
 
 def _check_layers(path: Path, config: Mapping[str, object]) -> None:
@@ -299,6 +303,17 @@ def _check_layers(path: Path, config: Mapping[str, object]) -> None:
     num_dense = config.get("first_k_dense_replace", _DENSE.get(str(config.get("model_type")), 0))
     if num_layers is not None and isinstance(num_dense, int) and num_dense >= num_layers:
         raise CheckpointError(f"{path}: first_k_dense_replace is {num_dense}; no layer of {num_layers} has experts")
+    if config.get("model_type") == "ernie4_5_moe":
+        start, end, every = (
+            cast(int, config.get(f"moe_layer_{name}", default))
+            for name, default in (("start_index", 1), ("end_index", -1), ("interval", 1))
+        )
+        last = min((num_layers or _ERNIE_LAYERS) - 1, end if end >= 0 else _LAYERS)
+        if (last + 1) // every * every - 1 < start:
+            raise CheckpointError(
+                f"{path}: moe_layer_start_index is {start}, moe_layer_end_index {end} and moe_layer_interval {every}; "
+                f"no layer of {num_layers or _ERNIE_LAYERS} has experts"
+            )
     kinds = cast("list[object]", config.get("layer_types") or [])
     for index, kind in enumerate(kinds):
         if kind not in _LAYER_TYPES:

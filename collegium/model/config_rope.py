@@ -23,6 +23,15 @@ _NEVER_NULL = ("rope_theta", "partial_rotary_factor", "original_max_position_emb
 _FACTORS = (1e-6, 1e6)
 # Width of a head where config.json does not say it; others divide hidden_size by the number of heads.
 _HEAD_WIDTHS = {"gpt_oss": 64, "minimax_m2": 128}
+# Number of heads where config.json does not say it; those of the others are 32.
+HEADS = {
+    "dbrx": 16,
+    "ernie4_5_moe": 20,
+    "glm4_moe": 96,
+    "gpt_oss": 64,
+    "minimax_m2": 48,
+    **dict.fromkeys(("olmoe", "qwen2_moe"), 16),
+}
 LATENT = ("deepseek_v2", "deepseek_v3")
 _PARTIAL = ("glm4_moe", "minimax_m2")
 
@@ -39,7 +48,8 @@ def head_width(config: Mapping[str, object], d_model: int | None = None) -> int 
     if isinstance(told, int):
         return told
     wide = next((config[name] for name in ("hidden_size", "d_model") if name in config), d_model)
-    heads = next((config[name] for name in ("num_attention_heads", "n_heads") if name in config), None)
+    default = HEADS.get(model_type, 32)
+    heads = next((config[name] for name in ("num_attention_heads", "n_heads") if name in config), default)
     return wide // heads if isinstance(wide, int) and isinstance(heads, int) else None
 
 

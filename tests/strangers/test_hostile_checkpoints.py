@@ -26,6 +26,7 @@ from collegium.model.architectures import ARCHITECTURES, UnsupportedModelError, 
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.checkpoint_survey import survey_checkpoint
 from collegium.model.config_fields import check_config, model_fields
+from collegium.model.config_rope import HEADS, LATENT, head_width
 from collegium.model.manifest import ensure_manifest, load_manifest
 from collegium.model.safetensors_files import HEADER_BYTES
 from router_svc import library_model
@@ -338,6 +339,39 @@ def test_what_does_not_matter_or_means_one_thing_is_served(kind: str, folder: Pa
 def test_null_heads_for_keys_are_as_many_as_for_queries() -> None:
     fields = model_fields({"num_key_value_heads": None, "num_attention_heads": 4, "hidden_size": 64})
     assert (fields["num_key_value_heads"], fields["head_dim"]) == (4, 16)
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_heads_that_config_json_does_not_count_are_as_many_as_transformers_has(arch: str) -> None:
+    config = CONFIG_MAPPING[arch]()
+    if arch not in LATENT:
+        assert HEADS.get(arch, 32) == config.num_attention_heads
+        told = {"model_type": arch, "hidden_size": config.hidden_size}
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        assert head_width(told) == width
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"moe_layer_start_index": 3},
+            "moe_layer_start_index is 3, moe_layer_end_index -1 and moe_layer_interval 1;",
+        ),
+        ({"moe_layer_end_index": 0, "moe_layer_start_index": 1}, "moe_layer_end_index 0"),
+        ({"moe_layer_interval": 9}, "moe_layer_interval 9; no layer of"),
+        ({"num_attention_heads": None, "hidden_size": 64}, "heads are 3 wide, as num_attention_heads is the arch"),
+        ({"num_attention_heads": None, "hidden_size": 16}, "heads are 0 wide, as num_attention_heads is the arch"),
+        ({"num_attention_heads": 64, "hidden_size": 320}, "heads are 5 wide; the width must be even"),
+    ],
+)
+def test_what_leaves_no_layer_with_experts_or_heads_of_no_use_is_named(
+    changes: dict[str, Any], message: str, oracle: Oracle
+) -> None:
+    config = read_config(oracle.checkpoint("ernie4_5_moe")) | {"moe_layer_end_index": -1, "moe_layer_interval": 1}
+    config = {name: value for name, value in (config | changes).items() if value is not None and name != "head_dim"}
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        check_config(Path("config.json"), config)
 
 
 def assert_sentence(message: str, folder: Path) -> None:
