@@ -122,7 +122,8 @@ class _Progress:
     def _told(self) -> str:
         took_s = time.monotonic() - self._begin_s
         rate = f"{self._num_tokens / took_s:,.0f} tokens/s"
-        return f"{self._num_lines:,} lines, {self._num_tokens:,} tokens in {took_s:.1f} s ({rate})"
+        lines = "1 line" if self._num_lines == 1 else f"{self._num_lines:,} lines"
+        return f"{lines}, {self._num_tokens:,} tokens in {took_s:.1f} s ({rate})"
 
 
 def _as_json(one: Translated) -> dict[str, t.Json]:
