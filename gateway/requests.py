@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from collegium.fabric.errors import FailedPrecondition, InvalidArgument
+from collegium.fabric.errors import InvalidArgument
 from collegium.v1 import inference_pb2 as pb
 from gateway import fields
 from gateway.tokenizer import Tokenizer
@@ -192,24 +192,48 @@ def check_progress(entries: Sequence[pb.ChoiceProgress], accepted: Accepted, mod
 def check_score(request: pb.ScoreRequest, *, model: pb.Model, tokenizer: Tokenizer | None) -> Prompt:
     """Check a Score request and return its input; check_scored takes the ids."""
     fields.check_model(request.model, model)
-    if model.is_encoder_decoder:
-        raise FailedPrecondition(
-            "this model has an encoder: a text alone has no score", remedy="score with a decoder-only model"
-        )
+    fields.check_language(request.source_language, "source_language", tokenizer, model)
     form = request.WhichOneof("input")
     if form is None:
         raise InvalidArgument("there is no input", field="input", remedy="set text or token_ids", reason="EMPTY_PROMPT")
     if form == "text":
-        return _text_prompt(request.text, tokenizer, model)
+        return replace(_text_prompt(request.text, tokenizer, model), language=request.source_language)
     return _ids_prompt(request.token_ids.ids, model)
 
 
-def check_scored(token_ids: Sequence[int], field: str, model: pb.Model) -> tuple[int, ...]:
-    """Check the ids of a Score request."""
-    token_ids = fields.check_prompt_ids(token_ids, model, field)
-    if len(token_ids) > model.max_model_len:
+def check_target(
+    request: pb.ScoreRequest, *, model: pb.Model, tokenizer: Tokenizer | None
+) -> tuple[Prompt | None, int | None]:
+    """Check what a Score request scores beside its input: the target, and the id that its language begins it with."""
+    form = request.WhichOneof("target")
+    forced = fields.check_language(request.target_language, "target_language", tokenizer, model)
+    if not model.is_encoder_decoder:
+        if form is not None:
+            raise InvalidArgument("this model has no encoder, and scores its input", field=form, remedy="leave it out")
+        return None, None
+    if forced is None and model.HasField("forced_id"):
+        forced = model.forced_id
+    if form is None:
         raise InvalidArgument(
-            f"the input has {len(token_ids)} tokens, and the model takes {model.max_model_len}",
+            "this model has an encoder, and scores an answer to the input",
+            field="target",
+            remedy="set target_text or target_ids",
+            reason="EMPTY_PROMPT",
+        )
+    if form == "target_ids":
+        return _ids_prompt(request.target_ids.ids, model, form), forced
+    language = request.target_language
+    if not language and tokenizer is not None:
+        language = next((one for one in tokenizer.languages if tokenizer.special_id(one) == forced), "")
+    return replace(_text_prompt(request.target_text, tokenizer, model, form), language=language), forced
+
+
+def check_scored(token_ids: Sequence[int], field: str, model: pb.Model, most: int = 0) -> tuple[int, ...]:
+    """Check the ids of a Score request. most: of them; 0: as many as the model takes."""
+    token_ids = fields.check_prompt_ids(token_ids, model, field)
+    if len(token_ids) > (most := most or model.max_model_len):
+        raise InvalidArgument(
+            f"the input has {len(token_ids)} tokens, and the model takes {most}",
             field=field,
             remedy="score it in parts",
             reason="PROMPT_TOO_LONG",
@@ -257,26 +281,26 @@ def _chat_prompt(chat: pb.ChatPrompt, tokenizer: Tokenizer | None) -> Prompt:
     return Prompt(field="chat", turns=tuple(turns))
 
 
-def _text_prompt(raw: bytes, tokenizer: Tokenizer | None, model: pb.Model) -> Prompt:
+def _text_prompt(raw: bytes, tokenizer: Tokenizer | None, model: pb.Model, field: str = "text") -> Prompt:
     if tokenizer is None:
-        raise fields.no_tokenizer("text")
+        raise fields.no_tokenizer(field)
     if not raw:
-        raise fields.empty_prompt("text")
+        raise fields.empty_prompt(field)
     if len(raw) > (limit := tokenizer.max_bytes(model.max_model_len)):
         raise InvalidArgument(
             f"the text has {len(raw)} bytes, and no text of more than {limit} has at most {model.max_model_len} tokens",
-            field="text",
+            field=field,
             remedy="shorten it",
             reason="PROMPT_TOO_LONG",
         )
-    return Prompt(field="text", text=fields.read_utf8(raw, "text"))
+    return Prompt(field="text", text=fields.read_utf8(raw, field))
 
 
-def _ids_prompt(token_ids: Sequence[int], model: pb.Model) -> Prompt:
+def _ids_prompt(token_ids: Sequence[int], model: pb.Model, field: str = "token_ids") -> Prompt:
     if len(token_ids) > model.max_model_len:
         raise InvalidArgument(
             f"there are {len(token_ids)} tokens, and the model takes {model.max_model_len}",
-            field="token_ids",
+            field=field,
             remedy="shorten the prompt",
             reason="PROMPT_TOO_LONG",
         )

@@ -19,24 +19,29 @@ from gateway.attachment import Seat
 class Scoring:
     """A Score in progress. The event loop's thread owns it."""
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], target_ids: Sequence[int] = (), forced_id: int | None = None) -> None:
+        """target_ids: scored instead, as an answer to token_ids; forced_id: given where it is the first of them."""
         self.changed = asyncio.Event()
         self.error: CollegiumError | None = None
         self.lost: CollegiumError | None = None
-        self._token_ids = token_ids
-        self._logprobs: list[float] = [0.0]  # the first token is given
+        self._token_ids, self._target_ids = token_ids, target_ids
+        self._scored = target_ids or token_ids
+        self._first_is_given = not target_ids or target_ids[0] == forced_id
+        self._logprobs: list[float] = [] if target_ids else [0.0]  # nothing comes for a first token with nothing before
+        self._num_unasked = len(self._logprobs)
 
     @property
     def is_finished(self) -> bool:
         """Whether every token has its log-probability."""
-        return len(self._logprobs) == len(self._token_ids)
+        return len(self._logprobs) == len(self._scored)
 
     def submission(self, submission_id: str, *, deadline_ms: int, traceparent: str) -> router_pb2.Submission:
         """Write down the whole request; what an earlier router gave is dropped."""
-        del self._logprobs[1:]
+        del self._logprobs[self._num_unasked :]
         return router_pb2.Submission(
             request_id=submission_id,
             prompt_ids=self._token_ids,
+            target_ids=self._target_ids,
             sampling=pb.Sampling(seed=0),
             stopping=pb.Stopping(max_tokens=1),
             choices=[router_pb2.ChoiceStart(choice_index=0)],
@@ -66,12 +71,10 @@ class Scoring:
         if news.HasField("failure"):
             self.fail(from_code(news.failure.code, news.failure.message, news.failure.reason))
         self._logprobs.extend(entry.chosen for entry in news.logprobs)
-        too_many = len(self._logprobs) > len(self._token_ids)
+        too_many = len(self._logprobs) > len(self._scored)
         if too_many or (news.finish_reason and not self.is_finished):
-            count = len(self._logprobs) - 1
-            self.error = Internal(
-                f"a router scored {count} of {len(self._token_ids) - 1} tokens", reason="ROUTER_FAULT"
-            )
+            count, wanted = (len(some) - self._num_unasked for some in (self._logprobs, self._scored))
+            self.error = Internal(f"a router scored {count} of {wanted} tokens", reason="ROUTER_FAULT")
         self.changed.set()
 
     def lose_router(self, why: CollegiumError) -> None:
@@ -81,9 +84,9 @@ class Scoring:
 
     def result(self) -> pb.ScoreResponse:
         """Give the answer of a finished scoring."""
-        return pb.ScoreResponse(
-            token_ids=self._token_ids, logprobs=self._logprobs, perplexity=perplexity(self._logprobs[1:])
-        )
+        asked = self._logprobs[self._first_is_given :]
+        given = [0.0] * self._first_is_given
+        return pb.ScoreResponse(token_ids=self._scored, logprobs=given + asked, perplexity=perplexity(asked))
 
 
 def perplexity(logprobs: Sequence[float]) -> float:

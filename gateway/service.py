@@ -123,11 +123,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with self._account(SCORE, context) as account:
             model = self._pool.model
             prompt = requests.check_score(request, model=model, tokenizer=self._tokenizer)
+            target, forced_id = requests.check_target(request, model=model, tokenizer=self._tokenizer)
             with self._admission.admitted() as ticket:
                 token_ids = await self._texts.ids_of(prompt, max_tokens=model.max_model_len)
                 token_ids = requests.check_scored(token_ids, prompt.field, model)
-                self._queue(ticket, token_ids)
-                response = await self._relay.score(Scoring(token_ids), token_ids, account.arrival)
+                target_ids: Sequence[int] = ()
+                if target is not None:
+                    field, most = request.WhichOneof("target") or "target", model.max_model_len - 1
+                    target_ids = await self._texts.ids_of(target, max_tokens=most)
+                    target_ids = requests.check_scored(target_ids, field, model, most)
+                self._queue(ticket, [*token_ids, *target_ids])
+                scoring = Scoring(token_ids, target_ids, forced_id)
+                response = await self._relay.score(scoring, token_ids, account.arrival)
             self._counts.successes[SCORE] += 1
             return response
 

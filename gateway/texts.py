@@ -36,7 +36,7 @@ class Texts:
 
         max_tokens: a text that surely has more is refused before it is tokenised.
         """
-        if prompt.field == "token_ids" or self._tokenizer is None:
+        if prompt.field in ("token_ids", "target_ids") or self._tokenizer is None:
             return prompt.token_ids
         if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS and self._tokenizer.is_bounded:
             return self._tokenizer.encode(prompt.text, prompt.language)

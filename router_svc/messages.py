@@ -32,7 +32,7 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
     prompt, rules = list(submission.prompt_ids), submission.stopping
     source: list[int] = []
     if model.is_encoder_decoder:
-        source, prompt = prompt, [model.decoder_start_id]
+        source, prompt = prompt, [model.decoder_start_id, *submission.target_ids]
     room = model.max_model_len - len(prompt)
     asked = submission if submission.HasField("forced_id") else model
     forced = [asked.forced_id] if model.is_encoder_decoder and asked.HasField("forced_id") else []
@@ -63,7 +63,7 @@ def sequences_of(submission: router_pb2.Submission, owner: int, model: inference
                 leader=sequences[0] if sequences else None,
             )
         )
-        for token in () if start.output_ids else forced:
+        for token in () if start.output_ids or submission.is_score else forced:
             sequences[-1].force(token)
     options = beam_options(submission)
     if options is not None and not sequences[0].has_ended:

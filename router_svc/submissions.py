@@ -71,8 +71,7 @@ def check_submission(submission: router_pb2.Submission, model: inference_pb2.Mod
         raise _wrong("request_id", message)
     if not prompt_ids:
         raise _wrong("prompt_ids", "prompt_ids is empty; a prompt has at least one token")
-    if model.is_encoder_decoder and submission.is_score:
-        raise _wrong("is_score", "is_score is true; a model with an encoder scores no prompt")
+    _check_target(submission, model)
     has_room = submission.is_score or model.is_encoder_decoder
     most = model.max_model_len if has_room else model.max_model_len - 1
     if len(prompt_ids) > most:
@@ -92,6 +91,18 @@ def check_submission(submission: router_pb2.Submission, model: inference_pb2.Mod
         shown = repr(submission.traceparent[:60])
         raise _wrong("traceparent", f"traceparent is {shown}; it must be empty or a W3C trace context")
     return _sampling_of(submission.sampling)
+
+
+def _check_target(submission: router_pb2.Submission, model: inference_pb2.Model) -> None:
+    target_ids, is_wanted = submission.target_ids, model.is_encoder_decoder and submission.is_score
+    if is_wanted and not target_ids:
+        raise _wrong("target_ids", "target_ids is empty; a model with an encoder scores a target of at least one token")
+    if target_ids and not is_wanted:
+        raise _wrong("target_ids", "target_ids is there; it is for scores by models with an encoder alone")
+    if len(target_ids) >= model.max_model_len:
+        most = model.max_model_len - 1
+        raise _wrong("target_ids", f"target_ids has {len(target_ids)} tokens; the maximum is {most}")
+    _check_ids("target_ids", target_ids, model)
 
 
 def beam_options(submission: router_pb2.Submission) -> BeamOptions | None:

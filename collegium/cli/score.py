@@ -13,6 +13,18 @@ def score(
     target: t.Target = t.DEFAULT_TARGET,
     prompt: Annotated[str | None, typer.Option("--prompt", help='Text to score; "-" reads stdin.')] = None,
     prompt_ids: t.PromptIds = None,
+    target_text: Annotated[
+        str | None, typer.Option("--target-text", help="Of a model that translates: what is scored, the prompt given.")
+    ] = None,
+    target_ids: Annotated[
+        str | None, typer.Option("--target-ids", help="The same as token ids, separated by commas or blanks.")
+    ] = None,
+    source_language: Annotated[
+        str, typer.Option("--source-language", help="Of a model that translates: the prompt's.")
+    ] = "",
+    target_language: Annotated[
+        str, typer.Option("--target-language", help="The target's; its code is given, where the target begins with it.")
+    ] = "",
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
     timeout_s: t.TimeoutS = None,
     api_key: t.ApiKey = None,
@@ -23,22 +35,35 @@ def score(
     """Score a text: how likely each token is after those before it."""
     text = t.read_prompt(prompt)
     with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
-        result = client.score(text, prompt_ids=t.read_ids(prompt_ids), model=model)
-    num_scored = len(result.token_ids) - 1  # the first has nothing before it
+        result = client.score(
+            text,
+            prompt_ids=t.read_ids(prompt_ids),
+            model=model,
+            target=target_text,
+            target_ids=t.read_ids(target_ids, "--target-ids"),
+            source_language=source_language,
+            target_language=target_language,
+        )
+    is_given = result.logprobs[0] == 0.0  # the first: nothing is before it, or it is the code of a language
+    num_scored = len(result.token_ids) - is_given
     if json:
         t.print_json(
             {
                 "token_ids": list(result.token_ids),
                 "text": text or "",  # as in generate's object, so that one reader does for both
                 "finish_reason": None,
-                "logprobs": [None, *result.logprobs[1:]],
+                "logprobs": [*[None] * is_given, *result.logprobs[is_given:]],
                 "perplexity": result.perplexity if num_scored else None,
             }
         )
         return
-    t.print_line(f"{result.token_ids[0]:>8} {'-':>10}")
-    for token_id, logprob in zip(result.token_ids[1:], result.logprobs[1:], strict=True):
+    if is_given:
+        t.print_line(f"{result.token_ids[0]:>8} {'-':>10}")
+    for token_id, logprob in zip(result.token_ids[is_given:], result.logprobs[is_given:], strict=True):
         t.print_line(f"{token_id:>8} {logprob:>10.4f}")
     perplexity = f"{result.perplexity:.4f}" if num_scored else "-"
+    note = ""
+    if is_given:
+        note = f" (the first {'is given' if target_text or target_ids else 'has nothing before it'})"
     tokens = "1 token" if num_scored == 1 else f"{num_scored} tokens"
-    t.print_line(f"perplexity {perplexity} over {tokens} (the first has nothing before it)")
+    t.print_line(f"perplexity {perplexity} over {tokens}{note}")

@@ -101,18 +101,47 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
     return request
 
 
-def score_request(text: str | None, prompt_ids: Iterable[int] | None, model: str) -> pb.ScoreRequest:
+class ScoreOptions(TypedDict, total=False):
+    """Keywords of score. Absent or None: the default."""
+
+    prompt_ids: Iterable[int] | None  # instead of a text
+    model: str  # name from list_models; empty: the only model
+    target: str | None  # of a model with an encoder: the answer that is scored, the prompt being its source
+    target_ids: Iterable[int] | None  # instead of a text, as generate gives them
+    source_language: str  # as in GenerateOptions
+    target_language: str  # as in GenerateOptions; its code has 0 where it begins the target
+    timeout_s: float | None  # for the whole call, retries included; None: the client's
+
+
+_SCORE_KEYWORDS = frozenset(ScoreOptions.__annotations__)
+
+
+def score_request(text: str | None, options: ScoreOptions) -> pb.ScoreRequest:
     """Write a Score request down."""
+    if unknown := sorted(set(options) - _SCORE_KEYWORDS):
+        raise TypeError(f"score has no option {unknown[0]!r}; it has {', '.join(sorted(_SCORE_KEYWORDS))}")
+    prompt_ids, target, target_ids = (options.get(name) for name in ("prompt_ids", "target", "target_ids"))
     if (text is None) == (prompt_ids is None):
         raise InvalidArgument(
             "exactly one form of input is needed", field="prompt", remedy="give one of prompt and prompt_ids"
         )
-    request = pb.ScoreRequest(model=model)
+    if target is not None and target_ids is not None:
+        raise InvalidArgument("there are two targets", field="target", remedy="give one of target and target_ids")
+    request = pb.ScoreRequest(
+        model=options.get("model", ""),
+        source_language=options.get("source_language", ""),
+        target_language=options.get("target_language", ""),
+    )
     if text is not None:
         request.text = _utf8("prompt", text)
     else:
         request.token_ids.ids.extend(uint("prompt_ids", token_id) for token_id in prompt_ids or ())
         request.token_ids.SetInParent()
+    if target is not None:
+        request.target_text = _utf8("target", target)
+    elif target_ids is not None:
+        request.target_ids.ids.extend(uint("target_ids", token_id) for token_id in target_ids)
+        request.target_ids.SetInParent()
     return request
 
 

@@ -130,7 +130,7 @@ class Translated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Log-probability of each token given those before it; the first, being given, has 0."""
+    """Log-probability of each token given those before it. What is given has 0: the first, or a target's language."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]

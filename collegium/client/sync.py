@@ -20,7 +20,7 @@ from opentelemetry.trace import Span
 
 from collegium.client.connection import Connection, Reach
 from collegium.client.generate_call import CallView, GenerateCall
-from collegium.client.options import GenerateOptions, generate_request, score_request, uint
+from collegium.client.options import GenerateOptions, ScoreOptions, generate_request, score_request, uint
 from collegium.client.results import (
     Chunk,
     Cluster,
@@ -125,16 +125,10 @@ class Client:
         """
         return _translations(self._reach, TranslateCall(translate_options(to, source, options)), texts, timeout_s)
 
-    def score(
-        self,
-        prompt: str | None = None,
-        *,
-        prompt_ids: Iterable[int] | None = None,
-        model: str = "",
-        timeout_s: float | None = None,
-    ) -> Score:
-        """Give the log-probability of every token of a text, and its perplexity."""
-        return read_score(self._reach.ask("Score", score_request(prompt, prompt_ids, model), timeout_s))
+    def score(self, prompt: str | None = None, **options: Unpack[ScoreOptions]) -> Score:
+        """Give the log-probability of every token of a text, or of an answer to it, and the perplexity."""
+        timeout_s = options.get("timeout_s")
+        return read_score(self._reach.ask("Score", score_request(prompt, options), timeout_s))
 
     def list_models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
         """Name the models that are served."""

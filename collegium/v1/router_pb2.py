@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from collegium.v1 import inference_pb2 as collegium_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63ollegium/v1/router.proto\x12\x0c\x63ollegium.v1\x1a\x1c\x63ollegium/v1/inference.proto\"\x11\n\x0f\x44\x65scribeRequest\"I\n\x10\x44\x65scribeResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.collegium.v1.Model\"\xdc\x01\n\rAttachRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12-\n\x0bsubmissions\x18\x02 \x03(\x0b\x32\x18.collegium.v1.Submission\x12\x30\n\rcancellations\x18\x03 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\x12)\n\x06pauses\x18\x04 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\x12+\n\x08unpauses\x18\x05 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\"M\n\x0bSequenceRef\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x0c\x63hoice_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_choice_index\"\x81\x03\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.collegium.v1.Sampling\x12(\n\x08stopping\x18\x04 \x01(\x0b\x32\x16.collegium.v1.Stopping\x12*\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x19.collegium.v1.ChoiceStart\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08is_score\x18\x07 \x01(\x08\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\t \x01(\x04\x12\x0e\n\x06\x63\x61ller\x18\n \x01(\x04\x12\x16\n\tforced_id\x18\x0b \x01(\rH\x01\x88\x01\x01\x12-\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x18.collegium.v1.BeamSearchB\x0f\n\r_num_logprobsB\x0c\n\n_forced_id\"7\n\x0b\x43hoiceStart\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x12\n\noutput_ids\x18\x02 \x03(\r\"p\n\x0e\x41ttachResponse\x12(\n\x04news\x18\x01 \x03(\x0b\x32\x1a.collegium.v1.SequenceNews\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.collegium.v1.RouterLoad\x12\x0c\n\x04step\x18\x03 \x01(\x04\"\xb3\x02\n\x0cSequenceNews\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.collegium.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.collegium.v1.FinishReason\x12&\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x15.collegium.v1.Failure\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\r\x12\x14\n\x07stop_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05score\x18\t \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_stop_idB\x08\n\x06_score\"8\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"y\n\nRouterLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\"\"\n\x0cTraceRequest\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\"b\n\rTraceResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.collegium.v1.TraceHeader\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x18.collegium.v1.TracedStep\"G\n\x0bTraceHeader\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.collegium.v1.Model\x12\x14\n\x0c\x65xpert_bytes\x18\x02 \x03(\x04\"\x84\x01\n\nTracedStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\tsequences\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x17\n\x0fnum_decode_rows\x18\x04 \x01(\r\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.collegium.v1.TracedLayer\"N\n\x0bTracedLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x03(\x02\x12\x0e\n\x06missed\x18\x04 \x03(\r2\xe0\x01\n\x06Router\x12I\n\x08\x44\x65scribe\x12\x1d.collegium.v1.DescribeRequest\x1a\x1e.collegium.v1.DescribeResponse\x12G\n\x06\x41ttach\x12\x1b.collegium.v1.AttachRequest\x1a\x1c.collegium.v1.AttachResponse(\x01\x30\x01\x12\x42\n\x05Trace\x12\x1a.collegium.v1.TraceRequest\x1a\x1b.collegium.v1.TraceResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63ollegium/v1/router.proto\x12\x0c\x63ollegium.v1\x1a\x1c\x63ollegium/v1/inference.proto\"\x11\n\x0f\x44\x65scribeRequest\"I\n\x10\x44\x65scribeResponse\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.collegium.v1.Model\"\xdc\x01\n\rAttachRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12-\n\x0bsubmissions\x18\x02 \x03(\x0b\x32\x18.collegium.v1.Submission\x12\x30\n\rcancellations\x18\x03 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\x12)\n\x06pauses\x18\x04 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\x12+\n\x08unpauses\x18\x05 \x03(\x0b\x32\x19.collegium.v1.SequenceRef\"M\n\x0bSequenceRef\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x0c\x63hoice_index\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_choice_index\"\x95\x03\n\nSubmission\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.collegium.v1.Sampling\x12(\n\x08stopping\x18\x04 \x01(\x0b\x32\x16.collegium.v1.Stopping\x12*\n\x07\x63hoices\x18\x05 \x03(\x0b\x32\x19.collegium.v1.ChoiceStart\x12\x19\n\x0cnum_logprobs\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08is_score\x18\x07 \x01(\x08\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\t \x01(\x04\x12\x0e\n\x06\x63\x61ller\x18\n \x01(\x04\x12\x16\n\tforced_id\x18\x0b \x01(\rH\x01\x88\x01\x01\x12-\n\x0b\x62\x65\x61m_search\x18\x0c \x01(\x0b\x32\x18.collegium.v1.BeamSearch\x12\x12\n\ntarget_ids\x18\r \x03(\rB\x0f\n\r_num_logprobsB\x0c\n\n_forced_id\"7\n\x0b\x43hoiceStart\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x12\n\noutput_ids\x18\x02 \x03(\r\"p\n\x0e\x41ttachResponse\x12(\n\x04news\x18\x01 \x03(\x0b\x32\x1a.collegium.v1.SequenceNews\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.collegium.v1.RouterLoad\x12\x0c\n\x04step\x18\x03 \x01(\x04\"\xb3\x02\n\x0cSequenceNews\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.collegium.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.collegium.v1.FinishReason\x12&\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x15.collegium.v1.Failure\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\r\x12\x14\n\x07stop_id\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05score\x18\t \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_stop_idB\x08\n\x06_score\"8\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"y\n\nRouterLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\"\"\n\x0cTraceRequest\x12\x12\n\nnum_tokens\x18\x01 \x01(\x04\"b\n\rTraceResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x19.collegium.v1.TraceHeader\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x18.collegium.v1.TracedStep\"G\n\x0bTraceHeader\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.collegium.v1.Model\x12\x14\n\x0c\x65xpert_bytes\x18\x02 \x03(\x04\"\x84\x01\n\nTracedStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\tsequences\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x17\n\x0fnum_decode_rows\x18\x04 \x01(\r\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.collegium.v1.TracedLayer\"N\n\x0bTracedLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0f\n\x07weights\x18\x03 \x03(\x02\x12\x0e\n\x06missed\x18\x04 \x03(\r2\xe0\x01\n\x06Router\x12I\n\x08\x44\x65scribe\x12\x1d.collegium.v1.DescribeRequest\x1a\x1e.collegium.v1.DescribeResponse\x12G\n\x06\x41ttach\x12\x1b.collegium.v1.AttachRequest\x1a\x1c.collegium.v1.AttachResponse(\x01\x30\x01\x12\x42\n\x05Trace\x12\x1a.collegium.v1.TraceRequest\x1a\x1b.collegium.v1.TraceResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,27 +41,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEREF']._serialized_start=390
   _globals['_SEQUENCEREF']._serialized_end=467
   _globals['_SUBMISSION']._serialized_start=470
-  _globals['_SUBMISSION']._serialized_end=855
-  _globals['_CHOICESTART']._serialized_start=857
-  _globals['_CHOICESTART']._serialized_end=912
-  _globals['_ATTACHRESPONSE']._serialized_start=914
-  _globals['_ATTACHRESPONSE']._serialized_end=1026
-  _globals['_SEQUENCENEWS']._serialized_start=1029
-  _globals['_SEQUENCENEWS']._serialized_end=1336
-  _globals['_FAILURE']._serialized_start=1338
-  _globals['_FAILURE']._serialized_end=1394
-  _globals['_ROUTERLOAD']._serialized_start=1396
-  _globals['_ROUTERLOAD']._serialized_end=1517
-  _globals['_TRACEREQUEST']._serialized_start=1519
-  _globals['_TRACEREQUEST']._serialized_end=1553
-  _globals['_TRACERESPONSE']._serialized_start=1555
-  _globals['_TRACERESPONSE']._serialized_end=1653
-  _globals['_TRACEHEADER']._serialized_start=1655
-  _globals['_TRACEHEADER']._serialized_end=1726
-  _globals['_TRACEDSTEP']._serialized_start=1729
-  _globals['_TRACEDSTEP']._serialized_end=1861
-  _globals['_TRACEDLAYER']._serialized_start=1863
-  _globals['_TRACEDLAYER']._serialized_end=1941
-  _globals['_ROUTER']._serialized_start=1944
-  _globals['_ROUTER']._serialized_end=2168
+  _globals['_SUBMISSION']._serialized_end=875
+  _globals['_CHOICESTART']._serialized_start=877
+  _globals['_CHOICESTART']._serialized_end=932
+  _globals['_ATTACHRESPONSE']._serialized_start=934
+  _globals['_ATTACHRESPONSE']._serialized_end=1046
+  _globals['_SEQUENCENEWS']._serialized_start=1049
+  _globals['_SEQUENCENEWS']._serialized_end=1356
+  _globals['_FAILURE']._serialized_start=1358
+  _globals['_FAILURE']._serialized_end=1414
+  _globals['_ROUTERLOAD']._serialized_start=1416
+  _globals['_ROUTERLOAD']._serialized_end=1537
+  _globals['_TRACEREQUEST']._serialized_start=1539
+  _globals['_TRACEREQUEST']._serialized_end=1573
+  _globals['_TRACERESPONSE']._serialized_start=1575
+  _globals['_TRACERESPONSE']._serialized_end=1673
+  _globals['_TRACEHEADER']._serialized_start=1675
+  _globals['_TRACEHEADER']._serialized_end=1746
+  _globals['_TRACEDSTEP']._serialized_start=1749
+  _globals['_TRACEDSTEP']._serialized_end=1881
+  _globals['_TRACEDLAYER']._serialized_start=1883
+  _globals['_TRACEDLAYER']._serialized_end=1961
+  _globals['_ROUTER']._serialized_start=1964
+  _globals['_ROUTER']._serialized_end=2188
 # @@protoc_insertion_point(module_scope)

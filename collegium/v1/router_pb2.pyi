@@ -42,7 +42,7 @@ class SequenceRef(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choice_index: _Optional[int] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms", "caller", "forced_id", "beam_search")
+    __slots__ = ("request_id", "prompt_ids", "sampling", "stopping", "choices", "num_logprobs", "is_score", "traceparent", "deadline_ms", "caller", "forced_id", "beam_search", "target_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class Submission(_message.Message):
     CALLER_FIELD_NUMBER: _ClassVar[int]
     FORCED_ID_FIELD_NUMBER: _ClassVar[int]
     BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.Sampling
@@ -67,7 +68,8 @@ class Submission(_message.Message):
     caller: int
     forced_id: int
     beam_search: _inference_pb2.BeamSearch
-    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., caller: _Optional[int] = ..., forced_id: _Optional[int] = ..., beam_search: _Optional[_Union[_inference_pb2.BeamSearch, _Mapping]] = ...) -> None: ...
+    target_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., stopping: _Optional[_Union[_inference_pb2.Stopping, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[ChoiceStart, _Mapping]]] = ..., num_logprobs: _Optional[int] = ..., is_score: _Optional[bool] = ..., traceparent: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., caller: _Optional[int] = ..., forced_id: _Optional[int] = ..., beam_search: _Optional[_Union[_inference_pb2.BeamSearch, _Mapping]] = ..., target_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ChoiceStart(_message.Message):
     __slots__ = ("choice_index", "output_ids")

@@ -70,6 +70,24 @@ def test_tokens_and_logprobs_equal_the_reference_for_any_workers_and_arrivals(
 
 
 @pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_scores_of_answers_are_their_logprobs_in_chunks_of_any_size(
+    arch: str, variant: Variant, oracle: Oracle
+) -> None:
+    checkpoint, forced = oracle.checkpoint(arch, variant), FORCED[arch]
+    references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)
+    for max_batch_tokens in (64, 7):
+        with OneProcess(checkpoint, num_workers=2, max_batch_tokens=max_batch_tokens) as running:
+            requests = requests_for(running, references, None)
+            for request, one in zip(requests, references, strict=True):
+                request.prompt_ids, request.is_score = [start_of(running), *one.token_ids], True
+            for one, (answer,) in zip(references, running.run(requests), strict=True):
+                given = int(forced is not None)
+                assert len(answer.logprobs) == len(one.token_ids)
+                found = [each.chosen for each in answer.logprobs[given:]]
+                assert found == pytest.approx(one.logprobs[given:], abs=1e-4)
+
+
+@pytest.mark.parametrize(("arch", "variant"), CASES)
 def test_preemption_changes_nothing_and_encodes_again(arch: str, variant: Variant, oracle: Oracle) -> None:
     checkpoint, forced = oracle.checkpoint(arch, variant), FORCED[arch]
     references = oracle.choose_sources(checkpoint, 6, MAX_TOKENS, forced=forced)

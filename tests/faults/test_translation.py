@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from collegium.cli.cluster import Cluster, ClusterSpec
-from collegium.client import AsyncClient, Client, FailedPrecondition, InvalidArgument, RetryPolicy
+from collegium.client import AsyncClient, Client, InvalidArgument, RetryPolicy
 from collegium.model.manifest import ensure_manifest
 
 MODEL = Path(__file__).parents[2] / "models" / "demo-mt"
@@ -51,6 +51,14 @@ def test_texts_ids_and_order_are_those_of_the_reference(cluster: Cluster) -> Non
         said = FOUND[0]
         one = client.translate(said["text"], to="fra_Latn", max_tokens=MAX_TOKENS, logprobs=True)
         assert list(one.translations[0].token_ids) == said["token_ids"]
+        given = {"target_language": "fra_Latn", "source_language": "eng_Latn"}
+        by_ids = client.score(said["text"], target_ids=said["token_ids"], **given)  # type: ignore[arg-type]
+        by_text = client.score(said["text"], target=said["said"], **given)  # type: ignore[arg-type]
+        assert by_text.token_ids == by_ids.token_ids == tuple(said["token_ids"])
+        assert by_text.logprobs == pytest.approx(by_ids.logprobs, abs=1e-5)
+        assert (by_ids.logprobs[0], sum(by_ids.logprobs)) == (0.0, pytest.approx(one.translations[0].logprob, abs=1e-4))
+        asked = client.score(said["text"], target_ids=said["token_ids"])  # whose first id is a token like any other
+        assert asked.logprobs[0] < 0 and asked.logprobs[1:] == pytest.approx(by_ids.logprobs[1:], abs=1e-5)
         streamed = client.complete(said["text"], target_language="fra_Latn", max_tokens=MAX_TOKENS, logprobs=0)
         assert (list(streamed.token_ids), streamed.text) == (said["token_ids"], said["said"])
         assert streamed.logprobs[0].chosen == 0.0
@@ -95,7 +103,7 @@ def test_what_is_wrong_with_one_sentence_fails_it_alone_and_what_is_wrong_with_a
             list(client.translate_all(TEXTS, to="tlh_Latn"))
         with pytest.raises(InvalidArgument, match="3 choices are more than 2 beams"):
             list(client.translate_all(TEXTS, to="fra_Latn", num_beams=2, n=3))
-        with pytest.raises(FailedPrecondition, match="a text alone has no score"):
+        with pytest.raises(InvalidArgument, match="scores an answer to the input"):
             client.score("text")
 
         def texts_that_end_badly() -> Iterator[str]:

@@ -15,7 +15,7 @@ from collegium.v1 import balancer_pb2, inference_pb2
 from collegium.v1 import inference_pb2 as pb
 from gateway.choice import Choice
 from gateway.fields import check_model, check_request_id
-from gateway.requests import Prompt, check_generate, check_progress, check_score, check_scored
+from gateway.requests import Prompt, check_generate, check_progress, check_score, check_scored, check_target
 from gateway.restore import restore
 from gateway.stops import StopStrings
 from gateway.tokenizer import Tokenizer
@@ -94,14 +94,22 @@ BEYOND: dict[str, dict[str, Sequence[object] | str]] = {
         "finish_reason": [99, -1],
     },
     "CancelRequest": {"request_id": ["x" * 129, "a\nb"]},
-    "ScoreRequest": {"model": ["other"], "text": [b"", b"\xff", b"word " * LONG], "token_ids": NESTED},
+    "ScoreRequest": {
+        "model": ["other"],
+        "text": [b"", b"\xff", b"word " * LONG],
+        "token_ids": NESTED,
+        "target_text": [b"", b"\xff", b"word " * LONG, b"word " * 16],
+        "target_ids": NESTED,
+        "source_language": ["eng_Latn", "x" * LONG],  # of a tokenizer that knows none, any
+        "target_language": ["eng_Latn", "x" * LONG],
+    },
     "ListModelsRequest": {},
     "GetModelRequest": {"model": ["other", "x" * LONG]},
     "GetClusterRequest": {},
     "ScaleWorkersRequest": {"num_workers": [0, 257, MOST]},
 }
 # What a refusal calls a field otherwise.
-CALLED = {"ids": "token_ids", "content": "chat.messages"}
+CALLED = {"ids": "_ids", "content": "chat.messages"}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +157,9 @@ def good(name: str, form: str) -> Any:
     return {
         "GenerateRequest": generate,
         "ResumeRequest": pb.ResumeRequest(request=generate, progress=[pb.ChoiceProgress(token_ids=[5, 6])]),
-        "ScoreRequest": pb.ScoreRequest(text=b"hi") if form == "text" else pb.ScoreRequest(token_ids={"ids": [1, 2]}),
+        "ScoreRequest": pb.ScoreRequest(text=b"hi", target_text=b"hi")
+        if form == "text"
+        else pb.ScoreRequest(token_ids={"ids": [1, 2]}, target_ids={"ids": [1, 2]}),
         "ScaleWorkersRequest": pb.ScaleWorkersRequest(num_workers=256),
         "CancelRequest": pb.CancelRequest(request_id="r"),
         "TranslateRequest": pb.TranslateRequest(
@@ -173,8 +183,12 @@ def take(request: Any, tokenizer: Tokenizer) -> None:
             sentence.text = request.text
             generate(sentence, (), tokenizer, TRANSLATOR)
         case pb.ScoreRequest():
-            prompt = check_score(request, model=MODEL, tokenizer=tokenizer)
-            check_scored(ids_of(prompt, tokenizer), prompt.field, MODEL)
+            prompt = check_score(request, model=TRANSLATOR, tokenizer=tokenizer)
+            target, _ = check_target(request, model=TRANSLATOR, tokenizer=tokenizer)
+            assert target is not None
+            check_scored(ids_of(prompt, tokenizer), prompt.field, TRANSLATOR)
+            field = request.WhichOneof("target")
+            check_scored(ids_of(target, tokenizer), field, TRANSLATOR, TRANSLATOR.max_model_len - 1)
         case pb.CancelRequest():
             check_request_id(request.request_id)
         case pb.GetModelRequest():
@@ -204,6 +218,17 @@ def ids_of(prompt: Prompt, tokenizer: Tokenizer) -> Sequence[int]:
     if prompt.turns:
         return tokenizer.encode_chat(prompt.turns, max_bytes=tokenizer.max_bytes(MODEL.max_model_len))
     return tokenizer.encode(prompt.text) if prompt.text else prompt.token_ids
+
+
+def test_what_has_no_target_and_what_needs_one_say_so(tokenizer: Tokenizer) -> None:
+    for request in (pb.ScoreRequest(text=b"hi", target_text=b"hi"), pb.ScoreRequest(text=b"hi", target_ids={})):
+        with pytest.raises(InvalidArgument, match="has no encoder, and scores its input") as caught:
+            check_target(request, model=MODEL, tokenizer=tokenizer)
+        assert caught.value.field == request.WhichOneof("target")
+    with pytest.raises(InvalidArgument, match="has an encoder, and scores an answer to the input"):
+        check_target(pb.ScoreRequest(text=b"hi"), model=TRANSLATOR, tokenizer=tokenizer)
+    with pytest.raises(InvalidArgument, match="target_text"):
+        check_target(pb.ScoreRequest(text=b"hi", target_text=b"hi"), model=TRANSLATOR, tokenizer=None)
 
 
 def places(message: Any) -> Iterator[tuple[Any, str]]:

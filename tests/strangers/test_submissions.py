@@ -100,6 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (sampling(no_repeat_ngram_size=65), "sampling.no_repeat_ngram_size"),
     ({"forced_id": 5}, "forced_id"),  # of a model without an encoder, any
     ({"forced_id": 2**32 - 1}, "forced_id"),
+    ({"target_ids": [5], "is_score": True}, "target_ids"),  # of a model without an encoder, any
     (beams(num_beams=33), "beam_search.num_beams"),
     *((beams(num_beams=2, length_penalty=value), "beam_search.length_penalty") for value in (NAN, INF, 11, -11)),
     (beams(num_beams=2, early_stopping=3), "beam_search.early_stopping"),

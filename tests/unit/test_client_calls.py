@@ -199,10 +199,23 @@ def test_an_unknown_option_is_a_mistake_of_the_programmer() -> None:
 
 
 def test_a_score_takes_exactly_one_input() -> None:
-    assert score_request(None, [1, 2], "m") == pb.ScoreRequest(model="m", token_ids=pb.TokenIds(ids=[1, 2]))
+    assert score_request(None, {"prompt_ids": [1, 2], "model": "m"}) == pb.ScoreRequest(
+        model="m", token_ids=pb.TokenIds(ids=[1, 2])
+    )
     for text, ids in ((None, None), ("x", [1])):
         with pytest.raises(InvalidArgument):
-            score_request(text, ids, "")
+            score_request(text, {"prompt_ids": ids})
+
+
+def test_a_score_has_one_target_at_most() -> None:
+    said = score_request("a", {"target": "b", "source_language": "eng_Latn", "target_language": "fra_Latn"})
+    assert (said.text, said.target_text) == (b"a", b"b")
+    assert (said.source_language, said.target_language) == ("eng_Latn", "fra_Latn")
+    assert score_request("a", {"target_ids": [3]}).target_ids.ids == [3]
+    with pytest.raises(InvalidArgument, match="two targets"):
+        score_request("a", {"target": "b", "target_ids": [3]})
+    with pytest.raises(TypeError, match="to'"):
+        score_request("a", {"to": "fra_Latn"})  # type: ignore[typeddict-unknown-key]
 
 
 # Resumption.
