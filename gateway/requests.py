@@ -293,7 +293,7 @@ def _text_prompt(raw: bytes, tokenizer: Tokenizer | None, model: pb.Model, field
             remedy="shorten it",
             reason="PROMPT_TOO_LONG",
         )
-    return Prompt(field="text", text=fields.read_utf8(raw, field))
+    return Prompt(field=field, text=fields.read_utf8(raw, field))
 
 
 def _ids_prompt(token_ids: Sequence[int], model: pb.Model, field: str = "token_ids") -> Prompt:

@@ -86,7 +86,9 @@ class Scoring:
         """Give the answer of a finished scoring."""
         asked = self._logprobs[self._first_is_given :]
         given = [0.0] * self._first_is_given
-        return pb.ScoreResponse(token_ids=self._scored, logprobs=given + asked, perplexity=perplexity(asked))
+        return pb.ScoreResponse(
+            token_ids=self._scored, logprobs=given + asked, perplexity=perplexity(asked), num_given=len(given)
+        )
 
 
 def perplexity(logprobs: Sequence[float]) -> float:

@@ -64,7 +64,7 @@ class TextProcess:
         language: as Tokenizer.encode has it. max_bytes: the largest text that is tokenised. Raises InvalidArgument
         naming the field, FailedPrecondition if the checkpoint's chat template is broken, or ResourceExhausted.
         """
-        prompt: dict[str, object] = {"turns": turns} if turns else {"text": text, "language": language}
+        prompt: dict[str, object] = {"turns": turns} if turns else {"text": text, "language": language, "field": field}
         num_chars = len(text) + sum(len(role) + len(content) for role, content in turns)
         limit_s = self._limit_s * (1 + num_chars / 2**20)
         job = json.dumps(prompt | {"limit_s": limit_s, "max_bytes": max_bytes}, ensure_ascii=False).encode()

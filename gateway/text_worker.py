@@ -64,7 +64,7 @@ def _answer(tokenizer: Tokenizer, job: dict[str, Any]) -> bytes:
             turns = [(role, content) for role, content in job["turns"]]
             token_ids = tokenizer.encode_chat(turns, max_bytes=job["max_bytes"])
         else:
-            token_ids = tokenizer.encode(job["text"], job["language"])
+            token_ids = tokenizer.encode(job["text"], job["language"], field=job["field"])
         return b"+" + array("I", token_ids).tobytes()
     except CollegiumError as error:
         if isinstance(error.__cause__, MemoryError):

@@ -38,8 +38,8 @@ class Texts:
         """
         if prompt.field in ("token_ids", "target_ids") or self._tokenizer is None:
             return prompt.token_ids
-        if prompt.field == "text" and len(prompt.text) <= _SMALL_CHARS and self._tokenizer.is_bounded:
-            return self._tokenizer.encode(prompt.text, prompt.language)
+        if not prompt.turns and len(prompt.text) <= _SMALL_CHARS and self._tokenizer.is_bounded:
+            return self._tokenizer.encode(prompt.text, prompt.language, field=prompt.field)
         num_chars = len(prompt.text) + sum(len(role) + len(content) for role, content in prompt.turns)
         process = self._short if num_chars <= _LONG_CHARS else self._long
         return await process.encode(

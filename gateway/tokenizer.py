@@ -132,16 +132,17 @@ class Tokenizer:
         """Codes of the languages that are special tokens, such as "eng_Latn"."""
         return sorted(text for text in self._special if _LANGUAGE.fullmatch(text))
 
-    def encode(self, text: str, language: str = "") -> list[int]:
+    def encode(self, text: str, language: str = "", *, field: str = "text") -> list[int]:
         """Return the ids of a prompt, with the special tokens that the checkpoint's post-processor adds.
 
-        language: one of `languages`; the text then stands between its code and the end token, as NLLB has it.
+        language: one of `languages`; the text then stands between its code and the end token, as NLLB has it. field:
+        the request's name of the text, for what is said of one that cannot be encoded.
         """
         if not language:
-            return self._encode(text, field="text", add_special_tokens=True)
+            return self._encode(text, field=field, add_special_tokens=True)
         around = [self.special_id(language), self.special_id(self._end)]
         code, end = ([] if one is None else [one] for one in around)
-        return [*code, *self._encode(text, field="text", add_special_tokens=False), *end]
+        return [*code, *self._encode(text, field=field, add_special_tokens=False), *end]
 
     def encode_chat(self, messages: Sequence[tuple[str, str]], *, max_bytes: int | None = None) -> list[int]:
         """Return the ids of a conversation of (role, content), rendered by the checkpoint's template.

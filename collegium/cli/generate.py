@@ -37,16 +37,10 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends a choice; repeatable.")] = None,
     stop_ids: Annotated[str | None, typer.Option("--stop-ids", help="Ids that end a choice, such as 1,2.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of choices.")] = 1,
-    num_beams: Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")] = 1,
-    length_penalty: Annotated[
-        float | None, typer.Option("--length-penalty", help="Of beam search: length to this power divides a score.")
-    ] = None,
-    early_stopping: Annotated[
-        str, typer.Option("--early-stopping", help='Of beam search: "true", "false" or "never".')
-    ] = "false",
-    no_repeat_ngram_size: Annotated[
-        int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
-    ] = 0,
+    num_beams: t.NumBeams = 1,
+    length_penalty: t.LengthPenalty = None,
+    early_stopping: t.EarlyStopping = "false",
+    no_repeat_ngram_size: t.NoRepeatNgramSize = 0,
     source_language: Annotated[
         str, typer.Option("--source-language", help='Of a model that translates: the prompt\'s, such as "eng_Latn".')
     ] = "",

@@ -44,26 +44,26 @@ def score(
             source_language=source_language,
             target_language=target_language,
         )
-    is_given = result.logprobs[0] == 0.0  # the first: nothing is before it, or it is the code of a language
-    num_scored = len(result.token_ids) - is_given
+    num_given, num_scored = result.num_given, len(result.token_ids) - result.num_given
+    has_target = target_text is not None or target_ids is not None
     if json:
         t.print_json(
             {
                 "token_ids": list(result.token_ids),
-                "text": text or "",  # as in generate's object, so that one reader does for both
+                "text": target_text or "" if has_target else text or "",  # of token_ids, as in generate's object
                 "finish_reason": None,
-                "logprobs": [*[None] * is_given, *result.logprobs[is_given:]],
+                "logprobs": [*[None] * num_given, *result.logprobs[num_given:]],
                 "perplexity": result.perplexity if num_scored else None,
             }
         )
         return
-    if is_given:
-        t.print_line(f"{result.token_ids[0]:>8} {'-':>10}")
-    for token_id, logprob in zip(result.token_ids[is_given:], result.logprobs[is_given:], strict=True):
+    for token_id in result.token_ids[:num_given]:
+        t.print_line(f"{token_id:>8} {'-':>10}")
+    for token_id, logprob in zip(result.token_ids[num_given:], result.logprobs[num_given:], strict=True):
         t.print_line(f"{token_id:>8} {logprob:>10.4f}")
     perplexity = f"{result.perplexity:.4f}" if num_scored else "-"
     note = ""
-    if is_given:
-        note = f" (the first {'is given' if target_text or target_ids else 'has nothing before it'})"
+    if num_given:  # nothing is before it, or it is the code of a language
+        note = f" (the first {'is given' if has_target else 'has nothing before it'})"
     tokens = "1 token" if num_scored == 1 else f"{num_scored} tokens"
     t.print_line(f"perplexity {perplexity} over {tokens}{note}")

@@ -1,4 +1,4 @@
-"""The options with which every command reaches a gateway, and how results are written as JSON.
+"""The options with which every command reaches a gateway, those that several share, and how results become JSON.
 
 Owns the flags' names and defaults, which are also read from the environment.
 """
@@ -34,6 +34,14 @@ TimeoutS = Annotated[
     float | None, typer.Option("--timeout-s", min=0.001, help="Limit for the whole call, retries included.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+NumBeams = Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")]
+LengthPenalty = Annotated[
+    float | None, typer.Option("--length-penalty", help="Of beam search: length to this power divides a score.")
+]
+EarlyStopping = Annotated[str, typer.Option("--early-stopping", help='Of beam search: "true", "false" or "never".')]
+NoRepeatNgramSize = Annotated[
+    int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
+]
 PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="Token ids instead of text, such as 1,2,3.")]
 
 

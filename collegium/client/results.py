@@ -135,6 +135,7 @@ class Score:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     perplexity: float
+    num_given: int  # of the first tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +267,12 @@ def read_translated(response: pb.TranslateResponse, index: int, source: str) -> 
 
 def read_score(response: pb.ScoreResponse) -> Score:
     """Read a score."""
-    return Score(token_ids=tuple(response.token_ids), logprobs=tuple(response.logprobs), perplexity=response.perplexity)
+    return Score(
+        token_ids=tuple(response.token_ids),
+        logprobs=tuple(response.logprobs),
+        perplexity=response.perplexity,
+        num_given=response.num_given,
+    )
 
 
 def read_model(model: pb.Model) -> Model:

@@ -307,14 +307,16 @@ class ScoreRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., text: _Optional[bytes] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., target_text: _Optional[bytes] = ..., target_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., source_language: _Optional[str] = ..., target_language: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("token_ids", "logprobs", "perplexity")
+    __slots__ = ("token_ids", "logprobs", "perplexity", "num_given")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_GIVEN_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     perplexity: float
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., perplexity: _Optional[float] = ...) -> None: ...
+    num_given: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., perplexity: _Optional[float] = ..., num_given: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "architecture", "vocab_size", "max_model_len", "has_tokenizer", "has_chat_template", "eos_ids", "num_moe_layers", "num_experts", "top_k", "dtype", "digest", "parts", "is_encoder_decoder", "languages", "decoder_start_id", "forced_id")
