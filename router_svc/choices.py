@@ -27,13 +27,16 @@ class LayerChoices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepChoices:
-    """What one step chose: rows of decoding sequences first, then those of prompts."""
+    """What one step chose: rows of decoding sequences first, then those of prompts. Or what rows of sources chose in
+    the layers of an encoder.
+    """
 
     step: int
     sequences: list[int]  # [T] numbers
     positions: list[int]  # [T] in their sequences
     num_decode_rows: int
     layers: list[LayerChoices]
+    is_of_sources: bool = False
 
     @property
     def num_choices(self) -> int:

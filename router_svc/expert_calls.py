@@ -259,10 +259,10 @@ class ExpertCalls:
         self._part, self._part_idx = self._parts[idx], idx
 
     @contextlib.contextmanager
-    def sources(self) -> Generator[None]:
-        """Let rows of sources come first: none of them decodes, nothing is foretold of them, and nobody listens."""
+    def sources(self, heard_by: OnLayer | None) -> Generator[None]:
+        """Let rows of sources come first: none of them decodes, nothing is foretold of them, others listen."""
         part, on_layer = self._part, self.on_layer
-        self._part, self.on_layer = _Part(num_decode_rows=0, hinting=None), None
+        self._part, self.on_layer = _Part(num_decode_rows=0, hinting=None), heard_by
         try:
             yield
         finally:

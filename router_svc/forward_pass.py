@@ -18,6 +18,7 @@ from router_svc.expert_calls import ExpertCalls, OnLayer
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.micro_batches import MicroBatching
 from router_svc.paged_attention import PagedCache, SourceRun, StepIndex
+from router_svc.recorder import Hearing
 from router_svc.router_model import RouterModel
 from router_svc.sequence import Sequence
 from router_svc.sequence_life import SequenceLife
@@ -56,18 +57,19 @@ class ForwardPass:
         else:
             model.set_expert_call(unsafe_routing.played(calls.compute))
 
-    def compute(self, step: Step, num_step: int, on_layer: OnLayer | None) -> StepLogits:
-        """Compute a step's logits; on_layer: told of each layer's choices, None if nobody listens."""
+    def compute(self, step: Step, num_step: int, hearing: Hearing | None) -> StepLogits:
+        """Compute a step's logits; hearing: told of each layer's choices, None if nobody listens."""
         keep, spans = step.kept_rows()
-        self._calls.on_layer = on_layer
+        self._calls.on_layer = None if hearing is None else hearing.of_rows
         num_parts = 1
         # What listens to routing or plays it takes steps whole.
-        if on_layer is None and self._unsafe_routing is None and not step.num_source_rows:
+        if hearing is None and self._unsafe_routing is None and not step.num_source_rows:
             num_parts = self._micro_batching.choose(step.num_rows, has_prompts=bool(step.chunks))
         began_s, blocked_s = time.monotonic(), self._calls.totals.blocked_s
         span = self._trace(step, num_step)
         try:
-            logits = self.run(step, step.split(num_parts) if num_parts > 1 else [step], keep, num_step)
+            parts = step.split(num_parts) if num_parts > 1 else [step]
+            logits = self.run(step, parts, keep, num_step, None if hearing is None else hearing.of_sources)
         except Exception as error:
             if span is not None:
                 span.set_status(StatusCode.ERROR, type(error).__name__)
@@ -102,7 +104,9 @@ class ForwardPass:
         if not (row.sequence.has_ended or (row.num_rows == 1 and row.reaches_end)):
             self._cache.check(row)
 
-    def run(self, step: Step, parts: Seq[Step], keep: list[int], num_step: int) -> Tensor:
+    def run(
+        self, step: Step, parts: Seq[Step], keep: list[int], num_step: int, on_source_layer: OnLayer | None = None
+    ) -> Tensor:
         """Compute a step in parts: logits of its rows in `keep`, of its first row where that is empty."""
         if self._unsafe_routing is not None:
             self._unsafe_routing.begin([(row.sequence.request_id, row.begin, row.end) for row in step.rows])
@@ -116,7 +120,7 @@ class ForwardPass:
             return self._model.forward(input_ids, indexes[idx].positions, self._cache, rows)
 
         if step.num_source_rows:
-            with self._calls.sources():
+            with self._calls.sources(on_source_layer):
                 self._model.encode(_sources(step), self._cache, self._most_rows)
         if len(parts) == 1:
             self._cache.begin(indexes[0])

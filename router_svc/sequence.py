@@ -74,6 +74,7 @@ class Sequence:
     number: int = 0  # among all that this router was given, in order
     arrival: int = 0  # among all that its scheduler was given, in order
     num_recorded: int = 0  # positions whose choices of experts were recorded, so that a preempted one repeats none
+    is_source_recorded: bool = False  # likewise
     num_scored: int = 0  # log-probabilities of a score that were reported, so that a preempted one repeats none
     stalled_since_s: float | None = None  # since when its steps find no worker
     life: SequenceLife | None = None  # what is told of it when it ends

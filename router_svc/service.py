@@ -201,7 +201,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 num_choices -= choices.num_choices
                 for message in trace_messages(choices):
                     yield message
-                num_tokens += len(choices.sequences)
+                num_tokens += 0 if choices.is_of_sources else len(choices.sequences)
         finally:
             self._listeners.remove(listen)
             self._traces.discard(steps)

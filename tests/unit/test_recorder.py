@@ -31,12 +31,12 @@ def step_of(decodes: list[tuple[Sequence, int]], chunks: list[tuple[Sequence, in
 
 def visit(recorder: Recorder, step: Step, *, layers: int = 2) -> None:
     """Compute a step: row r chooses experts 2r and 2r + 1, the second with the greater weight."""
-    on_layer = recorder.begin(step)
-    assert on_layer is not None
+    hearing = recorder.begin(step)
+    assert hearing is not None
     ids = np.arange(2 * step.num_rows).reshape(-1, 2)
     weights = np.tile(np.array([0.25, 0.75], dtype=np.float32), (step.num_rows, 1))
     for layer in range(layers):
-        on_layer(layer, ids, weights, np.array([layer], dtype=np.uint16))
+        hearing.of_rows(layer, ids, weights, np.array([layer], dtype=np.uint16))
 
 
 def listening() -> tuple[Recorder, list[StepChoices]]:
@@ -101,3 +101,28 @@ def test_without_a_listener_nothing_is_asked_for_and_one_that_comes_late_hears_w
     assert recorder.begin(step) is None
     recorder.commit(step, 3)
     assert [choices.step for choices in told] == [2]
+
+
+def test_sources_are_told_once_whole_before_the_rows_of_their_step() -> None:
+    recorder, told = listening()
+    first, second = grown(1), grown(2)
+    first.source_ids, second.source_ids = [5, 6, 7], [8, 9]
+    rows = tuple(Row(sequence=one, begin=0, num_rows=1, encodes=True) for one in (first, second))
+    for step in (Step(decodes=(), chunks=rows[:1]), Step(decodes=(), chunks=rows)):  # the first is preempted in between
+        hearing = recorder.begin(step)
+        assert hearing is not None
+        num_rows = step.num_source_rows
+        ids = np.arange(2 * num_rows).reshape(-1, 2)
+        weights = np.tile(np.array([0.25, 0.75], dtype=np.float32), (num_rows, 1))
+        for layer in (0, 1):
+            for part in (slice(0, 2), slice(2, None)):  # more rows than one call takes
+                hearing.of_sources(layer, ids[part], weights[part], np.array([layer, part.start], dtype=np.uint16))
+        hearing.of_rows(2, ids[: step.num_rows], weights[: step.num_rows], np.array([], dtype=np.uint16))
+        recorder.commit(step, 1)
+    sources = [one for one in told if one.is_of_sources]
+    assert [(one.sequences, one.positions) for one in sources] == [([1, 1, 1], [0, 1, 2]), ([2, 2], [0, 1])]
+    assert [layer.layer for layer in sources[1].layers] == [0, 1]
+    assert sources[1].layers[0].ids.tolist() == [[7, 6], [9, 8]]
+    assert sources[0].layers[1].missed.tolist() == [0, 1, 2]
+    assert [one.is_of_sources for one in told] == [True, False, True, False]
+    assert [one.sequences for one in told if not one.is_of_sources] == [[1], [2]]
