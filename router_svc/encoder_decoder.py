@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -41,7 +41,6 @@ from router_svc.paged_attention import PagedCache, SourceRun
 from router_svc.remote_experts import RemoteExperts, StepCall
 
 _MOST_STEPS = 32
-_QUERY_ROWS = 256  # of a source that look at all of it at once
 _FARTHEST = 1 << 16  # distances that a table holds; there is one bucket long before
 
 
@@ -130,7 +129,7 @@ class EncoderDecoderModel(nn.Module):
         num_threads = torch.get_num_threads()
         ids = torch.tensor([token for one in sources for token in one.token_ids])
         at = torch.tensor([place for one in sources for place in range(len(one.token_ids))])
-        lengths = [len(one.token_ids) for one in sources]
+        lengths = np.array([len(one.token_ids) for one in sources], np.int64)
         work = Workspace([layer.block for layer in self._encoder.layers], len(ids))
         work.h.copy_(self._embed(self._encoder.embedding, ids, at))
         width = self.config.encoder.num_heads * self.config.head_width
@@ -140,42 +139,13 @@ class EncoderDecoderModel(nn.Module):
             block = layer.block
             block.bind(keys, values)
             block.project(work, no_rotation, no_rotation, slots, num_threads)
-            self._look_around(work, keys, values, lengths, block.scaling)
+            block.attend_around(work, lengths, self._encoder.by_distance, num_threads)
             self._finish(layer, work, most_rows, num_threads)
         encoded = self._encoder.final_norm.apply(work.h).to(self.dtype)
         slots = torch.tensor([slot for one in sources for slot in one.slots])
         for idx, layer in enumerate(self._decoder.layers):
             for pool, rows in zip(cache.pools(idx), layer.block.keys_and_values(encoded), strict=True):
                 pool.index_copy_(0, slots, rows)
-
-    def _look_around(
-        self, work: Workspace, keys: Tensor, values: Tensor, lengths: Sequence[int], scaling: float
-    ) -> None:
-        """Set work.attended: each row looks at all rows of its own source."""
-        heads = self.config.encoder.num_heads
-        begin = 0
-        for length in lengths:
-            end = begin + length
-            key, value = (
-                one[begin:end].to(self.dtype).view(1, length, heads, -1).transpose(1, 2) for one in (keys, values)
-            )
-            for first in range(0, length, _QUERY_ROWS):  # or a long source would take memory by its length's square
-                last = min(first + _QUERY_ROWS, length)
-                span = slice(begin + first, begin + last)
-                query = work.q[span].to(self.dtype).view(1, last - first, heads, -1).transpose(1, 2)
-                bias = self._bias(first, last, length)
-                out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-                work.attended[span] = out[0].transpose(0, 1).reshape(last - first, -1)
-            begin = end
-
-    def _bias(self, first: int, last: int, length: int) -> Tensor | None:
-        """What is added to the scores of rows `first` to `last` of a source: [1, H, last - first, length]."""
-        table = self._encoder.by_distance
-        if table is None:
-            return None
-        far = table.shape[1] // 2
-        distance = torch.arange(length)[None] - torch.arange(first, last)[:, None]
-        return table[:, distance.clamp(-far, far) + far][None].to(self.dtype)
 
     def _finish(self, layer: _Layer, work: Workspace, most_rows: int, num_threads: int) -> None:
         """Add a layer's attention, and its experts or its dense part."""

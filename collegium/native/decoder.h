@@ -211,6 +211,53 @@ void collegium_attend_source(const struct layer *l, const float *q, const int64_
     run_attend(&source, q, blocks, first_block, lengths, B, out, num_threads);
 }
 
+#define AROUND_TASK_ROWS 256 /* of one head; each task turns its source's keys anew */
+
+static void look_around_task(const void *at, int64_t task)
+{
+    const struct around *job = at;
+    const struct attention *a = job->attention;
+    int64_t source = 0, blocks;
+    for (;; source++) {
+        blocks = (job->lengths[source] + AROUND_TASK_ROWS - 1) / AROUND_TASK_ROWS;
+        if (task < blocks * a->H)
+            break;
+        task -= blocks * a->H;
+    }
+    int64_t n = job->lengths[source], first = task % blocks * AROUND_TASK_ROWS;
+    int64_t padded = (n + MOST_LANES - 1) / MOST_LANES * MOST_LANES, stride = (a->W + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+    float *scratch = malloc((a->W * padded + n * stride + MOST_AROUND * (padded + stride)) * sizeof *scratch);
+    if (!scratch) {
+        atomic_store(job->has_failed, 1);
+        return;
+    }
+    isa->look_around(job, source, task / blocks, first, n - first < AROUND_TASK_ROWS ? n : first + AROUND_TASK_ROWS, scratch);
+    free(scratch);
+}
+
+/* out [S, H * W]: rows of sources that lie one after another, lengths [N] of S in all, of at least 1 each, look at all of their own
+ * source: q [S, H * W], keys and values [S, H * W] where the layer's pools are. by_distance [H, 2 * farthest + 1], or NULL. What a
+ * row comes to doesn't depend on the other sources. 0, or -1: there is no memory. */
+int collegium_attend_around(const struct layer *l, const float *q, const int64_t *lengths, int64_t N, const float *by_distance,
+                            int64_t farthest, float *out, int num_threads)
+{
+    const struct attention *a = &l->attention;
+    int64_t num_tasks = 0, work = 0, at = 0, *begins = malloc(N * sizeof *begins);
+    _Atomic int has_failed = 0;
+    if (!begins)
+        return -1;
+    for (int64_t n = 0; n < N; n++) {
+        begins[n] = at;
+        at += lengths[n];
+        num_tasks += (lengths[n] + AROUND_TASK_ROWS - 1) / AROUND_TASK_ROWS * a->H;
+        work += lengths[n] * lengths[n] * a->H * a->W;
+    }
+    struct around job = {a, q, begins, lengths, by_distance, farthest, N, out, &has_failed};
+    run_all(num_tasks, look_around_task, &job, work < 1 << 16 ? 1 : num_threads, 0);
+    free(begins);
+    return has_failed ? -1 : 0;
+}
+
 static void pack_positions_task(const void *at, int64_t task)
 {
     const struct prompt *job = at;

@@ -53,6 +53,20 @@ struct attend {
     int64_t longest;
 };
 
+#define MOST_AROUND 8 /* rows at once, of one head */
+#define MOST_LANES 16
+
+/* Rows of sources that lie one after another, each of which looks at all of its own. */
+struct around {
+    const struct attention *attention; /* keys, values [S, H * W], not in blocks */
+    const float *q;                    /* [S, H * W] */
+    const int64_t *begins, *lengths;   /* of each source */
+    const float *by_distance;          /* [H, 2 * farthest + 1] added to scores, from as far behind to as far ahead; NULL: nothing */
+    int64_t farthest, num_sources;
+    float *out; /* [S, H * W] */
+    _Atomic int *has_failed;
+};
+
 /* Into how many parts the heads of a row are divided: those of a part look at the same keys. */
 static inline int64_t looking_parts(const struct attention *a)
 {
@@ -93,6 +107,7 @@ struct isa {
     void (*attend)(const struct attend *, int64_t, int64_t, float *);
     void (*pack_positions)(const struct prompt *, int64_t, int64_t);
     void (*attend_positions)(const struct prompt *, int64_t, int64_t, int64_t); /* NULL: attention over prompts is not ours */
+    void (*look_around)(const struct around *, int64_t, int64_t, int64_t, int64_t, float *);
     double (*peak)(int64_t);
 };
 
@@ -142,7 +157,7 @@ static inline uint16_t to_bf16(float value) /* to the nearest, ties to even; NaN
 #include "amx.h"
 static const struct isa isa_amx = {32,            TILE_K,        linear_amx,    gate_up_amx,   down_amx,       pack_amx,        norm_avx512,
                                    centre_avx512, rotate_avx512, narrow_amx, attend_avx512, pack_positions, attend_positions,
-                                   peak_amx};
+                                   look_around_avx512, peak_amx};
 #endif
 
 static const struct isa *isa = &isa_generic;
@@ -150,7 +165,7 @@ static const struct isa *isa = &isa_generic;
 /* Changes with every change of a function's arguments or of a struct: who calls compares it with its own number. */
 int collegium_abi(void)
 {
-    return 19;
+    return 20;
 }
 
 #if defined(__x86_64__)

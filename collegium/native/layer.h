@@ -96,6 +96,8 @@ void collegium_query_source(const struct layer *layer, const float *attended, fl
                             int num_threads);
 void collegium_attend_source(const struct layer *layer, const float *q, const int64_t *blocks, const int64_t *first_block,
                              const int64_t *lengths, int64_t B, float *out, int num_threads);
+int collegium_attend_around(const struct layer *layer, const float *q, const int64_t *lengths, int64_t N,
+                            const float *by_distance, int64_t farthest, float *out, int num_threads);
 void collegium_output(const struct layer *layer, const float *attended, float *h, int64_t T, void *x, int64_t *ids,
                       float *weights, float *scratch, int num_threads);
 int collegium_mlp(const struct layer *layer, const void *x, int64_t T, float *h, int num_threads);

@@ -535,6 +535,132 @@ TARGET static void NAME(attend)(const struct attend *job, int64_t row, int64_t p
         NAME(look)(job, 0, row, part, scratch);
 }
 
+#define AROUND (LANES == 16 ? 8 : 4) /* rows at once, of MOST_AROUND */
+
+/* AROUND rows of a source, of one head, look at all of it. q: where each row's W numbers are; keys [W, padded] turned, scores
+ * [AROUND, padded] */
+TARGET static inline __attribute__((always_inline)) void NAME(score_around)(
+    const int num, const float *const *q, const float *keys, int64_t W, int64_t padded, float scaling, float *scores)
+{
+    VF sums[AROUND][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < AROUND; r++)
+        for (int i = 0; i < num; i++)
+            sums[r][i] = (VF){0};
+    for (int64_t w = 0; w < W; w++) {
+        VF key[2];
+        for (int i = 0; i < num; i++)
+            key[i] = *(const VF *)(keys + w * padded + i * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < AROUND; r++) {
+            VF mine = q[r][w] - (VF){0};
+            for (int i = 0; i < num; i++)
+                sums[r][i] += mine * key[i];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < AROUND; r++)
+        for (int i = 0; i < num; i++)
+            *(VF *)(scores + r * padded + i * LANES) = sums[r][i] * scaling;
+}
+
+/* out [AROUND, stride], `num` vectors = sum over p of scores[r][p] * values[p] */
+TARGET static inline __attribute__((always_inline)) void NAME(mix_around)(
+    const int num, const float *scores, const float *values, int64_t n, int64_t padded, int64_t stride, float *out)
+{
+    VF sums[AROUND][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < AROUND; r++)
+        for (int i = 0; i < num; i++)
+            sums[r][i] = (VF){0};
+    for (int64_t p = 0; p < n; p++) {
+        VF value[2];
+        for (int i = 0; i < num; i++)
+            value[i] = *(const VF *)(values + p * stride + i * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < AROUND; r++) {
+            VF weight = scores[r * padded + p] - (VF){0};
+            for (int i = 0; i < num; i++)
+                sums[r][i] += weight * value[i];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < AROUND; r++)
+        for (int i = 0; i < num; i++)
+            *(VF *)(out + r * stride + i * LANES) = sums[r][i];
+}
+
+/* scores [padded] of n positions become weights; what they are to be divided by is returned. */
+TARGET static float NAME(soften_around)(float *scores, int64_t n, int64_t padded)
+{
+    for (int64_t p = n; p < padded; p++)
+        scores[p] = -INFINITY;
+    VF most = *(VF *)scores, total = {0};
+    for (int64_t p = LANES; p < padded; p += LANES) {
+        VF v = *(VF *)(scores + p);
+        VI more = v > most;
+        most = (VF)(((VI)v & more) | ((VI)most & ~more));
+    }
+    float highest = most[0];
+    for (int i = 1; i < LANES; i++)
+        highest = most[i] > highest ? most[i] : highest;
+    for (int64_t p = 0; p < padded; p += LANES) {
+        VF v = NAME(exp)(*(VF *)(scores + p) - highest);
+        *(VF *)(scores + p) = v;
+    }
+    for (int64_t p = n; p < padded; p++)
+        scores[p] = 0;
+    for (int64_t p = 0; p < padded; p += LANES)
+        total += *(VF *)(scores + p);
+    return NAME(total)(total);
+}
+
+/* Rows `first` to `last` of a source, of one head, look at all of it. scratch: around_floats. What a row comes to depends on its
+ * source alone. */
+TARGET static void NAME(look_around)(const struct around *job, int64_t source, int64_t head, int64_t first, int64_t last,
+                                     float *scratch)
+{
+    const struct attention *a = job->attention;
+    int64_t H = a->H, W = a->W, n = job->lengths[source], begin = job->begins[source];
+    int64_t padded = (n + MOST_LANES - 1) / MOST_LANES * MOST_LANES, stride = (W + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+    float *keys = scratch, *values = keys + W * padded, *scores = values + n * stride, *out = scores + AROUND * padded;
+    memset(scratch, 0, (W * padded + n * stride) * sizeof(float));
+    for (int64_t p = 0; p < n; p++)
+        for (int64_t w = 0, at = ((begin + p) * H + head) * W; w < W; w++) {
+            keys[w * padded + p] = NAME(one)(a->keys, at + w, a->is_bf16);
+            values[p * stride + w] = NAME(one)(a->values, at + w, a->is_bf16);
+        }
+    const float *bias = job->by_distance ? job->by_distance + head * (2 * job->farthest + 1) + job->farthest : NULL;
+    for (int64_t row = first; row < last; row += AROUND) {
+        const float *q[AROUND];
+        int64_t num = last - row < AROUND ? last - row : AROUND;
+        for (int64_t r = 0; r < AROUND; r++) /* those that are missing are the first one again */
+            q[r] = job->q + ((begin + row + (r < num ? r : 0)) * H + head) * W;
+        int64_t p = 0;
+        for (; p + 2 * LANES <= padded; p += 2 * LANES)
+            NAME(score_around)(2, q, keys + p, W, padded, a->scaling, scores + p);
+        for (; p < padded; p += LANES)
+            NAME(score_around)(1, q, keys + p, W, padded, a->scaling, scores + p);
+        float divisors[AROUND];
+        for (int64_t r = 0; r < AROUND; r++) {
+            if (bias)
+                for (int64_t at = 0; at < n; at++) {
+                    int64_t distance = at - row - r, far = job->farthest;
+                    scores[r * padded + at] += bias[distance < -far ? -far : distance > far ? far : distance];
+                }
+            divisors[r] = NAME(soften_around)(scores + r * padded, n, padded);
+        }
+        int64_t w = 0;
+        for (; w + 2 * LANES <= stride; w += 2 * LANES)
+            NAME(mix_around)(2, scores, values + w, n, padded, stride, out + w);
+        for (; w < stride; w += LANES)
+            NAME(mix_around)(1, scores, values + w, n, padded, stride, out + w);
+        for (int64_t r = 0; r < num; r++)
+            for (int64_t i = 0, at = ((begin + row + r) * H + head) * W; i < W; i++)
+                job->out[at + i] = out[r * stride + i] / divisors[r];
+    }
+}
+
 /* Multiply-adds without memory: returns how many floating-point operations were done. */
 TARGET static double NAME(peak)(int64_t rounds)
 {
@@ -553,7 +679,7 @@ TARGET static double NAME(peak)(int64_t rounds)
 
 static const struct isa NAME(isa) = {WIDTH,        1,            NAME(linear), NAME(gate_up), NAME(down), NAME(pack), NAME(norm),
                                      NAME(centre), NAME(rotate), NAME(narrow), NAME(attend),  NULL,       NULL,
-                                     NAME(peak)};
+                                     NAME(look_around), NAME(peak)};
 
 #undef CAT_
 #undef CAT
@@ -564,6 +690,7 @@ static const struct isa NAME(isa) = {WIDTH,        1,            NAME(linear), N
 #undef VU
 #undef CASE
 #undef LANES
+#undef AROUND
 #undef ROWS
 #undef SUFFIX
 #undef TARGET

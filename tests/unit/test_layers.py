@@ -199,6 +199,43 @@ def tables_of(lengths: list[int]) -> tuple[DecodeTables, list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 12, 32, 80])
+@pytest.mark.parametrize("farthest", [None, 1, 40])
+def test_a_sources_rows_share_no_company_and_look_around_as_in_torch(
+    width: int, farthest: int | None, dtype: torch.dtype
+) -> None:
+    heads, lengths = 3, [1, 5, 16, 17, 70, 300]
+    if width != 32:  # so long ones take a while
+        lengths = lengths[:-1]
+    block = layer(plain(heads, heads, width, dtype=dtype))
+    num_rows = sum(lengths)
+    work = Workspace([block], num_rows)
+    work.q.copy_(rows(num_rows, heads * width, seed=3) * 2)
+    keys, values = (rows(num_rows, heads * width, seed=seed, dtype=dtype) for seed in (4, 5))
+    block.bind(keys, values)
+    table = None if farthest is None else rows(heads, 2 * farthest + 1, seed=6)
+    block.attend_around(work, np.array(lengths, np.int64), table, 2)
+    begin = 0
+    for length in lengths:
+        span = slice(begin, begin + length)
+        query, key, value = (
+            one[span].double().view(length, heads, width).transpose(0, 1) for one in (work.q, keys, values)
+        )
+        scores = query @ key.transpose(1, 2) * width**-0.5
+        if table is not None and farthest is not None:
+            ahead = torch.arange(length)[None] - torch.arange(length)[:, None]
+            scores += table[:, ahead.clamp(-farthest, farthest) + farthest]
+        expected = (scores.softmax(-1) @ value).transpose(0, 1).reshape(length, -1)
+        torch.testing.assert_close(work.attended[span].double(), expected, rtol=2e-5, atol=2e-5)
+        alone = Workspace([block], length)
+        alone.q.copy_(work.q[span])
+        block.bind(keys[span], values[span])
+        block.attend_around(alone, np.array([length], np.int64), table, 1)
+        assert torch.equal(alone.attended, work.attended[span])  # to the last bit, whatever the company and the threads
+        begin += length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("latent", "rotated", "plain_width", "value_width"),
     [(32, 16, 32, 16), (8, 8, 16, 32), (40, 4, 10, 16), (24, 6, 2, 9)],

@@ -447,6 +447,27 @@ class LayerBlock:
             num_threads,
         )
 
+    def attend_around(
+        self, work: Workspace, lengths: NDArray[np.int64], by_distance: Tensor | None, num_threads: int
+    ) -> None:
+        """Set work.attended of the rows of sources that lie one after another, each of which looks at all of its own.
+
+        lengths [N], at least 1 each; the layer is bound to their keys and values [S, H * W], S rows in all.
+        by_distance: float32 [H, 2 * farthest + 1], added to scores by how far ahead a position is, or None. A row
+        doesn't depend on the other sources. Raises MemoryError.
+        """
+        if self._lib.collegium_attend_around(
+            self._at,
+            work.q.data_ptr(),
+            lengths.ctypes.data,
+            len(lengths),
+            None if by_distance is None else by_distance.data_ptr(),
+            0 if by_distance is None else by_distance.shape[1] // 2,
+            work.attended.data_ptr(),
+            num_threads,
+        ):
+            raise MemoryError(f"no memory for the attention of {len(lengths)} sources")
+
     def attend_prompt(self, work: Workspace, first: int, num_rows: int, slots: Tensor, num_threads: int) -> bool:
         """Set work.attended of a prompt's rows from `first` on, the last ones of its positions, which lie in slots [L].
 
@@ -544,6 +565,7 @@ def _declare_once(library: native.Library) -> None:
     native.declare(library.raw, "collegium_attend_source", None, [*[pointer] * 5, size, pointer, c_int])
     native.declare(library.raw, "collegium_output", None, [*[pointer] * 3, size, *[pointer] * 4, c_int])
     native.declare(library.raw, "collegium_mlp", c_int, [pointer, pointer, size, pointer, c_int])
+    native.declare(library.raw, "collegium_attend_around", c_int, [*[pointer] * 3, size, pointer, size, pointer, c_int])
     native.declare(
         library.raw, "collegium_attend_prompt", c_int, [pointer, pointer, pointer, size, size, pointer, c_int]
     )
