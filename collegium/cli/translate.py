@@ -27,17 +27,16 @@ def translate(
     source: Annotated[str, typer.Option("--from", help="Language of the lines; empty: the model's own.")] = "",
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
     n: Annotated[int, typer.Option("--n", "-n", help="Translations of each line, a line each.")] = 1,
-    num_beams: Annotated[int, typer.Option("--num-beams", help="Above 1: beam search.")] = 1,
-    length_penalty: Annotated[
-        float | None, typer.Option("--length-penalty", help="Of beam search: length to this power divides a score.")
+    num_beams: t.NumBeams = 1,
+    length_penalty: t.LengthPenalty = None,
+    early_stopping: t.EarlyStopping = "false",
+    no_repeat_ngram_size: t.NoRepeatNgramSize = 0,
+    split: Annotated[
+        bool, typer.Option("--split", help='Translate each line sentence by sentence; needs the extra "sentences".')
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Most tokens of a translation; with --split, of a sentence.")
     ] = None,
-    early_stopping: Annotated[
-        str, typer.Option("--early-stopping", help='Of beam search: "true", "false" or "never".')
-    ] = "false",
-    no_repeat_ngram_size: Annotated[
-        int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
-    ] = 0,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Most tokens of a translation.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0: greedy, the default.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Keep tokens up to this probability.")] = None,
@@ -68,7 +67,7 @@ def translate(
     progress, num_failed = _Progress(), 0
     with t.open_client(target, api_key, tls, tls_ca, timeout_s) as client:
         options["logprobs"] = json
-        for one in client.translate_all(_lines(sys.stdin.buffer), to=to, source=source, **options):
+        for one in client.translate_all(_lines(sys.stdin.buffer), to=to, source=source, split=split, **options):
             if json:
                 t.print_json(_as_json(one))
             else:

@@ -22,6 +22,7 @@ from collegium.client.connection import Connection, Reach
 from collegium.client.generate_call import CallView, GenerateCall
 from collegium.client.loops import ChannelsByLoop, running_loop
 from collegium.client.options import GenerateOptions, ScoreOptions, generate_request, score_request, uint
+from collegium.client.passages import Passages
 from collegium.client.results import (
     Chunk,
     Cluster,
@@ -100,13 +101,15 @@ class AsyncClient:
         *,
         to: str = "",
         source: str = "",
+        split: bool = False,
         timeout_s: float | None = None,
         **options: Unpack[TranslateOptions],
     ) -> Translated:
         """Translate one text; see TranslateOptions. to, source: codes of languages, such as "fra_Latn"; empty: as the
-        model's files say. Raises what the text failed by.
+        model's files say. split: as translate_all has it. Raises what the text failed by.
         """
-        found = [one async for one in self.translate_all([text], to=to, source=source, timeout_s=timeout_s, **options)]
+        each = self.translate_all([text], to=to, source=source, split=split, timeout_s=timeout_s, **options)
+        found = [one async for one in each]
         if found[0].error is not None:
             raise found[0].error
         return found[0]
@@ -117,14 +120,20 @@ class AsyncClient:
         *,
         to: str = "",
         source: str = "",
+        split: bool = False,
         timeout_s: float | None = None,
         **options: Unpack[TranslateOptions],
     ) -> AsyncIterator[Translated]:
         """Translate texts, several at a time; give each in its turn. One that fails has its error, and others go on.
 
-        The texts are taken as they are needed.
+        split: translate each text sentence by sentence, and keep what lies between them; needs the extra "sentences",
+        and fails a text whose sentences do not all succeed. The texts are taken as they are needed.
         """
-        return _translations(self._reach, TranslateCall(translate_options(to, source, options)), texts, timeout_s)
+        call = TranslateCall(translate_options(to, source, options))
+        if not split:
+            return _translations(self._reach, call, texts, timeout_s)
+        passages = Passages(source, options.get("n", 1))
+        return _whole(_translations(self._reach, call, passages.cut_each(texts), timeout_s), passages)
 
     async def score(self, prompt: str | None = None, **options: Unpack[ScoreOptions]) -> Score:
         """Give the log-probability of every token of a text, or of an answer to it, and the perplexity."""
@@ -377,6 +386,15 @@ async def _translations(
         texts.close()
     if texts.error is not None:
         raise texts.error
+
+
+async def _whole(each: AsyncGenerator[Translated, None], passages: Passages) -> AsyncGenerator[Translated, None]:
+    """Put the sentences of texts together again."""
+    async with contextlib.aclosing(each):
+        async for one in each:
+            whole = passages.join(one)
+            if whole is not None:
+                yield whole
 
 
 async def _feed(

@@ -21,6 +21,7 @@ from opentelemetry.trace import Span
 from collegium.client.connection import Connection, Reach
 from collegium.client.generate_call import CallView, GenerateCall
 from collegium.client.options import GenerateOptions, ScoreOptions, generate_request, score_request, uint
+from collegium.client.passages import Passages
 from collegium.client.results import (
     Chunk,
     Cluster,
@@ -99,13 +100,14 @@ class Client:
         *,
         to: str = "",
         source: str = "",
+        split: bool = False,
         timeout_s: float | None = None,
         **options: Unpack[TranslateOptions],
     ) -> Translated:
         """Translate one text; see TranslateOptions. to, source: codes of languages, such as "fra_Latn"; empty: as the
-        model's files say. Raises what the text failed by.
+        model's files say. split: as translate_all has it. Raises what the text failed by.
         """
-        (found,) = self.translate_all([text], to=to, source=source, timeout_s=timeout_s, **options)
+        (found,) = self.translate_all([text], to=to, source=source, split=split, timeout_s=timeout_s, **options)
         if found.error is not None:
             raise found.error
         return found
@@ -116,14 +118,21 @@ class Client:
         *,
         to: str = "",
         source: str = "",
+        split: bool = False,
         timeout_s: float | None = None,
         **options: Unpack[TranslateOptions],
     ) -> Iterator[Translated]:
         """Translate texts, several at a time; give each in its turn. One that fails has its error, and others go on.
 
-        The texts are taken as they are needed, in another thread.
+        split: translate each text sentence by sentence, and keep what lies between them; needs the extra "sentences",
+        and fails a text whose sentences do not all succeed. The texts are taken as they are needed, in another thread.
         """
-        return _translations(self._reach, TranslateCall(translate_options(to, source, options)), texts, timeout_s)
+        call = TranslateCall(translate_options(to, source, options))
+        if not split:
+            return _translations(self._reach, call, texts, timeout_s)
+        passages = Passages(source, options.get("n", 1))
+        found = _translations(self._reach, call, passages.cut_all(texts), timeout_s)
+        return (whole for one in found if (whole := passages.join(one)) is not None)
 
     def score(self, prompt: str | None = None, **options: Unpack[ScoreOptions]) -> Score:
         """Give the log-probability of every token of a text, or of an answer to it, and the perplexity."""

@@ -166,3 +166,25 @@ def test_the_command_keeps_lines_and_tells_of_those_that_fail(cluster: Cluster) 
     assert f"line {len(TEXTS) + 1}: INVALID_ARGUMENT: text: the bytes are not UTF-8" in told
     assert f"{len(TEXTS) + 2} lines" in told
     assert "1 failed" in told
+
+
+def test_the_command_scores_an_answer_to_a_source(cluster: Cluster) -> None:
+    said = FOUND[0]
+    command = [sys.executable, "-m", "collegium", "score", "--target", cluster.targets[0], "--prompt", said["text"]]
+    command += ["--target-text", said["said"], "--source-language", "eng_Latn", "--target-language", "fra_Latn"]
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    assert (found["token_ids"], found["text"]) == (said["token_ids"], said["said"])
+    assert found["logprobs"][0] is None and all(one <= 0 for one in found["logprobs"][1:])
+    lines = subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()
+    assert lines[0].split() == [str(said["token_ids"][0]), "-"]
+    assert lines[-1].endswith(f"over {len(said['token_ids']) - 1} tokens (the first is given)")
+
+
+def test_texts_of_several_sentences_are_translated_sentence_by_sentence(cluster: Cluster) -> None:
+    texts = [f"{TEXTS[2]} {TEXTS[3]}\n{TEXTS[5]}", "", f"{TEXTS[2]} " + "word " * 700 + ".", TEXTS[5]]
+    first, second, third = (REFERENCES["fra_Latn"][at] for at in (2, 3, 5))
+    with Client(cluster.targets, timeout_s=LIMIT_S) as client:
+        found = list(client.translate_all(texts, to="fra_Latn", source="eng_Latn", split=True, max_tokens=MAX_TOKENS))
+    assert [one.text for one in found[:2]] == [f"{first} {second}\n{third}", ""]
+    assert found[2].error is not None and found[2].error.reason == "PROMPT_TOO_LONG"
+    assert found[3].text == REFERENCES["fra_Latn"][5]
