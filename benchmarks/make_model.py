@@ -48,6 +48,24 @@ OWN: dict[str, dict[str, object]] = {
         "topk_group": 1,
         "topk_method": "greedy",
     },
+    # DeepSeek-MoE as its papers have it: many small experts, in groups of which a token is open to few, shared ones
+    "deepseek_v3": {
+        "n_routed_experts": 128,
+        "moe_intermediate_size": 192,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "num_key_value_heads": 12,
+        "q_lora_rank": None,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "head_dim": 32,
+        "first_k_dense_replace": 1,
+        "n_group": 8,
+        "topk_group": 3,
+        "routed_scaling_factor": 2.5,
+    },
 }
 WIDE = SHAPE | {
     "vocab_size": 32768,

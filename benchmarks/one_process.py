@@ -96,19 +96,21 @@ class OneProcess:
         unsafe_routing: UnsafeRouting | None = None,
         num_micro_batches: int = 0,
         device: torch.device | None = None,
+        shares: bool = False,
     ):
         """Load and start. `kv_tokens` bounds the KV cache.
 
         `model`: one that is loaded already, and that no other instance uses at the same time. The memories and the
         policy are each worker's, as its flags take them. `device`: where slots are, if that is not host memory; a CPU
-        stands in for a GPU. `wrap_source` may put something between slots and tiers.
+        stands in for a GPU. `wrap_source` may put something between slots and tiers. `shares`: workers compute shared
+        experts.
         """
-        manifest = build_manifest(model_dir)
+        manifest = build_manifest(model_dir, shares=shares)
         self.manifest = manifest
-        self.model = model or load_router_model(model_dir, dtype, torch.device("cpu"))
+        self.model = model or load_router_model(model_dir, dtype, torch.device("cpu"), num_shared=manifest.num_shared)
         num_layers, num_experts = len(manifest.layers), self.model.num_experts
         foresight = unsafe_routing or Foresight(
-            self.model.moe_blocks(), top_k=self.model.top_k, device=self.model.device
+            self.model.moe_blocks(), top_k=self.model.num_routed, device=self.model.device
         )
         self.calls = ExpertCalls(
             num_layers=num_layers,

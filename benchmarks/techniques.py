@@ -66,7 +66,7 @@ class Combination:
     def __init__(self, switches: tuple[bool, bool, bool], args: argparse.Namespace):
         argv = [sys.executable, "-m", "benchmarks.techniques", str(args.model), "--dtype", args.dtype]
         argv += ["--child", "".join("01"[switch] for switch in switches), "--capacity", str(args.capacity)]
-        argv += ["--skew", str(args.skew)]
+        argv += ["--skew", str(args.skew), "--shared-experts", args.shared_experts]
         env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self._process = subprocess.Popen(
             argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -110,17 +110,21 @@ def serve(args: argparse.Namespace) -> None:
     from router_svc.unsafe_routing import UnsafeRouting, table_of
 
     is_dynamic, is_buffered, is_balanced = (switch == "1" for switch in args.child)
-    manifest = build_manifest(args.model)
+    shares = args.shared_experts == "worker"
+    manifest = build_manifest(args.model, shares=shares)
+    num_experts, num_shared = len(manifest.layers[0].experts), manifest.num_shared
     shape = RoutingShape(
         num_layers=len(manifest.layers),
-        num_experts=len(manifest.layers[0].experts),
-        top_k=manifest.top_k,
+        num_experts=num_experts - num_shared,
+        top_k=manifest.top_k - num_shared,
         num_prompts=8,
         prompt_tokens=0,
         decode_tokens=256,
         static_scale=args.skew,
     )
-    routing = UnsafeRouting(table_of(generate_trace(shape, seed=_SEED), manifest.top_k), num_experts=shape.num_experts)
+    table = table_of(generate_trace(shape, seed=_SEED), shape.top_k)
+    shared = np.broadcast_to(np.arange(num_experts - num_shared, num_experts), (*table.shape[:2], num_shared))
+    routing = UnsafeRouting(np.concatenate((table, shared), axis=2), num_experts=num_experts)
     memory = {"expert_memory": "25%", "host_memory": "50%"} if is_buffered else {}
     running = OneProcess(
         args.model,
@@ -128,6 +132,7 @@ def serve(args: argparse.Namespace) -> None:
         dtype=getattr(torch, args.dtype),
         unsafe_routing=routing,
         can_prefetch=False,
+        shares=shares,
         **memory,
     )
     with told_of_one(running, "one process"):
@@ -154,7 +159,7 @@ def serve(args: argparse.Namespace) -> None:
                 }
             )
             if is_first and is_balanced:
-                _balance(running)
+                balance(running)
             is_first = False
 
 
@@ -223,7 +228,7 @@ def _hand_over(loop: Any) -> None:
     loop._is_native = True  # as far as the loop is concerned: it has been told
 
 
-def _balance(running: Any) -> None:
+def balance(running: Any) -> None:
     """Plan homes and copies from what was chosen until now, and put them into force."""
     from collegium.balancing.fleet import EMPTY, make_fleet
     from collegium.balancing.policies import POLICIES
@@ -319,6 +324,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--capacity", type=float, default=0.5, help="of a batch's rows, the share of each expert")
     parser.add_argument("--skew", type=float, default=1.5, help="spread of experts' popularity; a trained gate's is 1")
+    parser.add_argument("--shared-experts", default="router", choices=("router", "worker"), help="who computes them")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true")

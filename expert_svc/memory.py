@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from collegium.buffering.policies import make_policy
+from collegium.buffering.pinned import Pinned
+from collegium.buffering.policies import Policy, make_policy
 from collegium.buffering.quotas import Quotas
 from collegium.fabric import logs
 from collegium.fabric.byte_size import ByteSize, MemoryBudget
@@ -89,12 +90,21 @@ def make_buffer(
     buffer = ExpertBuffer(
         Slots(manifest, dtype, num_slots=plan.num_slots, device=device),
         Loads(source, num_threads=num_load_threads),
-        make_policy(policy, is_selective=True),
+        _policy_for(manifest, policy),
         Quotas(model.num_layers, max(num_experts), plan.num_slots or model.num_experts),
         num_experts=num_experts,
         can_prefetch=can_prefetch,
     )
     return buffer
+
+
+def _policy_for(manifest: Manifest, name: str) -> Policy:
+    policy = make_policy(name, is_selective=True)
+    if not manifest.num_shared:
+        return policy
+    sizes = [len(layer.experts) for layer in manifest.layers]
+    shared = [(layer, size - 1 - at) for layer, size in enumerate(sizes) for at in range(manifest.num_shared)]
+    return Pinned(policy, shared)
 
 
 def make_sample(manifest: Manifest, buffer: ExpertBuffer) -> RegretSample | None:

@@ -137,7 +137,7 @@ async def main(config: Settings, stop: lifecycle.Stop) -> None:
         timeout_s=config.expert_timeout_s,
         on_lost=lambda worker_id, why: keeper.on_lost(worker_id, why) if keeper is not None else None,
         num_ahead=config.prefetch_layers,
-        foresight=Foresight(model.moe_blocks(), top_k=model.top_k, device=model.device) if can_foretell else None,
+        foresight=Foresight(model.moe_blocks(), top_k=model.num_routed, device=model.device) if can_foretell else None,
         # An encoder's layers come first, and a decoder's token says nothing of their choices.
         memory=TokenMemory(num_layers=min(config.prefetch_layers, len(model.moe_layers)))
         if can_foretell and model.both is None

@@ -38,8 +38,11 @@ class _Layer:
 class LeanModel:
     """Computes a model's packed steps from its weights."""
 
-    def __init__(self, model: nn.Module):
-        """Pack the layers of a model for which `why_not` found nothing; its own are emptied of what is packed."""
+    def __init__(self, model: nn.Module, num_shared: int = 0):
+        """Pack the layers of a model for which `why_not` found nothing; its own are emptied of what is packed.
+
+        num_shared: as programs.weights_of has it.
+        """
         self._parts = parts = programs.outside(model)
         self._head = cast(Any, model)
         self._final = FinalNorm(parts.final_norm)
@@ -47,7 +50,7 @@ class LeanModel:
         self.layers: list[_Layer] = []
         self.cache_shapes: dict[int, CacheShape] = {}
         for idx, layer in enumerate(parts.layers):
-            weights = programs.weights_of(parts, layer)
+            weights = programs.weights_of(parts, layer, num_shared)
             self.cache_shapes[idx] = programs.cache_shape(weights)
             block, experts = LayerBlock(weights, BLOCK_TOKENS), programs.experts_of(parts, layer)
             shared: OwnShared | None = None

@@ -32,7 +32,7 @@ def load(config: Settings) -> tuple[RouterModel, Manifest]:
     torch.set_num_threads(config.threads or torch.get_num_threads())  # a thread's own setting: this one measures
     try:
         settle_kernel(config.kernel, manifest.d_model, manifest.d_ffn, dtype, manifest.form)
-        model = load_router_model(config.model, dtype, device, config.modelling)
+        model = load_router_model(config.model, dtype, device, config.modelling, manifest.num_shared)
         _check_agreement(manifest, model)
     except (CheckpointError, UnsupportedModelError) as error:
         raise FailedPrecondition(str(error), reason="UNUSABLE_CHECKPOINT", field="--model") from error

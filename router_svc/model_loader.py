@@ -43,12 +43,12 @@ class DeviceFailedError(RuntimeError):
 
 
 def load_router_model(
-    model_dir: Path, dtype: torch.dtype, device: torch.device, modelling: str = "auto"
+    model_dir: Path, dtype: torch.dtype, device: torch.device, modelling: str = "auto", num_shared: int = 0
 ) -> RouterModel:
     """Load a checkpoint without experts and learn its cache's shapes. Process-global while it runs: one load at a time.
 
     `modelling` "transformers": compute with the modelling classes even where it could be done leanly; "device": as on a
-    GPU, whatever the device is, which is for tests.
+    GPU, whatever the device is, which is for tests. num_shared: the manifest's, where workers compute shared experts.
     Raises UnsupportedModelError, or CheckpointError naming the file and the first field or tensor that is wrong, or the
     part that transformers could not do; DeviceFailedError; whatever torch raises if memory cannot be had.
     """
@@ -78,7 +78,7 @@ def load_router_model(
             library.number_layers(model)
         model.eval().requires_grad_(False)
         _move(model, device)
-        leanly, why = _own_pass(model, modelling, is_on_device)
+        leanly, why = _own_pass(model, modelling, is_on_device, num_shared)
         if library is not None and leanly is None:
             library.prepare(model)
         if device.type == "cpu":
@@ -93,8 +93,9 @@ def load_router_model(
         device=device,
         vocab_size=vocab_size,
         max_positions=served_positions(model.config),
-        num_experts=survey.num_experts,
-        top_k=survey.top_k,
+        num_experts=survey.num_experts + num_shared,
+        top_k=survey.top_k + num_shared,
+        num_shared=num_shared,
         eos_ids=_eos_ids(model, generation),
         cache_shapes=cache_shapes,
         moe_layers=_moe_layers(model),
@@ -184,13 +185,23 @@ def _move(model: nn.Module, device: torch.device) -> None:
         raise DeviceFailedError(f"the model cannot be put on {device}: {first_line(error)}") from error
 
 
-def _own_pass(model: nn.Module, modelling: str, is_on_device: bool) -> tuple[OwnPass | None, str]:
-    """Make what computes the forward pass in the place of the modelling classes; where nothing can, say why."""
+def _own_pass(model: nn.Module, modelling: str, is_on_device: bool, num_shared: int) -> tuple[OwnPass | None, str]:
+    """Make what computes the forward pass in the place of the modelling classes; where nothing can, say why.
+
+    Raises UnsupportedModelError where only this could leave shared experts to workers.
+    """
     if modelling == "transformers":
-        return None, "asked for"
-    if why := programs.why_not(model, is_on_device=True) if is_on_device else lean.why_not(model):
+        why = "asked for"
+    else:
+        why = programs.why_not(model, is_on_device=True) if is_on_device else lean.why_not(model)
+    if num_shared and (why or is_on_device):
+        raise UnsupportedModelError(
+            f"shared experts cannot be left to workers: {why or 'attention is on a device'}; leave them on the router "
+            "(--shared-experts=router)"
+        )
+    if why:
         return None, why
-    return DeviceModel(model) if is_on_device else LeanModel(model), ""
+    return DeviceModel(model) if is_on_device else LeanModel(model, num_shared), ""
 
 
 def _moe_layers(model: nn.Module) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ H query heads, N plain and P rotated numbers of a latent query's head, C width o
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, cast
 
@@ -220,20 +220,23 @@ def outside(model: nn.Module) -> Outside:
     )
 
 
-def weights_of(parts: Outside, layer: Any) -> LayerWeights:
-    """Read what a decoder layer computes but for its routed experts. Raises UnknownPartError."""
+def weights_of(parts: Outside, layer: Any, num_shared: int = 0) -> LayerWeights:
+    """Read what a decoder layer computes but for its routed experts. Raises UnknownPartError.
+
+    num_shared: experts that its shared one is on workers; 0: the layer computes it.
+    """
     program = parts.program
     attention, block = _at(layer, program.attention), _at(layer, program.block)
     config = attention.config
     has_experts = hasattr(block, "experts")
     shared = getattr(block, program.shared, None) if has_experts and program.shared else None
-    dense = shared if has_experts else block
+    dense = (None if num_shared else shared) if has_experts else block
     first, second = (_at(layer, name) for name in program.norms)
     return LayerWeights(
         input_norm=_norm(first),
         output_norm=_norm(second),
         attention=_latent(program, attention) if program.is_latent else _plain(parts, attention),
-        gate=_gate(program, block) if has_experts else None,
+        gate=replace(_gate(program, block), num_shared=num_shared) if has_experts else None,
         mlp=None if dense is None else _mlp(dense, config, getattr(block, program.shared_weight or "-", None)),
         residual=_number(program.residual, 1.0, config),
     )

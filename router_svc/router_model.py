@@ -47,9 +47,15 @@ class RouterModel:
     eos_ids: tuple[int, ...]
     cache_shapes: dict[int, CacheShape]  # by layer index of the model's cache
     moe_layers: tuple[int, ...]  # decoder layer of each MoE layer
+    num_shared: int = 0  # the last of num_experts, which every row has, are counted in top_k
     both: EncoderDecoderConfig | None = None  # of a model with an encoder
     forced_id: int | None = None  # what its answers begin with if nothing else is said
     lean: OwnPass | None = None  # computes the forward pass in the place of the modelling classes; None: they do
+
+    @property
+    def num_routed(self) -> int:
+        """How many of a row's experts the gate chooses."""
+        return self.top_k - self.num_shared
 
     def set_expert_call(self, call: ExpertCall, compute_step: StepCall | None = None) -> None:
         """Say who computes the experts, layer by layer, or of all layers of a step where that can be done."""

@@ -20,6 +20,7 @@ from collegium.model.manifest import ManifestPathError, ensure_manifest
 def manifest(
     model_dir: Annotated[Path, typer.Argument(help="Folder of the checkpoint.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="File to write; default: the cache.")] = None,
+    shared_experts: t.SharedExperts = "router",
 ) -> None:
     """Write a checkpoint's manifest, or find the one that was written before; prints its path."""
     check_model_dir(model_dir)
@@ -36,7 +37,8 @@ def manifest(
             progress.update(task, completed=done, total=total)
 
         try:
-            path = ensure_manifest(model_dir, out=out, progress=show)
+            shares = t.read_shared_experts(shared_experts)
+            path = ensure_manifest(model_dir, out=out, progress=show, shares=shares)
         except ManifestPathError as error:
             field = "--out" if out is not None else "XDG_CACHE_HOME"
             raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field=field) from error

@@ -42,6 +42,14 @@ EarlyStopping = Annotated[str, typer.Option("--early-stopping", help='Of beam se
 NoRepeatNgramSize = Annotated[
     int, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: any may.")
 ]
+SharedExperts = Annotated[
+    str,
+    typer.Option(
+        "--shared-experts",
+        help='Who computes the experts that every token has: "router", or "worker": then they are experts like the '
+        "others, which stay in a buffer's slots.",
+    ),
+]
 PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="Token ids instead of text, such as 1,2,3.")]
 
 
@@ -65,6 +73,13 @@ def read_ids(text: str | None, field: str = "--prompt-ids") -> list[int] | None:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise InvalidArgument(f"{text!r} are no token ids", field=field, remedy="give numbers, such as 1,2,3") from None
+
+
+def read_shared_experts(text: str) -> bool:
+    """Read router or worker: whether workers compute shared experts; InvalidArgument names the flag."""
+    if text not in ("router", "worker"):
+        raise InvalidArgument(f"{text!r} is unknown", field="--shared-experts", remedy="give router or worker")
+    return text == "worker"
 
 
 def read_early_stopping(text: str) -> bool | Literal["never"]:

@@ -32,7 +32,7 @@ from collegium.cli.preflight import (
 )
 from collegium.cli.show import Demand
 from collegium.cli.spec import ClusterSpec, check_counts
-from collegium.cli.target import typed
+from collegium.cli.target import SharedExperts, read_shared_experts, typed
 from collegium.cli.threads import parse_threads
 from collegium.fabric import streams
 from collegium.fabric.api_keys import read_keys
@@ -94,6 +94,7 @@ def up(
         str, typer.Option(help="Memory of each worker between expert memory and the disk, a size or a share.")
     ] = "",
     eviction: Annotated[str, typer.Option(help="Which expert makes room for a missed one.")] = "ewma",
+    shared_experts: SharedExperts = "router",
     prefetch: Annotated[
         str, typer.Option(help="Load what the next layer is likely to need: on, off, or auto: while it pays.")
     ] = "auto",
@@ -164,7 +165,7 @@ def up(
             raise SettingsError(f"--threads={threads!r} cannot be used: {error}") from None
         if notice := cache_notice():
             say(notice)
-        manifest = make_manifest(model_dir, interrupts)
+        manifest = make_manifest(model_dir, interrupts, shares=read_shared_experts(shared_experts))
         resolved = resolve_dtype(dtype, manifest)
         if dtype == "auto" and (told := tell_dtype(load_manifest(manifest).stored_dtypes, resolved)):
             say(told)
@@ -283,8 +284,8 @@ def run_cluster(
     return has_shown
 
 
-def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
-    """Find or make the manifest of a checkpoint, with progress on stderr."""
+def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool], *, shares: bool = False) -> Path:
+    """Find or make the manifest of a checkpoint, with progress on stderr; shares: workers compute shared experts."""
     said_s = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -296,7 +297,7 @@ def make_manifest(model_dir: Path, is_interrupted: Callable[[], bool]) -> Path:
             say(f"reading the checkpoint for its manifest: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     try:
-        return ensure_manifest(model_dir, progress=progress)
+        return ensure_manifest(model_dir, progress=progress, shares=shares)
     except ManifestPathError as error:
         raise FailedPrecondition(str(error), reason="MANIFEST_PATH", field="XDG_CACHE_HOME") from error
     except ValueError as error:  # CheckpointError, UnsupportedModelError

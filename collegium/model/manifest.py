@@ -23,6 +23,7 @@ from collegium.model.manifest_file import VERSION, ManifestPathError, load_manif
 from collegium.model.router_tensors import RouterTensor, common_name
 from collegium.model.safetensors_files import list_weight_files
 from collegium.model.served_dtype import auto_dtype
+from collegium.model.shared_tensors import with_shared
 
 __all__ = [
     "ExpertEntry",
@@ -42,28 +43,31 @@ _READ_BYTES = 16 << 20  # large enough for sequential reads, small enough to sho
 Progress = Callable[[int, int], None]
 
 
-def ensure_manifest(model_dir: Path, *, out: Path | None = None, progress: Progress | None = None) -> Path:
+def ensure_manifest(
+    model_dir: Path, *, out: Path | None = None, progress: Progress | None = None, shares: bool = False
+) -> Path:
     """Return the path of the checkpoint's manifest, made now unless a cached one still fits its files.
 
-    `progress(done_bytes, total_bytes)` is called as the pass goes on. cache_root says where the cache is. Folders are
-    made for the cache alone. Raises CheckpointError, UnsupportedModelError or ManifestPathError.
+    `shares`: as build_manifest has it. `progress(done_bytes, total_bytes)` is called as the pass goes on. cache_root
+    says where the cache is. Folders are made for the cache alone. Raises CheckpointError, UnsupportedModelError or
+    ManifestPathError.
     """
     model_dir = Path(os.path.realpath(model_dir))
     read_architecture(model_dir)
     sources, files = identity.read_sources(model_dir), list_weight_files(model_dir)
-    path = out or _cache_path(model_dir, sources, files)
+    path = out or _cache_path(model_dir, sources, files, shares=shares)
     if os.path.exists(path):
         try:
             cached = load_manifest(path)
         except CheckpointError:
             cached = None
-        if cached is not None and cached.model_dir == str(model_dir) and _is_made_from(cached, sources, files):
+        if cached is not None and _is_made_from(cached, model_dir, sources, files, shares=shares):
             return path
     if os.path.isdir(path):  # said before the pass, which can be long
         raise ManifestPathError(f"{path} is a folder; name a file")
     if out is not None and not os.path.isdir(path.parent):
         raise ManifestPathError(f"{path.parent} is not a folder; make it first")
-    write_manifest(path, build_manifest(model_dir, progress=progress))
+    write_manifest(path, build_manifest(model_dir, progress=progress, shares=shares))
     return path
 
 
@@ -85,13 +89,16 @@ def check_folder(manifest: Manifest, model_dir: Path) -> None:
         )
 
 
-def build_manifest(model_dir: Path, *, progress: Progress | None = None) -> Manifest:
+def build_manifest(model_dir: Path, *, progress: Progress | None = None, shares: bool = False) -> Manifest:
     """Scan a checkpoint; `progress(done_bytes, total_bytes)` is called as the pass goes on.
 
+    shares: have shared experts follow the routed ones of each layer, so that workers compute them.
     Raises UnsupportedModelError, or CheckpointError naming the first field that is wrong, or the first tensor that is
     missing, truncated or of a wrong shape.
     """
-    survey = survey_checkpoint(model_dir)
+    survey, num_shared = survey_checkpoint(model_dir), 0
+    if shares:
+        survey, num_shared = with_shared(survey)
     sources = identity.read_sources(model_dir)
     total = sum(ref.num_bytes for ref in survey.shares()) + sum(one.num_bytes for one in survey.router)
     meter = _Meter(progress, total)
@@ -119,6 +126,7 @@ def build_manifest(model_dir: Path, *, progress: Progress | None = None) -> Mani
         files=survey.files,
         sources=sources | {identity.ROUTER: _digest_router(model_dir, survey.router, meter)},
         stored_dtypes=stored,
+        num_shared=num_shared,
     )
 
 
@@ -129,7 +137,8 @@ def checksum_of(model_dir: Path, tensors: tuple[TensorRef, ...]) -> str:
     """
     digest = xxhash.xxh3_64()
     for ref in tensors:
-        _update(digest, model_dir / ref.file, ref.key, ref.offset, ref.num_bytes)
+        for begin, num_bytes in ref.spans():
+            _update(digest, model_dir / ref.file, ref.key, begin, num_bytes)
     return digest.hexdigest()
 
 
@@ -178,13 +187,22 @@ def _entry(model_dir: Path, roles: Mapping[Role, TensorRef], meter: _Meter) -> E
     return entry
 
 
-def _is_made_from(cached: Manifest, sources: Mapping[str, str], files: Mapping[str, tuple[int, int]]) -> bool:
+def _is_made_from(
+    cached: Manifest,
+    model_dir: Path,
+    sources: Mapping[str, str],
+    files: Mapping[str, tuple[int, int]],
+    *,
+    shares: bool,
+) -> bool:
     known = {name: digest for name, digest in cached.sources.items() if name != identity.ROUTER}
-    return known == dict(sources) and dict(cached.files) == dict(files)
+    is_same = cached.model_dir == str(model_dir) and bool(cached.num_shared) == shares
+    return is_same and known == dict(sources) and dict(cached.files) == dict(files)
 
 
-def _cache_path(model_dir: Path, sources: Mapping[str, str], files: Mapping[str, tuple[int, int]]) -> Path:
-    name = hashlib.blake2b(
-        json.dumps([VERSION, str(model_dir), sorted(sources.items()), sorted(files.items())]).encode(), digest_size=12
-    ).hexdigest()
+def _cache_path(
+    model_dir: Path, sources: Mapping[str, str], files: Mapping[str, tuple[int, int]], *, shares: bool
+) -> Path:
+    what = [VERSION, str(model_dir), sorted(sources.items()), sorted(files.items()), *["shares"] * shares]
+    name = hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest()
     return cache_file(f"manifests/{name}.json")

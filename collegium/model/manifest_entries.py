@@ -4,7 +4,7 @@ Owns the values alone; the scan makes them, and the manifest's file keeps them. 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from collegium.model import identity
@@ -26,11 +26,21 @@ class TensorRef:
     offset: int
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "F32", "BF16", "F16"
+    row_bytes: int = 0  # from one row's begin to the next one's in the file; 0: rows follow each other
 
     @property
     def num_bytes(self) -> int:
         """Size of the share in bytes."""
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where its bytes lie, in order: (from the start of the file, how many)."""
+        if not self.row_bytes:
+            yield self.offset, self.num_bytes
+            return
+        width = self.num_bytes // self.shape[0]
+        for row in range(self.shape[0]):
+            yield self.offset + row * self.row_bytes, width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +80,7 @@ class Manifest:
     files: Mapping[str, tuple[int, int]]  # name -> (size, mtime in ns) at the time of the pass
     sources: Mapping[str, str]  # digests of the parts that are not derived from the fields above, by name
     stored_dtypes: Mapping[str, tuple[str, ...]]  # of "experts" and of the "router" matrices, safetensors' names
+    num_shared: int = 0  # the last experts of each layer, which every token has; counted in top_k
 
     @property
     def has_bias(self) -> bool:

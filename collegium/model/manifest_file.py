@@ -18,7 +18,7 @@ from collegium.model.checkpoint_files import CheckpointError, has_file, kind_of,
 from collegium.model.manifest_entries import ITEM_BYTES, ExpertEntry, LayerEntry, Manifest, TensorRef
 from collegium.model.safetensors_files import is_plain_name
 
-VERSION = 3
+VERSION = 4
 _FILE_BYTES = 512 << 20  # an expert takes some 600 bytes of it
 _REMAKE = "remove it and run `collegium manifest`"
 
@@ -80,6 +80,9 @@ def _manifest(raw: Mapping[str, object]) -> Manifest:
     dtype = _text(raw, "dtype")
     if dtype not in ("float32", "bfloat16"):
         _refuse("dtype", dtype)
+    num_shared, top_k = _whole(raw, "num_shared"), _whole(raw, "top_k", at_least=1)
+    if num_shared >= min(top_k, *(len(layer.experts) for layer in layers)):
+        _refuse("num_shared", num_shared)
     return Manifest(
         model_dir=_text(raw, "model_dir"),
         model_type=_text(raw, "model_type"),
@@ -92,12 +95,13 @@ def _manifest(raw: Mapping[str, object]) -> Manifest:
         ),
         d_model=_whole(raw, "d_model", at_least=1),
         d_ffn=_whole(raw, "d_ffn", at_least=1),
-        top_k=_whole(raw, "top_k", at_least=1),
+        top_k=top_k,
         dtype=dtype,
         layers=layers,
         files={name: _file(name, value) for name, value in _object(raw, "files").items()},
         sources={name: _text(_object(raw, "sources"), name) for name in _object(raw, "sources")},
         stored_dtypes={name: tuple(_each(value, str, name)) for name, value in _object(raw, "stored_dtypes").items()},
+        num_shared=num_shared,
     )
 
 
@@ -128,6 +132,7 @@ def _tensor_ref(raw: Mapping[str, object]) -> TensorRef:
         offset=_whole(raw, "offset"),
         shape=shape,
         dtype=dtype,
+        row_bytes=_whole(raw, "row_bytes"),
     )
 
 

@@ -108,7 +108,8 @@ class ExpertReader:
     def _fill(self, form: ExpertWeights, tensors: dict[Role, Tensor]) -> None:
         d_ffn = self._manifest.d_ffn
         gate, up = form.gate_up[:d_ffn], form.gate_up[d_ffn:]
-        match self._manifest.layout:
+        is_apart = Role.GATE in tensors  # as shared experts are stored, whatever the layout of the others
+        match Layout.PER_EXPERT if is_apart and self._manifest.layout is Layout.FUSED else self._manifest.layout:
             case Layout.PER_EXPERT:
                 gate.copy_(tensors[Role.GATE])
                 up.copy_(tensors[Role.UP])
@@ -149,14 +150,17 @@ def read_expert(manifest: Manifest, layer: int, expert: int, dtype: torch.dtype)
 
 
 def _read(path: Path, ref: TensorRef, view: memoryview) -> None:
-    position = 0
+    at = 0
     try:
         with open_file(path) as file:
-            while position < len(view):
-                count = os.preadv(file.fileno(), [view[position:]], ref.offset + position)
-                if not count:
-                    raise CheckpointError(f"{path} ends inside tensor {ref.key}: the file is truncated")
-                position += count
+            for begin, num_bytes in ref.spans():
+                done = 0
+                while done < num_bytes:
+                    count = os.preadv(file.fileno(), [view[at + done : at + num_bytes]], begin + done)
+                    if not count:
+                        raise CheckpointError(f"{path} ends inside tensor {ref.key}: the file is truncated")
+                    done += count
+                at += num_bytes
     except OSError as error:
         raise CheckpointError(f"{path}: tensor {ref.key} cannot be read: {error.strerror}") from error
 

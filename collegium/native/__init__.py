@@ -11,7 +11,7 @@ from ctypes import c_int
 from importlib import machinery
 from pathlib import Path
 
-ABI = 20  # what collegium_abi() of the library must say
+ABI = 21  # what collegium_abi() of the library must say
 
 
 class LibraryMissingError(RuntimeError):

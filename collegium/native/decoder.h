@@ -471,8 +471,8 @@ static void add_and_norm(const struct rows *rows, int64_t t)
 static void ask_gate(const struct rows *rows, int64_t t)
 {
     const struct layer *l = rows->layer;
-    int64_t E = l->E, K = l->K, *ids = rows->ids + t * K;
-    float *logits = rows->scratch + rows->T * l->D + t * E, *weights = rows->weights + t * K;
+    int64_t E = l->E, K = l->K - l->gate.num_shared, *ids = rows->ids + t * l->K;
+    float *logits = rows->scratch + rows->T * l->D + t * E, *weights = rows->weights + t * l->K;
     int is_usable = 1;
     for (int64_t e = 0; e < E; e++)
         is_usable &= logits[e] - logits[e] == 0; /* neither NaN nor infinite */
@@ -483,6 +483,10 @@ static void ask_gate(const struct rows *rows, int64_t t)
             ids[k] = k;
             weights[k] = (float)NAN;
         }
+    for (int64_t s = 0; s < l->gate.num_shared; s++) {
+        ids[K + s] = E + s;
+        weights[K + s] = 1;
+    }
 }
 
 /* h += attended [T, H * value_width] @ out.T, the source's where there is one; x [T, D], in the model's type, is h normed; where there are experts, ids and weights
@@ -535,7 +539,7 @@ int collegium_mlp(const struct layer *l, const void *x, int64_t T, float *h, int
 /* ids [T, K]: what the gate would choose for rows x [T, D] in the model's type. scratch [T, collegium_scratch_floats]. */
 void collegium_foretell(const struct layer *l, const void *x, int64_t T, int32_t *ids, float *scratch, int num_threads)
 {
-    int64_t D = l->D, E = l->E, K = l->K, chosen[MOST_FORETOLD];
+    int64_t D = l->D, E = l->E, K = l->K - l->gate.num_shared, chosen[MOST_FORETOLD];
     int is_bf16 = l->attention.is_bf16;
     const struct gate *gate = &l->gate;
     if (is_bf16)
@@ -552,7 +556,9 @@ void collegium_foretell(const struct layer *l, const void *x, int64_t T, int32_t
         else if (is_usable)
             take_highest(logits, E, K, chosen);
         for (int64_t k = 0; k < K; k++)
-            ids[t * K + k] = (int32_t)(is_usable ? chosen[k] : k); /* of scores that are not numbers: anything */
+            ids[t * l->K + k] = (int32_t)(is_usable ? chosen[k] : k); /* of scores that are not numbers: anything */
+        for (int64_t s = 0; s < gate->num_shared; s++)
+            ids[t * l->K + K + s] = (int32_t)(E + s);
     }
 }
 

@@ -35,6 +35,7 @@ struct gate {
     const void *weight, *bias; /* packed [E, D]; [E] or NULL */
     const float *correction;   /* [E] or NULL */
     int64_t num_groups, kept_groups, group_tops; /* experts in equal groups, of which some are kept, by the sum of their highest */
+    int64_t num_shared; /* experts E, E + 1 .. that every row has, of weight 1; they are the last of its K */
     int32_t kind;
     int32_t is_bf16; /* weight and bias: a gate may be float in a model that is not */
     float power;     /* chosen weights are divided by their norm of this power; 0: they are not */
@@ -68,7 +69,7 @@ enum head_norms { NO_HEAD_NORMS, EACH_HEAD, ALL_HEADS, EACH_ROTATED }; /* by a w
 
 struct layer {
     struct attention attention; /* the first: a layer is one too */
-    int64_t D, E, K;            /* E is 0 where there are no routed experts: then mlp is what the layer has */
+    int64_t D, E, K;            /* E: that the gate scores; 0 where there are no routed experts: then mlp is what the layer has */
     int64_t head_width;         /* of queries as they are projected */
     int64_t value_width;        /* of a head's result */
     int64_t rotate_from, rotated; /* what is rotated of a head */

@@ -32,6 +32,8 @@ MEMORY = {
     "olmoe": ("--expert-memory", "25%", "--prefetch", "on"),
 }
 
+SHARES = {"glm4_moe"}  # whose shared experts lie on workers
+
 Served: TypeAlias = tuple[Cluster, list[Reference], bool]  # with the prompts to ask, and whether its slots are few
 
 
@@ -57,7 +59,7 @@ def served(request: pytest.FixtureRequest, oracle: Oracle, tmp_path: Path) -> It
     references = oracle.choose_prompts(checkpoint, NUM_PROMPTS, MAX_TOKENS)
     spec = ClusterSpec(
         model=checkpoint,
-        manifest=ensure_manifest(checkpoint, out=tmp_path / "manifest.json"),
+        manifest=ensure_manifest(checkpoint, out=tmp_path / "manifest.json", shares=arch in SHARES),
         num_workers=num_workers,
         num_routers=1,
         log_level="warning",

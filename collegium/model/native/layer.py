@@ -68,7 +68,7 @@ class _Norm(Structure):
 class _Gate(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "bias", "correction")),
-        *((name, c_int64) for name in ("num_groups", "kept_groups", "group_tops")),
+        *((name, c_int64) for name in ("num_groups", "kept_groups", "group_tops", "num_shared")),
         *((name, c_int32) for name in ("kind", "is_bf16")),
         *((name, c_float) for name in ("power", "scale", "jitter", "unused")),
     )
@@ -166,6 +166,7 @@ class GateWeights:
     kept_groups: int = 1
     group_tops: int = 1
     jitter: float = 0.0  # how near SPARSE_MIXER's experts are
+    num_shared: int = 0  # experts E, E + 1 .. that every row has beside those, of weight 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +235,9 @@ class LayerBlock:
         attention, gate = weights.attention, weights.gate
         self.dtype = attention.out.dtype
         self.d_model, self.residual = attention.out.shape[0], weights.residual
-        self.num_experts, self.top_k = (0, 0) if gate is None else (gate.weight.shape[0], gate.top_k)
+        self.num_experts = self.top_k = 0
+        if gate is not None:
+            self.num_experts, self.top_k = gate.weight.shape[0], gate.top_k + gate.num_shared
         self.has_mlp = weights.mlp is not None
         self._kept: list[object] = []  # alive as long as the struct points to them
         self._struct = _Layer(
@@ -307,6 +310,7 @@ class LayerBlock:
             num_groups=gate.num_groups,
             kept_groups=gate.kept_groups,
             group_tops=gate.group_tops,
+            num_shared=gate.num_shared,
             kind=gate.kind,
             is_bf16=int(gate.weight.dtype == torch.bfloat16),
             power=gate.norm_power,
