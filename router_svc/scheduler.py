@@ -137,6 +137,8 @@ class Scheduler:
             for block, name in zip(sequence.source_blocks, sequence.source_names(), strict=True):
                 self.pool.name(block, name)
         before, sequence.num_computed = sequence.num_computed, row.end
+        if before // BLOCK_TOKENS == row.end // BLOCK_TOKENS:  # no block has become full
+            return
         if sequence.beams is not None and sequence.beams.beams:  # its tables are of tokens that may yet be given up
             return
         names = sequence.block_names(row.end)

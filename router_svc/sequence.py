@@ -34,11 +34,11 @@ class StopRules:
     min_tokens: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
+    ending_ids: frozenset[int] = field(init=False)  # those that end a sequence, and aren't drawn before min_tokens
 
-    @property
-    def ending_ids(self) -> frozenset[int]:
-        """Ids that end a sequence, and that must not be drawn before min_tokens."""
-        return self.eos_ids | self.stop_ids
+    def __post_init__(self) -> None:
+        """Put together what is asked for at every token."""
+        object.__setattr__(self, "ending_ids", self.eos_ids | self.stop_ids)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -124,6 +124,9 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether a single position is all that it needs."""
+        if self.beams is None:  # asked of every sequence in every step
+            num_left = len(self.prompt_ids) + len(self.output_ids) - self.num_computed
+            return num_left == 1 and bool(self.output_ids) and (self.is_encoded or not self.source_ids)
         return self.num_remaining == self.width and bool(self.output_ids)
 
     @property
@@ -150,6 +153,8 @@ class Sequence:
 
     def num_new_blocks(self, num_rows: int) -> int:
         """Blocks lacking for so many more rows, of all beams together."""
+        if self.beams is None:
+            return max(0, num_blocks_for(self.num_computed + num_rows) - len(self.blocks))
         wanted = num_blocks_for(self.num_computed + num_rows // self.width)
         return sum(max(0, wanted - len(blocks)) for blocks in self.tables)
 
@@ -219,6 +224,8 @@ class Sequence:
         tokens, or repeat an n-gram.
         """
         output = self.output_ids if output_ids is None else output_ids
+        if not (self.rules.min_tokens or self.sampling.no_repeat_ngram_size):
+            return ()
         ends = sorted(self.rules.ending_ids) if len(output) < self.rules.min_tokens else []
         size = self.sampling.no_repeat_ngram_size
         return [*ends, *ngram_bans([*self.prompt_ids, *output], size)] if size else ends or ()

@@ -28,7 +28,7 @@ class Row:
     @property
     def blocks(self) -> list[int]:
         """KV blocks of the sequence, or of the beam."""
-        return self.sequence.tables[self.beam]
+        return self.sequence.blocks if self.sequence.beams is None else self.sequence.tables[self.beam]
 
     @property
     def token_ids(self) -> list[int]:
