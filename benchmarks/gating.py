@@ -11,6 +11,7 @@ process's high-water mark during one call above what it held before, plus the we
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -18,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.conditions import conditions
-from benchmarks.gating_layers import IMPLEMENTATIONS, Layer, Shape, Weights, needed_bytes
+from benchmarks.gating_layers import IMPLEMENTATIONS, Layer, Shape, Weights, layer_of, needed_bytes
 from collegium.model.architectures import Activation, ExpertForm
 from collegium.model.calibration import settle_kernel
 
@@ -73,14 +74,14 @@ class Peak:
     def __init__(self) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
-    def of(self, layer: Layer, x: Tensor, bias: Tensor) -> int:
+    def of(self, call: Callable[[], object]) -> int:
         """Bytes that one call takes at its peak."""
         gc.collect()
         if self._trim is not None:
             self._trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        layer(x, bias)
+        call()
         return max(0, _status("VmHWM") - before)
 
 
@@ -96,13 +97,13 @@ def measure(
 ) -> Iterator[Row]:
     """Measure every point of one shape."""
     shape, peak = weights.shape, Peak()
-    layers = {name: IMPLEMENTATIONS[name](weights) for name in names}
+    layers = {name: layer_of(name, weights) for name in names}
     for count in tokens:
         x = torch.randn(count, shape.d_model, generator=torch.Generator().manual_seed(count)).to(weights.dtype)
         for routing in routings:
             bias = weights.bias(routing)
-            fitting = [n for n in names if needed_bytes(n, shape, count, weights.dtype.itemsize) <= ROOM_BYTES]
-            peaks = {name: peak.of(layers[name], x, bias) for name in fitting}
+            fitting = [n for n in names if needed_bytes(n, weights.bank, count, shape.top_k) <= ROOM_BYTES]
+            peaks = {name: peak.of(functools.partial(layers[name], x, bias)) for name in fitting}
             fitting = [name for name in fitting if peaks[name] <= ROOM_BYTES]
             seconds = _time({name: layers[name] for name in fitting}, x, bias, rounds)
             for name in names:

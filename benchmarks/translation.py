@@ -3,9 +3,11 @@
 Work: N different sentences at once, to the end of each. The cluster gets them as one call of translate_all, through
 gateway, router and workers; `transformers` as one padded batch, the shape that suits it best. They take turns within
 every round; the ratio is that of medians. How many texts come out equal is told: in float32 all but those that rounding
-decides.
+decides. With --dense, CTranslate2 takes its turn, too (`pip install 'ctranslate2>=4.8,<5'`): a dense model of equal
+active size, random weights, sources as long, and for each sentence as many tokens as the mean of ours.
 
     python -m benchmarks.translation [MODEL_DIR] [--sentences 1,16,64] [--rounds 5] [--dtype float32] [--num-beams 4]
+                                     [--dense]
 """
 
 import argparse
@@ -17,9 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class Burst:
     seconds: float
     num_tokens: int
     texts: list[str]
+    source_lengths: list[int] = field(default_factory=list[int])  # in tokens, where they are told
 
 
 def sentences(num: int, seed: int) -> list[str]:
@@ -63,10 +66,11 @@ def sentences(num: int, seed: int) -> list[str]:
 
 
 class Peer:
-    """`transformers` in a process of its own, stopped while it isn't its turn."""
+    """Another engine in a process of its own, stopped while it isn't its turn."""
 
-    def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
-        argv = [sys.executable, "-m", "benchmarks.corrected_transformers", str(model), dtype, str(num_threads)]
+    def __init__(self, module: str, num_threads: int, *args: str) -> None:
+        """Start it and wait until it says that it is ready."""
+        argv = [sys.executable, "-m", module, *args, str(num_threads)]
         env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
         self._process = subprocess.Popen(
             argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
@@ -76,14 +80,23 @@ class Peer:
 
     def translate(self, texts: Sequence[str], to: str, num_beams: int) -> Burst:
         """Translate one padded batch."""
+        said = self._ask({"texts": list(texts), "to": to, "max_tokens": MAX_TOKENS, "num_beams": num_beams})
+        return Burst(said["seconds"], said["num_tokens"], said["texts"])
+
+    def translate_like(self, burst: Burst) -> Burst:
+        """Translate as many sentences, as long ones, into as many tokens each as the mean of another's."""
+        new_tokens = round(burst.num_tokens / len(burst.texts))
+        said = self._ask({"lengths": burst.source_lengths, "new_tokens": new_tokens})
+        return Burst(said["seconds"], new_tokens * len(burst.texts), [])
+
+    def _ask(self, asked: Mapping[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         os.kill(self._process.pid, signal.SIGCONT)
-        asked: dict[str, Any] = {"texts": list(texts), "to": to, "max_tokens": MAX_TOKENS, "num_beams": num_beams}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         said = json.loads(self._process.stdout.readline())
         os.kill(self._process.pid, signal.SIGSTOP)
-        return Burst(said["seconds"], said["num_tokens"], said["texts"])
+        return said
 
     def close(self) -> None:
         """End it."""
@@ -96,7 +109,17 @@ class Peer:
 @contextmanager
 def peer(model: Path, dtype: str, num_threads: int) -> Iterator[Peer]:
     """Run `transformers`."""
-    running = Peer(model, dtype, num_threads)
+    running = Peer("benchmarks.corrected_transformers", num_threads, str(model), dtype)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@contextmanager
+def dense_peer(model: Path, num_threads: int) -> Iterator[Peer]:
+    """Run a dense model of equal active size by CTranslate2."""
+    running = Peer("benchmarks.dense_process", num_threads, str(model))
     try:
         yield running
     finally:
@@ -108,7 +131,12 @@ def ask(client: Client, texts: Sequence[str], to: str, num_beams: int) -> Burst:
     began_s = time.perf_counter()
     found = list(client.translate_all(texts, to=to, max_tokens=MAX_TOKENS, num_beams=num_beams))
     seconds = time.perf_counter() - began_s
-    return Burst(seconds, sum(len(one.translations[0].token_ids) for one in found), [one.text for one in found])
+    return Burst(
+        seconds,
+        sum(len(one.translations[0].token_ids) for one in found),
+        [one.text for one in found],
+        [one.source_tokens for one in found],
+    )
 
 
 def main() -> None:
@@ -121,6 +149,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--to", default="fra_Latn")
     parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--dense", action="store_true", help="a dense model by CTranslate2, too")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sizes = [int(one) for one in args.sentences.split(",")]
@@ -135,19 +164,23 @@ def main() -> None:
     )
     ours: dict[int, list[Burst]] = {size: [] for size in sizes}
     theirs: dict[int, list[Burst]] = {size: [] for size in sizes}
+    dense: dict[int, list[Burst]] = {size: [] for size in sizes}
     with (
         told(Cluster(spec)) as cluster,
         Client(cluster.targets, timeout_s=600) as client,
         peer(args.model, args.dtype, num_cores) as other,
+        dense_peer(args.model, num_cores) if args.dense else nullcontext() as one_more,
     ):
         for number in range(args.rounds + 1):  # the first one warms up
             for size in sizes:
                 texts = sentences(size, number * 1000 + size)
                 pair = ask(client, texts, args.to, args.num_beams), other.translate(texts, args.to, args.num_beams)
+                like = None if one_more is None else one_more.translate_like(pair[0])
                 if number:
                     ours[size].append(pair[0])
                     theirs[size].append(pair[1])
-    rows = [_row(size, ours[size], theirs[size]) for size in sizes]
+                    dense[size] += [like] if like is not None else []
+    rows = [_row(size, ours[size], theirs[size], dense[size]) for size in sizes]
     if args.json:
         print(
             json.dumps(
@@ -158,7 +191,8 @@ def main() -> None:
             )
         )
         return
-    table = Table("sentences", "cluster, sentences/s", "tokens/s", "transformers", "tokens/s", "ratio", "equal texts")
+    names = ["sentences", "cluster, sentences/s", "tokens/s", "transformers", "tokens/s", "ratio", "equal texts"]
+    table = Table(*names, *(["dense, CTranslate2", "ratio"] if args.dense else []))
     for row in rows:
         table.add_row(*(f"{row[name]:,.2f}" if isinstance(row[name], float) else str(row[name]) for name in row))
     console = Console(width=120)
@@ -166,8 +200,8 @@ def main() -> None:
     console.print(table)
 
 
-def _row(size: int, ours: Sequence[Burst], theirs: Sequence[Burst]) -> dict[str, Any]:
-    seconds = [statistics.median(one.seconds for one in each) for each in (ours, theirs)]
+def _row(size: int, ours: Sequence[Burst], theirs: Sequence[Burst], dense: Sequence[Burst]) -> dict[str, Any]:
+    seconds = [statistics.median(one.seconds for one in each) for each in (ours, theirs, dense) if each]
     rates = [statistics.median(one.num_tokens / one.seconds for one in each) for each in (ours, theirs)]
     pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a.texts, b.texts, strict=True)]
     return {
@@ -178,7 +212,7 @@ def _row(size: int, ours: Sequence[Burst], theirs: Sequence[Burst]) -> dict[str,
         "transformers_tokens": rates[1],
         "ratio": seconds[1] / seconds[0],
         "equal": f"{sum(a == b for a, b in pairs)} of {len(pairs)}",
-    }
+    } | ({"dense": size / seconds[2], "ratio_to_dense": seconds[2] / seconds[0]} if dense else {})
 
 
 if __name__ == "__main__":

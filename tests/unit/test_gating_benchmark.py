@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import gating
 from benchmarks.gating import Row, claims, measure, ratio_to_best
-from benchmarks.gating_layers import IMPLEMENTATIONS, Shape, Weights, needed_bytes
+from benchmarks.gating_layers import IMPLEMENTATIONS, Bank, Shape, Weights, layer_of, needed_bytes
+from collegium.model.architectures import Activation
 
 SMALL = Shape(d_model=32, d_ffn=16, experts=8, top_k=2, capacity=1.0)  # a place for every token: nothing is dropped
 FIELDS = {"tokens", "experts", "top_k", "routing", "implementation", "milliseconds", "peak_bytes"}
@@ -32,10 +33,29 @@ def test_all_implementations_compute_the_same_layer(tokens: int, routing: str) -
     weights = Weights(SMALL, torch.float32)
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
     bias = weights.bias(routing)
-    expected = IMPLEMENTATIONS["eager"](weights)(x, bias)
+    expected = layer_of("eager", weights)(x, bias)
     assert expected.abs().max() > 0.01
-    for name, make in IMPLEMENTATIONS.items():
-        torch.testing.assert_close(make(weights)(x, bias), expected, rtol=1e-4, atol=1e-5, msg=name)
+    for name in IMPLEMENTATIONS:
+        torch.testing.assert_close(layer_of(name, weights)(x, bias), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9, 64])
+@torch.inference_mode()
+def test_experts_without_a_gate_and_with_biases_are_the_same_in_every_manner_that_takes_them(
+    tokens: int, has_bias: bool
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"up": (8, 48, 32), "down": (8, 32, 48)} | ({"up_bias": (8, 48), "down_bias": (8, 32)} if has_bias else {})
+    bank = Bank(**{n: torch.randn(s, generator=rng) / 6 for n, s in shapes.items()}, activation=Activation.RELU)  # type: ignore[arg-type]
+    x = torch.randn(tokens, 32, generator=rng)
+    weights, ids = torch.rand(tokens, 8, generator=rng).topk(2, -1)
+    expected = torch.stack(
+        [sum(weights[t, k] * bank.ffn(int(ids[t, k]), x[t : t + 1])[0] for k in range(2)) for t in range(tokens)]  # type: ignore[misc]
+    )
+    for name in ("static_gshard", "static_fairseq", "padded", "block_sparse", "ours"):
+        found = IMPLEMENTATIONS[name](bank)(x, ids, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @torch.inference_mode()
@@ -44,9 +64,9 @@ def test_static_gates_drop_what_finds_no_place_and_dynamic_gating_nothing() -> N
     weights = Weights(tight, torch.float32)
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     bias = weights.bias("skewed")
-    whole = IMPLEMENTATIONS["ours"](weights)(x, bias)
+    whole = layer_of("ours", weights)(x, bias)
     for name in ("static_gshard", "static_fairseq"):
-        cut = IMPLEMENTATIONS[name](weights)(x, bias)
+        cut = layer_of(name, weights)(x, bias)
         assert (cut == 0).all(1).sum() > (whole == 0).all(1).sum() == 0
 
 
@@ -55,15 +75,16 @@ def test_skewed_routing_is_skewed() -> None:
     x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
     shares = {}
     for routing in ("uniform", "skewed"):
-        _, ids = weights.choose(x, weights.bias(routing))
+        ids, _ = weights.choose(x, weights.bias(routing))
         shares[routing] = float(torch.bincount(ids.flatten(), minlength=8).max() / ids.numel())
     assert shares["skewed"] > 1.3 * shares["uniform"]
 
 
 def test_what_cannot_fit_is_known_before_it_is_tried() -> None:
-    large = Shape(d_model=2048, d_ffn=8192, experts=128, top_k=2, capacity=1.0)
-    assert needed_bytes("static_gshard", large, 4096, 4) > gating.ROOM_BYTES > needed_bytes("ours", large, 4096, 4)
-    assert needed_bytes("batched_mm", large, 64, 4) > gating.ROOM_BYTES
+    with torch.device("meta"):
+        large = Bank(up=torch.empty(128, 2 * 8192, 2048), down=torch.empty(128, 2048, 8192))
+    assert needed_bytes("static_gshard", large, 4096, 2) > gating.ROOM_BYTES > needed_bytes("ours", large, 4096, 2)
+    assert needed_bytes("batched_mm", large, 64, 2) > gating.ROOM_BYTES
 
 
 @pytest.mark.usefixtures("small_heap")
@@ -74,7 +95,7 @@ def test_rows_have_times_and_peaks_where_the_layer_fits_and_nulls_where_not(monk
     rows = list(measure("tokens", weights, (1, 16), ("uniform",), names, 2))
     assert [(r.tokens, r.implementation) for r in rows] == [(t, n) for t in (1, 16) for n in names]
     assert all((r.milliseconds or 0) > 0 and (r.peak_bytes or 0) >= weights.num_bytes for r in rows)
-    monkeypatch.setattr(gating, "ROOM_BYTES", needed_bytes("batched_mm", SMALL, 16, 4) - 1)
+    monkeypatch.setattr(gating, "ROOM_BYTES", needed_bytes("batched_mm", weights.bank, 16, 2) - 1)
     monkeypatch.setattr(gating.Peak, "of", lambda *_: 0)
     (row,) = (r for r in measure("tokens", weights, (16,), ("uniform",), names, 1) if r.implementation == "batched_mm")
     assert row.milliseconds is row.peak_bytes is None
