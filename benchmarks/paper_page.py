@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import SERVED
+from benchmarks.paper import SERVED, Point, claims
 from benchmarks.paper_models import POLICIES, WORKLOADS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -59,12 +59,14 @@ def page(measured: Mapping[str, Any]) -> Iterable[str]:
     yield _COMMANDS
     yield _text(f"Ours: {told}. {_HEAD}")
     yield ""
-    yield from _gating(measured["points"], measured["claims"])
-    yield from _memory(measured["points"], measured["claims"])
+    points = [Point(**one) for one in measured["points"]]
+    said = [claims(one, mine) for one in WORKLOADS if (mine := [p for p in points if p.workload == one.name])]
+    yield from _gating(measured["points"], said)
+    yield from _memory(said)
     yield from _routing(measured["idle"], measured["caches"], measured["placement"])
 
 
-def _gating(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _gating(points: Sequence[Mapping[str, Any]], said: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "## Dynamic gating: throughput and latency by batch (the paper's figures on throughput)\n"
     yield _text(
         """Maximum throughput, each policy at its own best batch that fits into the weights + 2 GiB, of up to
@@ -82,7 +84,7 @@ def _gating(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, A
                 f"{one['theirs over Tutel']}x",
                 f"{one['dynamic over padded']}x",
             )
-            for one in claims
+            for one in said
         ),
     )
     yield ""
@@ -93,11 +95,17 @@ def _gating(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, A
     yield ""
     yield from _table(
         ("workload", "`dynamic`", "`served`"),
-        ((one["workload"], one["least at equal batch"], one["least at equal batch, served"]) for one in claims),
+        ((one["workload"], one["least at equal batch"], one["least at equal batch, served"]) for one in said),
     )
     yield ""
-    rates = ", ".join(f"{one['workload']} {one['served, GFLOP/s']:g}" for one in claims)
+    rates = ", ".join(f"{one['workload']} {one['served, GFLOP/s']:g}" for one in said)
     yield f"GFLOP/s of what is served, at its best, counting what a token's matmuls need: {rates}."
+    yield ""
+    yield _text(
+        """Where `served` is behind, batches are of thousands: each sequence of a step then pays for sampling, cache and
+        news in the interpreter, and each row for its way over a link, which the other columns, one model in one process
+        without either, don't have. Padding is further behind on GPUs, where it also fills what devices exchange."""
+    )
     yield "\n![Tokens a second over tokens of a batch, a panel for each workload](paper-gating.png)\n"
     yield "Milliseconds of a pass; a dash: it does not fit.\n"
     for workload in _in_order(points):
@@ -111,7 +119,7 @@ def _gating(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, A
         yield ""
 
 
-def _memory(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _memory(said: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     yield "## Memory\n"
     yield _text(
         """At static gating's largest batch; peak: weights and what a pass takes beside them. Theirs: peak 1.36x
@@ -127,7 +135,7 @@ def _memory(points: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, A
                 f"{one['memory at static' + chr(39) + 's largest batch']}x",
                 _DASH if one["activations less by"] is None else f"{100 * one['activations less by']:.1f} %",
             )
-            for one in claims
+            for one in said
         ),
     )
     yield "\n![Memory beside the weights over tokens of a batch](paper-memory.png)\n"

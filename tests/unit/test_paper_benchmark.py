@@ -96,7 +96,6 @@ def test_the_page_has_a_table_for_each_figure(recorded: Recorded) -> None:
                     "memory_bandwidth_gb_s": 20.0,
                 },
                 "points": [dataclasses.asdict(one) for one in every],
-                "claims": [claims(LM, every)],
                 "idle": [told],
                 "caches": hits,
                 "placement": rows,
