@@ -46,6 +46,12 @@ _POINT_S = 20.0  # a point's rounds end early after so long, but not before so m
 _LEAST_ROUNDS = 3
 _WARMED_TOKENS = 512  # larger batches are long enough to warm up by themselves
 _TOP_K = 2
+_TITLES = {
+    "claims": "ours beside theirs",
+    "idle": "recorded routing: the share of experts that a batch leaves idle, and of its choices on the busiest one",
+    "caches": "hit rates of a buffer with slots for a share of each layer's experts",
+    "placement": "share of the busiest of 8 workers in windows of 64 tokens: the largest, and the mean",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,21 +185,25 @@ def show(result: dict[str, object], points: Sequence[Point]) -> None:
     for name in ("claims", "idle", "caches", "placement"):
         rows = result.get(name)
         if isinstance(rows, list) and rows:
-            table = Table(*rows[0], title=name)
+            table = Table(*rows[0], title=_TITLES[name])
             for row in rows:
                 table.add_row(*(str(value) for value in row.values()))
             console.print(table)
-    console.print(result["conditions"])
+    facts = result["conditions"]
+    assert isinstance(facts, dict)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
 
 
 def main() -> None:
     """Read the arguments, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="gating,caches,placement", help="which parts")
-    parser.add_argument("--workloads", default=",".join(one.name for one in WORKLOADS), help="of gating")
+    parser.add_argument("--only", default="gating,caches,placement", help="parts: gating, caches, placement")
+    parser.add_argument(
+        "--workloads", default=",".join(one.name for one in WORKLOADS), help="workloads of the part gating"
+    )
     parser.add_argument("--keep", action="store_true", help="keep what the JSON file has beside what is measured")
     parser.add_argument("--quick", action="store_true", help="batches up to 64 and one round")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of each batch; fewer where a pass is long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)

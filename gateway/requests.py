@@ -216,7 +216,7 @@ def check_target(
     if form is None:
         raise InvalidArgument(
             "this model has an encoder, and scores an answer to the input",
-            field="target",
+            field="target_text",
             remedy="set target_text or target_ids",
             reason="EMPTY_PROMPT",
         )

@@ -13,7 +13,7 @@ from collegium.fabric.errors import CollegiumError, Unavailable
 _SAME_NAME = (
     *("prompt", "prompt_ids", "model", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "ignore_eos", "stop", "stop_ids"),
-    *("n", "logprobs", "request_id", "timeout_s", "target"),
+    *("n", "logprobs", "request_id", "timeout_s", "target", "target_text", "target_ids"),
 )
 # The flag behind each field of a message, and behind each keyword of the SDK.
 _FLAGS: Mapping[str, str] = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAME} | {

@@ -23,7 +23,12 @@ def score(
         str, typer.Option("--source-language", help="Of a model that translates: the prompt's.")
     ] = "",
     target_language: Annotated[
-        str, typer.Option("--target-language", help="The target's; its code is given, where the target begins with it.")
+        str,
+        typer.Option(
+            "--target-language",
+            help='The target\'s, such as "fra_Latn": its code, with which the target then begins, is given and not '
+            "scored; empty: as the model's files say, and where they say nothing the source's own code is scored.",
+        ),
     ] = "",
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
     timeout_s: t.TimeoutS = None,

@@ -43,7 +43,11 @@ def trace(
     tls: t.Tls = False,
     tls_ca: t.TlsCa = None,
 ) -> None:
-    """Record the experts that running requests wake, until Ctrl-C, SIGTERM or a limit."""
+    """Record the experts that running requests wake, until Ctrl-C, SIGTERM or a limit.
+
+    Tokens are counted that decoders compute. An encoder's rows are recorded where a source is encoded: one that is kept
+    from an earlier request is not encoded again. Of a search by beams the best beam is recorded.
+    """
     addresses = router or _find_routers(target, api_key, tls, tls_ca)
     for address in addresses:
         split_address(address, "--router")

@@ -23,7 +23,9 @@ _FIRST_SAY_S = 1.0
 
 def translate(
     target: t.Target = t.DEFAULT_TARGET,
-    to: Annotated[str, typer.Option("--to", help='Language to translate to, such as "fra_Latn".')] = "",
+    to: Annotated[
+        str, typer.Option("--to", help='Language to translate to, such as "fra_Latn"; empty: the model chooses.')
+    ] = "",
     source: Annotated[str, typer.Option("--from", help="Language of the lines; empty: the model's own.")] = "",
     model: Annotated[str, typer.Option("--model", help="Name from `status`; empty: the only one.")] = "",
     n: Annotated[int, typer.Option("--n", "-n", help="Translations of each line, a line each.")] = 1,

@@ -126,7 +126,9 @@ def score_request(text: str | None, options: ScoreOptions) -> pb.ScoreRequest:
             "exactly one form of input is needed", field="prompt", remedy="give one of prompt and prompt_ids"
         )
     if target is not None and target_ids is not None:
-        raise InvalidArgument("there are two targets", field="target", remedy="give one of target and target_ids")
+        raise InvalidArgument(
+            "there are two targets", field="target_text", remedy="give one of target (a text) and target_ids"
+        )
     request = pb.ScoreRequest(
         model=options.get("model", ""),
         source_language=options.get("source_language", ""),

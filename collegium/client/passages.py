@@ -135,6 +135,6 @@ def _segmenter() -> Callable[[str, str], Sequence[str]]:
         raise FailedPrecondition(
             "texts are split by the package sentencex, which is not there",
             reason="NO_SENTENCES",
-            remedy="pip install 'collegium[sentences]'",
+            remedy="run pip install '.[sentences]' in a checkout of the project",
         ) from None
     return segment

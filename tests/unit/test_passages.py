@@ -76,4 +76,4 @@ def test_several_translations_of_a_split_text_and_a_missing_package_are_told(mon
     monkeypatch.setitem(sys.modules, "sentencex", None)
     with pytest.raises(FailedPrecondition, match="sentencex") as found:
         Passages("eng_Latn", 1)
-    assert found.value.remedy == "pip install 'collegium[sentences]'"
+    assert found.value.remedy == "run pip install '.[sentences]' in a checkout of the project"
