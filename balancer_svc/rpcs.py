@@ -193,7 +193,7 @@ class BalancerRpcs(balancer_pb2_grpc.BalancerServicer):
                     f"this {ROLES[request.role]} serves another model than the cluster's workers: {told}",
                     reason="OTHER_MODEL",
                     field="model.digest",
-                    remedy="give every worker and router the same checkpoint and dtype",
+                    remedy="give every worker and router the same checkpoint, manifest and dtype",
                 )
         if request.role != pb.ROLE_WORKER:  # the workers' model is the cluster's
             return

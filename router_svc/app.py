@@ -69,6 +69,13 @@ def read_unsafe_routing(config: Settings, model: RouterModel) -> UnsafeRouting |
     """Read the routing that replaces the gates', where it was asked for. Raises FailedPrecondition."""
     if config.unsafe_routing is None:
         return None
+    if model.both is not None:
+        raise FailedPrecondition(
+            "routing cannot be played on a model with an encoder: a trace has rows of two kinds",
+            reason="UNUSABLE_ROUTING",
+            field="--unsafe-routing",
+            remedy="leave it out",
+        )
     try:
         routing = load_unsafe_routing(config.unsafe_routing, num_experts=model.num_experts, top_k=model.top_k)
     except UnsafeRoutingError as error:

@@ -52,6 +52,8 @@ class ForwardPass:
         self._micro_batching = MicroBatching(num_micro_batches)
         self._unsafe_routing = unsafe_routing
         calls.shared = model.shared_experts()
+        if unsafe_routing is not None and model.both is not None:
+            raise ValueError("routing cannot be played on a model with an encoder")
         if unsafe_routing is None:
             model.set_expert_call(calls.compute, calls.compute_step)
         else:

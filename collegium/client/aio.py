@@ -337,7 +337,9 @@ class _Texts:
             self._kept.append(await anext(self._texts))
         except StopAsyncIteration:
             call.has_all = True
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             self.error, call.has_all = error, True
         finally:
             self._taking = None

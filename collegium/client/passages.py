@@ -52,23 +52,43 @@ class Passages:
 
     def cut(self, text: str) -> Sequence[str]:
         """Give the sentences of the next text, one at least."""
-        try:
-            pieces: Sequence[str] = self._segment(self._language, text)
-        except UnicodeEncodeError:  # no UTF-8: whole, so that it is refused as it is
-            pieces = [text]
         sentences: list[str] = []
-        gaps = [""]
-        for piece in pieces:
+        gaps: list[list[str]] = [[]]
+        for piece in self._pieces(text):
             inner = piece.strip()
             if not inner:
-                gaps[-1] += piece
+                gaps[-1].append(piece)
                 continue
             before, _, after = piece.partition(inner)
-            gaps[-1] += before
+            gaps[-1].append(before)
             sentences.append(inner)
-            gaps.append(after)
-        self._under_way.append(_Passage(text, gaps if sentences else [text, ""]))
+            gaps.append([after])
+        joined = ["".join(parts) for parts in gaps]
+        self._under_way.append(_Passage(text, joined if sentences else [text, ""]))
         return sentences or [""]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Cut a text. What cannot be cut stays whole: no UTF-8, to be refused as it is, and what sentencex fails at.
+
+        The pieces together are the text: what sentencex leaves out, which it does of long ones, stands between them.
+        """
+        try:
+            found = self._segment(self._language, text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # it panics at some blanks, and a panic is no Exception
+            found = [text]
+        at = 0
+        for piece in found:
+            begin = text.find(piece, at)
+            if begin < 0:
+                break
+            if begin > at:
+                yield text[at:begin]
+            yield piece
+            at = begin + len(piece)
+        if at < len(text):
+            yield text[at:]
 
     def cut_all(self, texts: Iterable[str]) -> Iterator[str]:
         """Give the sentences of all texts."""

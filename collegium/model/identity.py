@@ -28,9 +28,10 @@ TOKENIZER = "tokenizer"
 TOKENIZER_CLASS = "tokenizer class"
 TEMPLATE = "chat template"
 GENERATION = "generation_config.json"
+SHARED = "place of shared experts"
 DTYPE = "dtype"
 # In the order in which differences are named.
-PARTS = (CONFIG, EXPERTS, ARITHMETIC, ROUTER, TOKENIZER, TOKENIZER_CLASS, TEMPLATE, GENERATION, DTYPE)
+PARTS = (CONFIG, SHARED, EXPERTS, ARITHMETIC, ROUTER, TOKENIZER, TOKENIZER_CLASS, TEMPLATE, GENERATION, DTYPE)
 
 # Fields that say where a file came from, or how it is stored, and change no answer: the type in which weights are
 # served is a part of its own.

@@ -103,9 +103,11 @@ class Manifest:
             [layer.decoder_layer, [[e.checksum, sorted({t.dtype for t in e.tensors})] for e in layer.experts]]
             for layer in self.layers
         ]
+        place = {identity.SHARED: identity.digest_of(self.num_shared)} if self.num_shared else {}
         return dict(self.sources) | {
             identity.EXPERTS: identity.digest_of(experts),
             identity.ARITHMETIC: identity.digest_of(arithmetic),
+            **place,
         }
 
     @property

@@ -252,7 +252,7 @@ int collegium_attend_around(const struct layer *l, const float *q, const int64_t
         num_tasks += (lengths[n] + AROUND_TASK_ROWS - 1) / AROUND_TASK_ROWS * a->H;
         work += lengths[n] * lengths[n] * a->H * a->W;
     }
-    struct around job = {a, q, begins, lengths, by_distance, farthest, N, out, &has_failed};
+    struct around job = {a, q, begins, lengths, by_distance, farthest, out, &has_failed};
     run_all(num_tasks, look_around_task, &job, work < 1 << 16 ? 1 : num_threads, 0);
     free(begins);
     return has_failed ? -1 : 0;

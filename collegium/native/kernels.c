@@ -62,7 +62,7 @@ struct around {
     const float *q;                    /* [S, H * W] */
     const int64_t *begins, *lengths;   /* of each source */
     const float *by_distance;          /* [H, 2 * farthest + 1] added to scores, from as far behind to as far ahead; NULL: nothing */
-    int64_t farthest, num_sources;
+    int64_t farthest;
     float *out; /* [S, H * W] */
     _Atomic int *has_failed;
 };

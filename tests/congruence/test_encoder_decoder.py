@@ -6,13 +6,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.one_process import OneProcess, Request
+from collegium.fabric.errors import FailedPrecondition
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.sampling import SamplingParams
+from router_svc.app import read_unsafe_routing
 from router_svc.encoder_decoder import EncoderDecoderModel
 from router_svc.kv_blocks import BLOCK_TOKENS
 from router_svc.model_loader import load_router_model
@@ -214,3 +218,10 @@ def test_the_reference_that_is_used_here_is_what_transformers_4_48_3_answers(ora
         said = oracle.translate_texts(model, [one["text"] for one in wanted], to=to, max_tokens=48)
         assert [one["token_ids"] for one in said] == [one["token_ids"] for one in wanted]
         assert [one["text"] for one in said] == [one["said"] for one in wanted]
+
+
+def test_routing_is_not_played_on_a_model_with_an_encoder(oracle: Oracle) -> None:
+    model = load_router_model(oracle.checkpoint("nllb-moe"), torch.float32, torch.device("cpu"))
+    asked: Any = SimpleNamespace(unsafe_routing=Path("trace.csv"))
+    with pytest.raises(FailedPrecondition, match="cannot be played on a model with an encoder"):
+        read_unsafe_routing(asked, model)

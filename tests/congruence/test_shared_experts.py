@@ -10,7 +10,7 @@ from safetensors import safe_open
 from benchmarks.one_process import OneProcess, Request
 from collegium.buffering.pinned import Pinned
 from collegium.buffering.policies import make_policy
-from collegium.model import manifest_file
+from collegium.model import identity, manifest_file
 from collegium.model.architectures import UnsupportedModelError
 from collegium.model.checkpoint_files import CheckpointError
 from collegium.model.manifest import build_manifest, ensure_manifest, load_manifest, write_manifest
@@ -92,7 +92,8 @@ def test_both_manifests_of_a_checkpoint_are_kept_and_one_is_not_the_other(
     plain, shared = ensure_manifest(checkpoint), ensure_manifest(checkpoint, shares=True)
     assert plain != shared
     assert (load_manifest(plain).num_shared, load_manifest(shared).num_shared >= 1) == (0, True)
-    assert load_manifest(plain).digest != load_manifest(shared).digest
+    told = identity.tell_differences(load_manifest(plain).parts, load_manifest(shared).parts)
+    assert "place of shared experts" in told
     assert ensure_manifest(checkpoint) == plain and ensure_manifest(checkpoint, shares=True) == shared
     assert ensure_manifest(checkpoint, out=plain, shares=True) == plain  # an older one of the other kind is replaced
     assert load_manifest(plain).num_shared >= 1

@@ -66,6 +66,28 @@ def test_a_sentence_that_fails_or_is_cut_marks_its_text_alone() -> None:
     assert second.error is None and second.translations[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("text", ["Plan B\u00a0.", "D\u202f. next", "D\u3000. x", "A\u2028."])
+def test_a_text_at_which_sentencex_panics_goes_whole_and_the_others_are_cut(text: str) -> None:
+    found = through([f"One. {text}", "Two. Three."])
+    assert [one.text for one in found] == [f"One. {text}", "Two. Three."]
+    passages = Passages("eng_Latn", 1)
+    assert passages.cut(text) == [text.strip()] and passages.cut("Two. Three.") == ["Two.", "Three."]
+
+
+def test_nothing_of_a_long_text_is_left_out() -> None:
+    paragraph = 'This is a sentence, e.g. one. "Another one!" he said. And (see fig. 3) the last.\n\n\n'
+    text = "".join(f"{number}. {paragraph}" for number in range(5000))  # sentencex leaves some of it out
+    (one,) = through([text])
+    assert one.text == text
+    assert len(Passages("eng_Latn", 1).cut(text)) > 10_000
+
+
+def test_runs_of_line_ends_are_cut_in_proportion_to_their_length() -> None:
+    text = "One." + "\n" * 2_000_000 + "Two."  # by their square this would take minutes
+    (one,) = through([text])
+    assert one.text == text
+
+
 def test_what_is_no_utf8_goes_whole_so_that_it_is_refused() -> None:
     assert Passages("eng_Latn", 1).cut("One. \udcff Two.") == ["One. \udcff Two."]
 

@@ -517,7 +517,9 @@ class LayerBlock:
             raise MemoryError(f"no memory for a dense layer of {num_rows} rows")
 
     def add(self, work: Workspace, y: Tensor) -> None:
-        """Add the experts' sums y [T, D], in the model's type, to work.h."""
+        """Add the experts' sums y [T, D], in the model's type, to work.h. Raises ValueError for others."""
+        if y.shape != work.h.shape or y.dtype != self.dtype:
+            raise ValueError(f"sums are {y.dtype} {list(y.shape)}, rows {self.dtype} {list(work.h.shape)}")
         y = y.contiguous()  # held until the call is over
         is_bf16 = self._struct.attention.is_bf16
         self._lib.collegium_add(work.h.data_ptr(), y.data_ptr(), y.numel(), self.residual, is_bf16)
