@@ -51,6 +51,7 @@ OWN: dict[str, dict[str, object]] = {
     # DeepSeek-MoE as its papers have it: many small experts, in groups of which a token is open to few, shared ones
     "deepseek_v3": {
         "n_routed_experts": 128,
+        "num_experts": 128,
         "moe_intermediate_size": 192,
         "num_experts_per_tok": 6,
         "n_shared_experts": 2,
