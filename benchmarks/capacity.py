@@ -8,6 +8,7 @@ T tokens of a step, E experts, K top-k.
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.one_process import Answer, OneProcess, Request
 from benchmarks.techniques import balance
+from benchmarks.ways import told_of_one
 
 _NUM_WORKERS = 2
 
@@ -30,7 +32,10 @@ class Dropping:
         buffers: slots for half of the experts. balances: homes and copies are planned from the loads of the first run.
         """
         memory = {"expert_memory": "25%", "host_memory": "100%"} if buffers else {}
-        self._running = OneProcess(model_dir, num_workers=_NUM_WORKERS, dtype=torch.float32, **memory)
+        self._told = ExitStack()
+        self._running = self._told.enter_context(
+            told_of_one(OneProcess(model_dir, num_workers=_NUM_WORKERS, dtype=torch.float32, **memory), "one process")
+        )
         self._factor, self._balances = factor, balances
         self.num_choices = self.num_dropped = 0
         model = self._running.model
@@ -44,7 +49,7 @@ class Dropping:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._running.close()
+        self._told.close()
 
     @property
     def num_misses(self) -> int:

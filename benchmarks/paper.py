@@ -79,7 +79,7 @@ def gating(workload: Workload, folder: Path, most_tokens: int, rounds: int) -> I
         for tokens in powers(most_tokens if workload is DECODER or most_tokens < MOST_TOKENS else LARGEST):
             yield from _point(workload, whole, served, peak, tokens, rounds)
     finally:
-        served.running.close()
+        served.close()
 
 
 def _point(workload: Workload, whole: Whole, served: Served, peak: Peak, tokens: int, rounds: int) -> Iterator[Point]:

@@ -10,6 +10,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from benchmarks.gating_layers import IMPLEMENTATIONS, Bank
 from benchmarks.one_process import OneProcess, Request
+from benchmarks.ways import told_of_one
 from collegium.model.architectures import Activation
 
 _PAST = 16  # positions that a decoder's step looks back at, and of its source
@@ -218,7 +220,7 @@ class Served:
         """Start, in float32; most_tokens: of one step."""
         self.workload, self._most_tokens = workload, most_tokens
         self._draw = random.Random(0)
-        self.running = OneProcess(
+        running = OneProcess(
             folder,
             num_threads=num_threads,
             worker_threads=num_threads,
@@ -226,6 +228,12 @@ class Served:
             max_num_seqs=most_tokens,
             kv_tokens=most_tokens * 6 * _PAST if workload is DECODER else 4 * most_tokens,
         )
+        self._told = ExitStack()
+        self.running = self._told.enter_context(told_of_one(running, f"{workload.name}, served"))
+
+    def close(self) -> None:
+        """End it, and say which way its rows went."""
+        self._told.close()
 
     def seconds(self, tokens: int) -> float:
         """Seconds of a batch of T tokens, none of which is in a cache; of a decoder, of one step of T sequences."""

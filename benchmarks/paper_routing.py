@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.translation import sentences
+from benchmarks.ways import told
 from collegium.balancing.fleet import Floats, make_fleet, max_loads
 from collegium.balancing.policies import POLICIES as PLACEMENTS
 from collegium.buffering.belady import Min
@@ -152,7 +153,7 @@ def _part(trace: Trace, kept: np.ndarray) -> Trace:
 
 def _record(model: Path, out: Path, work: Callable[[Client], None]) -> Trace:
     spec = ClusterSpec(model=model, manifest=ensure_manifest(model), num_workers=1, log_level="error")
-    with Cluster(spec) as cluster:
+    with told(Cluster(spec), model.name) as cluster:
         command = [sys.executable, "-m", "collegium", "trace", str(out), "--target", cluster.targets[0]]
         tracing = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert tracing.stderr is not None

@@ -6,7 +6,7 @@ every round; the ratio is that of medians. How many texts come out equal is told
 decides. With --dense, CTranslate2 takes its turn, too (`pip install 'ctranslate2>=4.8,<5'`): a dense model of equal
 active size, random weights, sources as long, and for each sentence as many tokens as the mean of ours.
 
-    python -m benchmarks.translation [MODEL_DIR] [--sentences 1,16,64] [--rounds 5] [--dtype float32] [--num-beams 4]
+    python -m benchmarks.translation [MODEL_DIR] [--sentences 1,16,64] [--rounds 5] [--dtype auto] [--num-beams 4]
                                      [--dense]
 """
 
@@ -33,7 +33,7 @@ from benchmarks.ways import told
 from collegium.cli.cluster import Cluster, ClusterSpec
 from collegium.cli.threads import allot
 from collegium.client import Client
-from collegium.model.manifest import ensure_manifest
+from collegium.model.manifest import ensure_manifest, load_manifest
 
 ROOT = Path(__file__).parents[1]
 MAX_TOKENS = 96
@@ -145,20 +145,27 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path, default=ROOT / "models" / "demo-mt")
     parser.add_argument("--sentences", default="1,16,64", help="how many at once")
     parser.add_argument("--rounds", type=int, default=5, help="counted; one more warms up")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of both; auto: the checkpoint's, as `collegium up` and transformers take it",
+    )
     parser.add_argument("--workers", type=int, default=1, help="of the cluster")
     parser.add_argument("--to", default="fra_Latn", help="language")
     parser.add_argument("--num-beams", type=int, default=1, help="above 1: beam search")
     parser.add_argument("--dense", action="store_true", help="a dense model by CTranslate2, too")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    manifest = ensure_manifest(args.model)
+    dtype = load_manifest(manifest).dtype if args.dtype == "auto" else args.dtype
     sizes = [int(one) for one in args.sentences.split(",")]
     num_cores = len(os.sched_getaffinity(0))
     spec = ClusterSpec(
         model=args.model,
-        manifest=ensure_manifest(args.model),
+        manifest=manifest,
         num_workers=args.workers,
-        dtype=args.dtype,
+        dtype=dtype,
         threads=allot(num_cores, num_routers=1, num_workers=args.workers),
         log_level="warning",
     )
@@ -168,7 +175,7 @@ def main() -> None:
     with (
         told(Cluster(spec)) as cluster,
         Client(cluster.targets, timeout_s=600) as client,
-        peer(args.model, args.dtype, num_cores) as other,
+        peer(args.model, dtype, num_cores) as other,
         dense_peer(args.model, num_cores) if args.dense else nullcontext() as one_more,
     ):
         for number in range(args.rounds + 1):  # the first one warms up
@@ -185,7 +192,7 @@ def main() -> None:
         print(
             json.dumps(
                 {
-                    "conditions": conditions(model=args.model.name, dtype=args.dtype, beams=args.num_beams),
+                    "conditions": conditions(model=args.model.name, dtype=dtype, beams=args.num_beams),
                     "rows": rows,
                 }
             )
@@ -196,7 +203,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{row[name]:,.2f}" if isinstance(row[name], float) else str(row[name]) for name in row))
     console = Console(width=120)
-    console.print(conditions(model=args.model.name, dtype=args.dtype, beams=args.num_beams))
+    console.print(conditions(model=args.model.name, dtype=dtype, beams=args.num_beams))
     console.print(table)
 
 

@@ -226,9 +226,6 @@ SEQUENCE_FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Engine], None]] = {
     "committing": lambda patch, engine: patch.setattr(
         engine.scheduler, "commit_row", raising(engine.scheduler.commit_row, lambda row: is_bad(row.sequence))
     ),
-    "naming blocks": lambda patch, engine: patch.setattr(
-        Sequence, "block_names", raising(Sequence.block_names, lambda self, _: is_bad(self) and self.num_computed > 0)
-    ),
     "looking for blocks": lambda patch, engine: patch.setattr(
         Sequence, "block_names", raising(Sequence.block_names, lambda self, _: is_bad(self))
     ),

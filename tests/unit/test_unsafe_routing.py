@@ -192,7 +192,7 @@ def test_requests_wake_the_experts_of_the_file_and_a_perfect_foresight_names_eac
 
 def test_a_router_refuses_a_file_that_it_cannot_play_and_names_the_flag(tmp_path: Path) -> None:
     settings = Settings(model=Path("x"), unsafe_routing=tmp_path / "absent.csv")
-    model = SimpleNamespace(num_experts=8, top_k=2)
+    model = SimpleNamespace(num_experts=8, top_k=2, both=None)
     with pytest.raises(FailedPrecondition, match=r"--unsafe-routing: .*absent\.csv"):
         read_unsafe_routing(settings, model)  # type: ignore[arg-type]
 
