@@ -45,7 +45,7 @@ from expert_svc.tiers import Source, Tier
 
 ROOT = Path(__file__).parents[1]
 FIRST_PLAIN_ID = 10
-_OPENINGS = (
+OPENINGS = (
     "This package contains the shared libraries needed by",
     "The installer asks for the name of the host and",
     "Ce paquet contient les fichiers de développement",
@@ -159,7 +159,7 @@ def prompts_of(args: argparse.Namespace, num_requests: int, round_number: int) -
     """Draw a round's prompts: text where the checkpoint has a tokenizer, else random ids."""
     draw = random.Random(7919 * num_requests + round_number)
     if (args.model / "tokenizer.json").exists():
-        return [_OPENINGS[(round_number + i) % len(_OPENINGS)] for i in range(num_requests)]
+        return [OPENINGS[(round_number + i) % len(OPENINGS)] for i in range(num_requests)]
     vocab_size = int(json.loads((args.model / "config.json").read_text())["vocab_size"])
     return [[draw.randrange(FIRST_PLAIN_ID, vocab_size) for _ in range(16)] for _ in range(num_requests)]
 

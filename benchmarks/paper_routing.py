@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.buffering import OPENINGS
 from benchmarks.translation import sentences
 from benchmarks.ways import told
 from collegium.balancing.fleet import Floats, make_fleet, max_loads
@@ -38,16 +39,6 @@ _WORKERS = 8
 _SPARE = 8  # slots of all workers together beyond an expert each, for what may replicate
 _WINDOW_TOKENS = 64
 _LISTENING_S = 1.0
-_OPENINGS = (
-    "This package contains the shared libraries needed by",
-    "The installer asks for the name of the host and",
-    "Ce paquet contient les fichiers de développement",
-    "Le système de fichiers est monté au démarrage",
-    "Dieses Paket enthält die Dokumentation für",
-    "Die Konfiguration des Netzwerks erfolgt in der Datei",
-    "def read_header(self, file):\n    ",
-    "class Connection:\n    def __init__(self, host, port",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +51,7 @@ class Recorded:
 
 def record(folder: Path, num: int) -> list[Recorded]:
     """Serve both models and record: `num` continued texts, `num` sentences into each of two languages."""
-    texts = [_OPENINGS[i % len(_OPENINGS)] for i in range(num)]
+    texts = [OPENINGS[i % len(OPENINGS)] for i in range(num)]
     lm = _record(ROOT / "models" / "demo-lm", folder / "lm.csv", lambda client: _continue(client, texts))
     lines = sentences(num, 7)
     mt = _record(ROOT / "models" / "demo-mt", folder / "mt.csv", lambda client: _translate(client, lines))

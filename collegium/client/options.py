@@ -140,7 +140,7 @@ def score_request(text: str | None, options: ScoreOptions) -> pb.ScoreRequest:
         request.token_ids.ids.extend(uint("prompt_ids", token_id) for token_id in prompt_ids or ())
         request.token_ids.SetInParent()
     if target is not None:
-        request.target_text = _utf8("target", target)
+        request.target_text = _utf8("target_text", target)
     elif target_ids is not None:
         request.target_ids.ids.extend(uint("target_ids", token_id) for token_id in target_ids)
         request.target_ids.SetInParent()

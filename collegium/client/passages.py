@@ -129,9 +129,7 @@ def _joined(passage: _Passage, index: int) -> Translated:
                 token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
                 logprob=sum(logprobs) if len(logprobs) == len(parts) else None,
                 finish_reason=_finish(parts),
-                score=parts[0].score
-                if len(parts) == 1
-                else None,  # scores of sentences of other lengths add up to none
+                score=parts[0].score if len(parts) == 1 else None,  # those of several add up to none
             ),
         )
     return Translated(

@@ -18,8 +18,6 @@ _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(?:shared_experts?|shared_mlp)\.
 _ROLES = {"gate": Role.GATE, "up": Role.UP, "down": Role.DOWN}
 _REMEDY = "leave its shared experts on the router (--shared-experts=router)"
 
-Experts = Mapping[int, Mapping[int, Mapping[Role, TensorRef]]]  # by decoder layer, expert and role
-
 
 def with_shared(survey: Survey) -> tuple[Survey, int]:
     """Have a survey's shared experts follow the routed ones of each layer: the survey, and N.

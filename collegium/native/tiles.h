@@ -615,8 +615,8 @@ TARGET static float NAME(soften_around)(float *scores, int64_t n, int64_t padded
     return NAME(total)(total);
 }
 
-/* Rows `first` to `last` of a source, of one head, look at all of it. scratch: around_floats. What a row comes to depends on its
- * source alone. */
+/* Rows `first` to `last` of a source, of one head, look at all of it. scratch: for the keys [W, padded], the values
+ * [n, stride], and scores and results of AROUND rows. What a row comes to depends on its source alone. */
 TARGET static void NAME(look_around)(const struct around *job, int64_t source, int64_t head, int64_t first, int64_t last,
                                      float *scratch)
 {
